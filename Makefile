@@ -1,0 +1,35 @@
+# One .venv, made once: every target below needs it and gets it. `make help` lists them.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN    := .venv/bin
+STAMP  := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+install: $(STAMP)  ## create .venv with the exact versions of constraints.txt (again only when they change)
+
+demo: $(STAMP)  ## the whole chain on this machine: train, embed, index, search, serve, report
+	$(BIN)/python jobs/demo.py
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## check style and spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/typos
+
+bench: $(STAMP)  ## run the side-by-side benchmarks, one after the other; each ends with one line of JSON
+	set -e; for script in tests/bench/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:  ## delete what the demo, the tests and the tools wrote, runs in .vladva included; .venv stays
+	rm -rf .vladva .pytest_cache .ruff_cache build dist platform/*.egg-info
+	find jobs serve cluster platform tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[test,dev]'
+	touch $@
