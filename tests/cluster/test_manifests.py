@@ -1,0 +1,78 @@
+"""The Kubernetes manifests and the image: right kinds, one pinned image, tokens on, versions as in constraints.txt."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+RAY_VERSION = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE).group(1)
+CLUSTER_FIELD = {"train": "rayClusterSpec", "serve": "rayClusterConfig"}
+
+
+def load(name: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "cluster/kuberay" / f"{name}.yaml").read_text())
+
+
+def pods(cluster: dict[str, Any]) -> list[dict[str, Any]]:
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    return [group["template"]["spec"] for group in groups]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("train", "RayJob"), ("serve", "RayService")])
+def test_kind(name: str, kind: str) -> None:
+    manifest = load(name)
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", kind)
+
+
+@pytest.mark.parametrize("name", CLUSTER_FIELD)
+def test_cluster(name: str) -> None:
+    cluster = load(name)["spec"][CLUSTER_FIELD[name]]
+    assert cluster["rayVersion"] == RAY_VERSION
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["enableInTreeAutoscaling"]
+    assert cluster["autoscalerOptions"]["version"] == "v2"
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    images = {container["image"] for pod in pods(cluster) for container in pod["containers"]}
+    assert len(images) == 1
+    assert re.search(r"@sha256:[0-9a-f]{64}$", images.pop())
+
+
+@pytest.mark.parametrize("name", CLUSTER_FIELD)
+def test_pods_state_their_size(name: str) -> None:
+    # Ray takes a pod's resources from its limits, or its requests; without them it would see the whole machine.
+    for pod in pods(load(name)["spec"][CLUSTER_FIELD[name]]):
+        for container in pod["containers"]:
+            requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+            assert int(requests["cpu"]) > 0
+            assert requests["memory"] == limits["memory"]
+            assert requests.get("nvidia.com/gpu") == limits.get("nvidia.com/gpu")
+
+
+def test_the_job_runs_a_file_of_the_image() -> None:
+    entrypoint = load("train")["spec"]["entrypoint"].split()
+    assert entrypoint[0] == "python"
+    assert (ROOT / Path(entrypoint[1]).relative_to("/home/ray/vladva")).is_file()
+
+
+def test_the_service_imports_a_file_of_the_repository() -> None:
+    (application,) = yaml.safe_load(load("serve")["spec"]["serveConfigV2"])["applications"]
+    module, builder = application["import_path"].split(":")
+    source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
+    assert re.search(rf"^def {builder}\(", source, re.MULTILINE)
+
+
+def test_the_image() -> None:
+    dockerfile = (ROOT / "cluster/Dockerfile").read_text()
+    assert f"rayproject/ray:{RAY_VERSION}-" in dockerfile
+    for source in re.findall(r"^COPY --chown=ray (.+) \S+$", dockerfile, re.MULTILINE):
+        for path in source.split():
+            assert (ROOT / path).exists(), path
+
+
+def test_the_runtime_environment() -> None:
+    environment = yaml.safe_load((ROOT / "cluster/runtime_env.yaml").read_text())
+    assert environment["py_modules"] == ["platform/vladva"]
+    assert {".git", ".venv", ".vladva"} <= set(environment["excludes"])
