@@ -33,7 +33,7 @@ def info_nce(
     negative_owners: Tensor | None = None,
     negative_keys: Tensor | None = None,
     dims: tuple[int, ...] = (),
-    chunk_size: int = 1024,
+    chunk_size: int = 256,
 ) -> PairLoss:
     """Mean cross-entropy of finding each image's text among all texts and, if `symmetric`, each text's image as well.
 

@@ -27,7 +27,7 @@ def sigmoid(
     negative_owners: Tensor | None = None,
     negative_keys: Tensor | None = None,
     dims: tuple[int, ...] = (),
-    chunk_size: int = 1024,
+    chunk_size: int = 256,
 ) -> PairLoss:
     """The sum over all combinations of image and text of their binary cross-entropy, per pair.
 
