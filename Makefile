@@ -1,6 +1,8 @@
 # One .venv, made once: every target below needs it and gets it. `make help` lists them.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN    := .venv/bin
+# DeepSpeed looks for ninja on PATH, and some tools start `python`.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 STAMP  := .venv/.installed
 
 .DEFAULT_GOAL := help

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
+from serve.config import ServeArgs
+
 ROOT = Path(__file__).parents[2]
 RAY_VERSION = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE).group(1)
 CLUSTER_FIELD = {"train": "rayClusterSpec", "serve": "rayClusterConfig"}
@@ -57,11 +59,18 @@ def test_the_job_runs_a_file_of_the_image() -> None:
     assert (ROOT / Path(entrypoint[1]).relative_to("/home/ray/vladva")).is_file()
 
 
-def test_the_service_imports_a_file_of_the_repository() -> None:
+def test_the_service_is_ours_with_arguments_that_it_takes() -> None:
     (application,) = yaml.safe_load(load("serve")["spec"]["serveConfigV2"])["applications"]
     module, builder = application["import_path"].split(":")
     source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
     assert re.search(rf"^def {builder}\(", source, re.MULTILINE)
+    assert ServeArgs(**application["args"]).num_gpus == 0.5
+
+
+def test_every_pod_of_the_service_has_the_clients_keys() -> None:
+    # `build` reads them where Serve runs it, which may be any node.
+    for pod in pods(load("serve")["spec"]["rayClusterConfig"]):
+        assert [variable["name"] for variable in pod["containers"][0]["env"]] == ["VLADVA_API_KEYS"]
 
 
 def test_the_image() -> None:

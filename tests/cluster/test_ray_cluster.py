@@ -1,4 +1,4 @@
-"""ray_cluster.yaml passes Ray's own schema after Ray's defaults, and none of the dangerous defaults is left. Offline."""
+"""ray_cluster.yaml passes Ray's own schema after Ray's defaults, and no dangerous default is left. Offline."""
 
 import copy
 import re
