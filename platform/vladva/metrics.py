@@ -22,8 +22,8 @@ Ties = Literal["strict", "expected"]
 class Outcomes(NamedTuple):
     """The outcome of N samples, each in [0, 1], float64 [N], under three ways to treat a tie.
 
-    `strict`: a tie is a failure. `expected`: the chance of success if ties were broken at random. `optimistic`: a tie is
-    a success; an upper bound for audits, which `under` and `mean` refuse to report.
+    `strict`: a tie is a failure. `expected`: the chance of success if ties were broken at random. `optimistic`: a tie
+    is a success; an upper bound for audits, which `under` and `mean` refuse to report.
     """
 
     strict: np.ndarray
@@ -182,14 +182,13 @@ def winoground(scores: np.ndarray) -> dict[str, Outcomes]:
     return {"text": text, "image": image, "group": group}
 
 
-def class_embeddings(prompts: np.ndarray) -> np.ndarray:
-    """Embeddings [C, P, D] of P prompts for each of C classes -> one unit row per class, float32 [C, D].
+def class_embeddings(embeddings: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """Prompt embeddings [T, D] and the rows int [C, P] of each class's P prompts -> one unit row per class [C, D].
 
-    Each prompt is normalised, then averaged, then normalised again (CLIP's ensemble of templates).
+    Each prompt is normalised, then they are averaged, then the mean is normalised (CLIP's ensemble of templates).
     """
-    num_classes, num_prompts, width = prompts.shape
-    rows = unit_rows(prompts.reshape(-1, width)).reshape(num_classes, num_prompts, width)
-    return unit_rows(rows.mean(axis=1, dtype=np.float64))
+    means = [unit_rows(embeddings[rows]).mean(axis=0, dtype=np.float64) for rows in prompts]
+    return unit_rows(np.stack(means))
 
 
 def _both(first: Outcomes, second: Outcomes) -> Outcomes:

@@ -1,0 +1,88 @@
+"""Benchmarks: what is measured, on which files, and with which counts to expect. One declarative file each.
+
+The folder listing is the menu: every module here holds one `BENCHMARK` and is found by its file name, so adding a
+benchmark is adding a file. `kinds/` holds what the benchmarks of a kind do alike (read, then score), `readers/` the
+forms in which annotations and pictures come. Reading a benchmark gives a `Task`: the unique texts and pictures to
+embed, and a `score` that turns their embeddings into numbers without any model at hand.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from vladva.benchmarks.readers.images import ImageRef
+from vladva.metrics import Outcomes, Ties
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one model reached in one benchmark.
+
+    `scores` and `tie_rates` are fractions in [0, 1] by metric; `outcomes` has one row per sample, enough to compute
+    every score again.
+    """
+
+    scores: dict[str, float]
+    tie_rates: dict[str, float]
+    outcomes: pa.Table
+
+
+class Task(Protocol):
+    """A benchmark whose files have been read and counted."""
+
+    texts: Sequence[str]  # each once, stripped
+    images: Sequence[ImageRef]  # each once
+    counts: dict[str, int]
+    files: dict[str, str]  # annotation file -> sha256 of its bytes
+    chance: dict[str, float]  # score of a model that guesses, by metric
+
+    def score(self, text_embeddings: np.ndarray, image_embeddings: np.ndarray) -> Result:
+        """Embeddings of `texts` [T, D] and of `images` [I, D], in their order and of any float type -> scores."""
+        ...
+
+
+class Benchmark(Protocol):
+    """The declaration: where a benchmark's files are under a data folder, and what must be found in them."""
+
+    title: str
+    ties: Ties  # policy of the reported scores
+    source: str
+    licence: str
+
+    def read(self, data_uri: str) -> Task:
+        """Read the annotations, check the counts, find the pictures.
+
+        Raises FileNotFoundError when the annotations are not under `data_uri`; ValueError, saying what was expected and
+        what was found, when they are there but are not what they should be, or a picture is missing.
+        """
+        ...
+
+
+def names() -> list[str]:
+    """Names of all benchmarks, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
+
+
+def find(name: str) -> Benchmark:
+    """The benchmark declared in `benchmarks/<name>.py`; ValueError if there is none."""
+    if name not in names():
+        raise ValueError(f"benchmarks: there is no {name!r}; known are {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name}").BENCHMARK
+
+
+def summarise(outcomes: Mapping[str, Outcomes], ties: Ties) -> tuple[dict[str, float], dict[str, float]]:
+    """Outcomes by metric -> scores and tie rates by metric."""
+    scores = {metric: samples.mean(ties) for metric, samples in outcomes.items()}
+    return scores, {metric: samples.tie_rate for metric, samples in outcomes.items()}
+
+
+def check(title: str, what: str, expected: int | Sequence[int] | None, found: int) -> None:
+    """Raise ValueError unless `found` is the expected number (or one of them); None expects nothing."""
+    allowed = [expected] if isinstance(expected, int) else list(expected or [found])
+    if found not in allowed:
+        raise ValueError(f"{title}: expected {' or '.join(map(str, allowed))} {what}, found {found}")

@@ -1,0 +1,18 @@
+"""COCO retrieval, Karpathy's test split: 5,000 val2014 pictures with all their captions (Lin et al. 2014).
+
+25,010 captions, as at most ten pictures have more than five. Some papers keep the first five (25,000): both counts are
+accepted, and the number found is in the scores.
+"""
+
+from vladva.benchmarks.kinds.retrieval import Retrieval
+
+BENCHMARK = Retrieval(
+    title="COCO",
+    annotations=("coco/dataset_coco.json", "coco/coco_karpathy_test.json", "coco/coco_test_karpathy.json"),
+    images=("coco/val2014", "coco/images", "coco"),
+    num_images=5000,
+    num_captions=(25010, 25000),
+    min_captions_per_image=5,
+    source="https://cs.stanford.edu/people/karpathy/deepimagesent/",
+    licence="CC BY 4.0 (captions); COCO terms of use (pictures)",
+)

@@ -1,0 +1,18 @@
+"""Flickr30K retrieval, Karpathy's test split: 1,000 pictures with 5 captions each (Young et al. 2014)."""
+
+from vladva.benchmarks.kinds.retrieval import Retrieval
+
+BENCHMARK = Retrieval(
+    title="Flickr30K",
+    annotations=(
+        "flickr30k/dataset_flickr30k.json",
+        "flickr30k/flickr30k_test.json",
+        "flickr30k/flickr30k_test_karpathy.txt",
+    ),
+    images=("flickr30k/images", "flickr30k/flickr30k-images", "flickr30k"),
+    num_images=1000,
+    num_captions=5000,
+    min_captions_per_image=5,
+    source="https://cs.stanford.edu/people/karpathy/deepimagesent/",
+    licence="Flickr terms of use; research only",
+)

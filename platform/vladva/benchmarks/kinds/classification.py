@@ -1,0 +1,99 @@
+"""Zero-shot classification: is a picture's class, described in words, the nearest of all classes? (CLIP's protocol.)
+
+A class is the normalised mean of the normalised embeddings of its name in several templates. Classes of the same name
+are equal and tie; the reported score gives them their expected share (`metrics.Outcomes`).
+"""
+
+import json
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib import resources
+
+import numpy as np
+import pyarrow as pa
+
+from vladva.benchmarks import Result, check, summarise
+from vladva.benchmarks.kinds.samples import Unique
+from vladva.benchmarks.readers.images import ImageRef
+from vladva.benchmarks.readers.labels import read_labelled
+from vladva.metrics import Outcomes, Ties, class_embeddings, hits_at, rank, unit_rows
+
+CUTOFFS = (1, 5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification:
+    """Declaration of a classification benchmark. Image folders are relative to the data folder and tried in order."""
+
+    title: str
+    images: tuple[str, ...]
+    prompts: str  # file in benchmarks/: class names in the order of the labels, and templates by suffix of the metric
+    source: str
+    licence: str
+    num_images: int | None = None
+    ties: Ties = "expected"
+
+    def read(self, data_uri: str) -> "ClassificationTask":
+        """See `Benchmark.read`."""
+        labelled = read_labelled(data_uri, self.images, self.title)
+        check(self.title, "pictures", self.num_images, len(labelled.images))
+        file = resources.files("vladva.benchmarks").joinpath(self.prompts).read_bytes()
+        words = json.loads(file)
+        names = words["class_names"]
+        if labelled.num_folders:
+            check(self.title, "class folders", len(names), labelled.num_folders)
+        texts = Unique()
+        prompts = {
+            suffix: np.stack([texts.add(template.replace("{c}", name) for template in templates) for name in names])
+            for suffix, templates in words["templates"].items()
+        }
+        return ClassificationTask(
+            texts.items,
+            labelled.images,
+            np.array(labelled.labels),
+            prompts,
+            len(names),
+            self.ties,
+            counts={"images": len(labelled.images), "classes": len(names), "prompts": len(texts.items)},
+            files={self.prompts: sha256(file).hexdigest()},
+        )
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """See `Task`. `prompts[suffix]` is int [C, P]: the texts that describe each class."""
+
+    texts: tuple[str, ...]
+    images: list[ImageRef]
+    labels: np.ndarray
+    prompts: dict[str, np.ndarray]
+    num_classes: int
+    ties: Ties
+    counts: dict[str, int]
+    files: dict[str, str]
+
+    @property
+    def chance(self) -> dict[str, float]:
+        """k of C classes."""
+        return {f"top{k}{suffix}": k / self.num_classes for suffix in self.prompts for k in CUTOFFS}
+
+    def score(self, text_embeddings: np.ndarray, image_embeddings: np.ndarray) -> Result:
+        """See `Task.score`. Metrics: top1 and top5 with each set of templates."""
+        images = unit_rows(image_embeddings)
+        outcomes: dict[str, Outcomes] = {}
+        tables = []
+        for suffix, rows in self.prompts.items():
+            classes = class_embeddings(text_embeddings, rows)
+            ranks = rank(images, classes, self.labels, np.arange(len(classes)), keep=max(CUTOFFS))
+            outcomes |= {f"top{k}{suffix}": hits_at(ranks, k) for k in CUTOFFS}
+            columns = {
+                "task": [f"top{suffix}"] * len(images),
+                "sample": [image.name for image in self.images],
+                "label": self.labels,
+                "above": ranks.above,
+                "tied": ranks.tied,
+                "nearest": pa.array(ranks.nearest.tolist(), pa.list_(pa.int32())),
+                "similarity": pa.array(ranks.similarity.tolist(), pa.list_(pa.float32())),
+            }
+            tables.append(pa.table(columns))
+        return Result(*summarise(outcomes, self.ties), pa.concat_tables(tables))

@@ -1,0 +1,82 @@
+"""Matching two captions to two pictures: Winoground's protocol. See `metrics.winoground` for text, image and group."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from vladva.benchmarks import Result, check, summarise
+from vladva.benchmarks.kinds.samples import Unique, clean
+from vladva.benchmarks.readers.files import read_first
+from vladva.benchmarks.readers.images import ImageRef, parquet_images, pick_images
+from vladva.benchmarks.readers.winoground import IMAGE_COLUMNS, Example, read_examples
+from vladva.metrics import Ties, cosines, unit_rows, winoground
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matching:
+    """Declaration of a matching benchmark. Paths are relative to the data folder and tried in order."""
+
+    title: str
+    annotations: tuple[str, ...]
+    images: tuple[str, ...]
+    source: str
+    licence: str
+    num_examples: int | None = None
+    ties: Ties = "strict"
+
+    def read(self, data_uri: str) -> "MatchingTask":
+        """See `Benchmark.read`."""
+        file = read_first(data_uri, self.annotations, self.title)
+        examples = read_examples(file.path, file.data)
+        check(self.title, f"examples in {file.path}", self.num_examples, len(examples))
+        names = [example.images[side] for side in (0, 1) for example in examples]
+        if file.path.endswith(".parquet"):
+            half = len(examples)
+            images = [
+                *parquet_images(data_uri, file.path, IMAGE_COLUMNS[0], names[:half]),
+                *parquet_images(data_uri, file.path, IMAGE_COLUMNS[1], names[half:]),
+            ]
+        else:
+            images = pick_images(data_uri, self.images, names, self.title)
+        texts = Unique()
+        captions = np.stack([texts.add(clean(example.captions[side]) for example in examples) for side in (0, 1)])
+        counts = {"examples": len(examples), "images": len(images), "distinct_captions": len(texts.items)}
+        return MatchingTask(
+            texts.items, images, captions, examples, self.ties, counts=counts, files={file.path: file.sha256}
+        )
+
+
+@dataclass(frozen=True)
+class MatchingTask:
+    """See `Task`. `captions` is int [2, N]; picture 0 of example n is `images[n]`, picture 1 is `images[N + n]`."""
+
+    texts: tuple[str, ...]
+    images: list[ImageRef]
+    captions: np.ndarray
+    examples: list[Example]
+    ties: Ties
+    counts: dict[str, int]
+    files: dict[str, str]
+
+    @property
+    def chance(self) -> dict[str, float]:
+        """Shares of the random orders of four scores that count as success."""
+        return {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6}
+
+    def score(self, text_embeddings: np.ndarray, image_embeddings: np.ndarray) -> Result:
+        """See `Task.score`. Metrics: text, image, group."""
+        texts = unit_rows(text_embeddings)[self.captions]  # [2, N, D]
+        images = unit_rows(image_embeddings).reshape(texts.shape)
+        pairs = [[cosines(texts[caption], images[image]) for image in (0, 1)] for caption in (0, 1)]
+        cosine = np.array(pairs).transpose(2, 0, 1)  # [N, caption, image]
+        outcomes = winoground(cosine)
+        columns = {
+            "task": ["winoground"] * len(self.examples),
+            "sample": [str(example.id) for example in self.examples],
+            "tag": [example.tag for example in self.examples],
+            **{f"caption_{side}": [example.captions[side] for example in self.examples] for side in (0, 1)},
+            **{f"cosine_c{c}_i{i}": cosine[:, c, i] for c in (0, 1) for i in (0, 1)},
+            **{metric: samples.under(self.ties) for metric, samples in outcomes.items()},
+        }
+        return Result(*summarise(outcomes, self.ties), pa.table(columns))

@@ -1,0 +1,29 @@
+"""From annotations to what must be embedded: unique texts and pictures, and index arrays that point into them."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+
+class Unique:
+    """Numbers items by first appearance, so that each is embedded once and equal texts get equal embeddings.
+
+    A text that is embedded twice, in two batches, may come out slightly different, which hides a tie.
+    """
+
+    def __init__(self) -> None:
+        self.number: dict[str, int] = {}
+
+    def add(self, items: Iterable[str]) -> np.ndarray:
+        """Numbers [N] of `items`, new ones being added."""
+        return np.array([self.number.setdefault(item, len(self.number)) for item in items], np.int64)
+
+    @property
+    def items(self) -> Sequence[str]:
+        """All items, in the order of their numbers."""
+        return tuple(self.number)
+
+
+def clean(text: str) -> str:
+    """Captions are used as written but for the space around them, which the annotators left by accident."""
+    return text.strip()

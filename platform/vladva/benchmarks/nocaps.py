@@ -1,0 +1,17 @@
+"""nocaps retrieval, validation split: 4,500 Open Images pictures with ten captions each (Agrawal et al. 2019).
+
+The test split has no public captions. Text retrieval is easier than on COCO, as ten captions are right instead of five.
+"""
+
+from vladva.benchmarks.kinds.retrieval import Retrieval
+
+BENCHMARK = Retrieval(
+    title="nocaps",
+    annotations=("nocaps/nocaps_val_4500_captions.json", "nocaps/nocaps_val.json"),
+    images=("nocaps/val", "nocaps/images", "nocaps"),
+    num_images=4500,
+    num_captions=45000,
+    min_captions_per_image=10,
+    source="https://nocaps.org",
+    licence="CC BY 2.0",
+)

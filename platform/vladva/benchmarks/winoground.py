@@ -1,0 +1,17 @@
+"""Winoground (Thrush et al., CVPR 2022): 400 pairs of pictures and captions made of the same words in another order."""
+
+from vladva.benchmarks.kinds.matching import Matching
+
+BENCHMARK = Matching(
+    title="Winoground",
+    annotations=(
+        "winoground/data/test-00000-of-00001.parquet",
+        "winoground/test-00000-of-00001.parquet",
+        "winoground/data/examples.jsonl",
+        "winoground/examples.jsonl",
+    ),
+    images=("winoground/data/images", "winoground/images", "winoground"),
+    num_examples=400,
+    source="https://huggingface.co/datasets/facebook/winoground",
+    licence="META Images Research License",
+)
