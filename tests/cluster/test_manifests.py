@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from jobs.train import parse
 from serve.config import ServeArgs
 
 ROOT = Path(__file__).parents[2]
@@ -53,10 +54,20 @@ def test_pods_state_their_size(name: str) -> None:
             assert requests.get("nvidia.com/gpu") == limits.get("nvidia.com/gpu")
 
 
-def test_the_job_runs_a_file_of_the_image() -> None:
-    entrypoint = load("train")["spec"]["entrypoint"].split()
-    assert entrypoint[0] == "python"
-    assert (ROOT / Path(entrypoint[1]).relative_to("/home/ray/vladva")).is_file()
+def test_the_job_is_a_recipe_that_the_cluster_can_hold() -> None:
+    spec = load("train")["spec"]
+    python, script, *arguments = spec["entrypoint"].split()
+    assert (python, script) == ("python", "/home/ray/vladva/jobs/train.py")
+    config = parse(arguments)
+    assert config.uri.startswith("s3://BUCKET/")
+    assert config.data.uri.startswith("s3://BUCKET/")
+    (group,) = (each for each in spec["rayClusterSpec"]["workerGroupSpecs"] if each["groupName"] == "gpu")
+    resources = group["template"]["spec"]["containers"][0]["resources"]["requests"]
+    workers_per_pod = min(
+        int(resources["nvidia.com/gpu"]) // config.cluster.gpus_per_worker,
+        int(resources["cpu"]) // config.cluster.cpus_per_worker,
+    )
+    assert group["maxReplicas"] * workers_per_pod >= config.cluster.workers
 
 
 def test_the_service_is_ours_with_arguments_that_it_takes() -> None:
