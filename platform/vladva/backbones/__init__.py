@@ -1,0 +1,41 @@
+"""Backbones: one file per LVLM family, named after the `model_type` of its Hugging Face configuration.
+
+A file holds only what differs between families, under agreed names:
+
+    load(checkpoint, dtype)                    the pretrained model
+    LORA_TARGETS                               regular expression of the language model's linear layers
+    EMBED_TOKENS                               name of the token embedding, for PEFT's trainable_token_indices
+    num_image_tokens(config, size)             image tokens of a picture of (width, height)
+    hidden_states(model, inputs, layer)        final-normed hidden states [B, T, D] of layer `layer` (None: the last)
+
+Adding a family is adding a file; nothing is registered.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+
+def resolve(checkpoint: str) -> str:
+    """The name or folder to load: `tiny` stands for the checkpoint that ships with the package."""
+    if checkpoint == "tiny":
+        from vladva.tiny import TINY
+
+        return str(TINY)
+    return checkpoint
+
+
+def backbone_of(checkpoint: str) -> ModuleType:
+    """The backbone module of a checkpoint. Raises ValueError where there is no checkpoint or no such family."""
+    from transformers import AutoConfig
+
+    try:
+        model_type = AutoConfig.from_pretrained(resolve(checkpoint)).model_type
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.checkpoint {checkpoint!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    known = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
+    if model_type not in known:
+        raise ValueError(f"{checkpoint} is a {model_type!r} model; vladva has backbones for {', '.join(known)}")
+    return import_module(f"vladva.backbones.{model_type}")

@@ -1,0 +1,184 @@
+"""Batches: the only preprocessing in the platform. Training, embedding, evaluation and serving all go through here.
+
+Token ids come from the model's own tokenizer and chat template and equal those of its Hugging Face processor; pictures
+are resized and cropped by its own image processor and stay uint8 until they are on the device.
+
+B pictures or texts, T tokens (right-padded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from vladva.backbones import backbone_of, resolve
+from vladva.examples import Example
+from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT, soft_tokens
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Side = Literal["image", "text"]
+
+
+@dataclass
+class Tokens:
+    """Token ids [B, T]; length [B] of each prompt, its last token being the summary token; length [B] with caption."""
+
+    ids: np.ndarray
+    prompt_lengths: np.ndarray
+    lengths: np.ndarray
+
+
+@dataclass
+class Batch:
+    """One chunk of image-text pairs, collated; never sliced afterwards."""
+
+    number: int
+    ids: list[str]
+    pixels: np.ndarray  # uint8 [B, 3, H, W]
+    image: Tokens  # prompt, then the long caption where there is one
+    text: Tokens
+    has_short: np.ndarray  # bool [B]; pairs without a short caption take no part in the contrastive loss
+    image_keys: np.ndarray  # int64 [B]; equal for equal pictures
+    caption_keys: np.ndarray  # int64 [B]; equal for equal short captions
+
+    def to_row(self) -> dict[str, Any]:
+        """The batch as one row of a Ray data set."""
+        row = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("image", "text")}
+        for side in ("image", "text"):
+            tokens: Tokens = getattr(self, side)
+            row |= {f"{side}.{f.name}": getattr(tokens, f.name) for f in fields(tokens)}
+        return row
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Batch:
+        """The batch that `to_row` gave."""
+        sides = {
+            side: Tokens(**{f.name: row[f"{side}.{f.name}"] for f in fields(Tokens)}) for side in ("image", "text")
+        }
+        names = [f.name for f in fields(cls) if f.name not in sides]
+        return cls(**{name: row[name] for name in names}, **sides)
+
+
+def key_of(data: bytes) -> int:
+    """A 63-bit hash: equal data, equal key."""
+    import hashlib
+
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+class Preprocessor:
+    """Makes the inputs of one model from pictures and texts. Loads tokenizer and image processor, never weights."""
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        image_prompt: str = IMAGE_PROMPT,
+        text_prompt: str = TEXT_PROMPT,
+        soft_prompts: bool = False,
+    ) -> None:
+        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+        folder = resolve(checkpoint)
+        self.backbone = backbone_of(checkpoint)
+        self.config = AutoConfig.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.image_processor = AutoImageProcessor.from_pretrained(folder)
+        self.image_token: str = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
+        self.prompts = {"image": image_prompt, "text": text_prompt}
+        self.soft_ids: dict[str, list[int]] = {"image": [], "text": []}
+        self.prompt_ids = {side: self._encode(prompt) for side, prompt in self.prompts.items()}
+        if soft_prompts:
+            for side in ("image", "text"):
+                names = soft_tokens(side, len(self.prompt_ids[side]))
+                self.tokenizer.add_tokens(names, special_tokens=True)
+                self.soft_ids[side] = self.tokenizer.convert_tokens_to_ids(names)
+                self.prompts[side] = "".join(names)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def render(self, messages: list[dict[str, Any]], sizes: Sequence[tuple[int, int]] = ()) -> list[int]:
+        """Token ids of a conversation up to the assistant's turn; `sizes`: (width, height) of its pictures."""
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        pieces = text.split(self.image_token)
+        assert len(pieces) == len(sizes) + 1, (len(pieces) - 1, len(sizes))
+        expanded = pieces[0]
+        for piece, size in zip(pieces[1:], sizes, strict=True):
+            expanded += self.image_token * self.backbone.num_image_tokens(self.config, size) + piece
+        # A template that writes the beginning-of-sequence token itself must not get a second one.
+        bos = self.tokenizer.bos_token
+        return self.tokenizer(expanded, add_special_tokens=bos is None or not expanded.startswith(bos)).input_ids
+
+    def image_prompt(self, size: tuple[int, int]) -> list[int]:
+        """Token ids that ask for the summary of a picture of (width, height)."""
+        return self._image_prompt(self.backbone.num_image_tokens(self.config, size), size)
+
+    @lru_cache(maxsize=4096)  # noqa: B019  (a preprocessor lives as long as its process)
+    def _image_prompt(self, _: int, size: tuple[int, int]) -> list[int]:
+        content = [{"type": "image"}, {"type": "text", "text": self.prompts["image"]}]
+        return self.render([{"role": "user", "content": content}], [size])
+
+    def text_prompt(self, text: str) -> list[int]:
+        """Token ids that ask for the summary of a text."""
+        if self.image_token in text:
+            raise ValueError(f"the text contains the image token {self.image_token!r}")
+        content = [{"type": "text", "text": f"{text.strip()}\n{self.prompts['text']}"}]
+        return self.render([{"role": "user", "content": content}])
+
+    def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Pictures resized and cropped as the model wants them, uint8 [B, 3, H, W]."""
+        processed = self.image_processor(images=list(images), do_rescale=False, do_normalize=False, return_tensors="np")
+        pixels = np.asarray(processed["pixel_values"])
+        return pixels if pixels.dtype == np.uint8 else np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+
+    def pixel_statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation per channel, on the scale of 0 to 255."""
+        factor = self.image_processor.rescale_factor
+        return [m / factor for m in self.image_processor.image_mean], [
+            s / factor for s in self.image_processor.image_std
+        ]
+
+    def texts(self, texts: Sequence[str]) -> Tokens:
+        """Texts with their prompt, padded together."""
+        return self.pad([(self.text_prompt(text), []) for text in texts])
+
+    def images(self, sizes: Sequence[tuple[int, int]], captions: Sequence[str | None]) -> Tokens:
+        """Prompts for pictures of (width, height), each followed by its long caption and an end token if it has one."""
+        rows = []
+        for size, caption in zip(sizes, captions, strict=True):
+            following = [] if caption is None else [*self._encode(caption), self.tokenizer.eos_token_id]
+            rows.append((self.image_prompt(size), following))
+        return self.pad(rows)
+
+    def pad(self, rows: Sequence[tuple[list[int], list[int]]]) -> Tokens:
+        """Right-pad (prompt, caption) pairs of token ids to the longest."""
+        lengths = np.array([len(prompt) + len(caption) for prompt, caption in rows], np.int64)
+        padding = self.tokenizer.pad_token_id
+        ids = np.full((len(rows), int(lengths.max())), 0 if padding is None else padding, np.int64)
+        for i, (prompt, caption) in enumerate(rows):
+            ids[i, : lengths[i]] = prompt + caption
+        return Tokens(ids, np.array([len(prompt) for prompt, _ in rows], np.int64), lengths)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text by itself, without prompt."""
+        return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False).input_ids] if texts else []
+
+    def collate(self, number: int, examples: Sequence[Example]) -> Batch:
+        """The chunk `number` from its examples."""
+        return Batch(
+            number=number,
+            ids=[example.id for example in examples],
+            pixels=self.pixels([example.image for example in examples]),
+            image=self.images([example.image.size for example in examples], [example.long for example in examples]),
+            text=self.texts([example.short or "" for example in examples]),
+            has_short=np.array([example.short is not None for example in examples]),
+            image_keys=np.array([key_of(example.image.tobytes()) for example in examples], np.int64),
+            caption_keys=np.array([key_of((example.short or example.id).encode()) for example in examples], np.int64),
+        )

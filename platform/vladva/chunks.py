@@ -1,0 +1,109 @@
+"""Chunks: the run's batches in plan order, as a Ray data set of one row a chunk.
+
+Chunk g of a run belongs to optimizer step g // M. A task reads the chunk's samples with ranged reads, decodes and
+collates them; the row crosses the object store once, to the worker that trains on it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from vladva.config import RunConfig
+
+if TYPE_CHECKING:
+    import ray.data
+
+    from vladva.batches import Batch, Preprocessor
+    from vladva.shards import ShardIndex
+
+
+def chunk_stream(config: RunConfig, first_step: int) -> ray.data.Dataset:
+    """The chunks from step `first_step` on, one row and one block each, so that block i goes to worker i % W."""
+    import ray
+
+    first, last = (step * config.chunks_per_batch for step in (first_step, config.train.steps))
+    content = ray.put(config.to_json())
+    rows = ray.data.range(last - first, override_num_blocks=max(1, last - first))
+    return rows.map(read_row, fn_kwargs={"first": first, "config": content})
+
+
+def read_row(row: dict[str, Any], *, first: int, config: Any) -> dict[str, Any]:
+    """The task: row `id` of the stream is chunk `first + id` of the run."""
+    import json
+
+    import ray
+
+    content = ray.get(config)
+    return chunk_reader(json.dumps(content))(first + int(row["id"])).to_row()
+
+
+@lru_cache(maxsize=2)
+def chunk_reader(config: str) -> ChunkReader:
+    """One reader a process: index and tokenizer are loaded once."""
+    import json
+
+    return ChunkReader(RunConfig.from_json(json.loads(config)))
+
+
+class ChunkReader:
+    """Chunk number -> Batch."""
+
+    def __init__(self, config: RunConfig) -> None:
+        from vladva.shards import ShardIndex
+
+        self.config = config
+        self.index: ShardIndex = ShardIndex.open(config.data.uri)
+        self.preprocessor: Preprocessor = preprocessor_of(config)
+
+    def __call__(self, number: int) -> Batch:
+        from vladva.examples import Example, choose_captions, decode_image
+        from vladva.shards import read_samples
+
+        data = self.config.data
+        epoch, within = self.locate(number)
+        runs = self.plan(epoch).chunk(within)
+        refs = [ref for first, count in runs for ref in self.index.samples(first, count)]
+        examples = []
+        for ref, content in zip(refs, read_samples(data.uri, refs), strict=True):
+            short, long = choose_captions(
+                ref.captions,
+                ref.caption_tokens,
+                short_below=data.short_below,
+                long_below=data.long_below,
+                seed=self.config.seed,
+                epoch=epoch,
+                sample_id=ref.id,
+            )
+            examples.append(Example(ref.id, decode_image(content), short, long))
+        return self.preprocessor.collate(number, examples)
+
+    def plan(self, epoch: int) -> Any:
+        """The plan of an epoch."""
+        from vladva.plan import Plan
+
+        return Plan(
+            self.index.num_samples,
+            seed=self.config.seed,
+            epoch=epoch,
+            chunk_size=self.config.train.chunk_size,
+            run_length=self.config.data.run_length,
+            chunks_per_batch=self.config.chunks_per_batch,
+        )
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """Epoch, and number of the chunk within it."""
+        return divmod(number, self.plan(0).num_chunks)
+
+
+def preprocessor_of(config: RunConfig) -> Preprocessor:
+    """The preprocessing that a run trains with."""
+    from vladva.batches import Preprocessor
+
+    model = config.model
+    return Preprocessor(
+        model.checkpoint,
+        image_prompt=model.image_prompt,
+        text_prompt=model.text_prompt,
+        soft_prompts=model.soft_prompts,
+    )

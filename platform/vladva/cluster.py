@@ -1,0 +1,24 @@
+"""Cluster: the Ray that a job runs on."""
+
+from __future__ import annotations
+
+import os
+
+
+def connect() -> None:
+    """Join the Ray that submitted this job (or that RAY_ADDRESS names); without one, start one on this machine.
+
+    On a machine with fewer than four cores four are declared: reading data, training workers and their coordinators
+    take turns on the real ones.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    # Ray's uv hook and usage reports have no place in a job; progress is told by the jobs themselves.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level="WARNING")
+    else:
+        ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, logging_level="WARNING")

@@ -1,0 +1,209 @@
+"""Run configuration: a recipe plus overrides gives one frozen, validated `RunConfig`, saved with the run as JSON."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, get_type_hints
+
+from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which LVLM, and what is learned on it."""
+
+    checkpoint: str
+    """Hugging Face name or folder of the base model; `tiny` is the one that ships with vladva."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    layer: int | None = None
+    """Layer whose hidden state is the embedding, counted from 1; None is the last."""
+    image_prompt: str = IMAGE_PROMPT
+    text_prompt: str = TEXT_PROMPT
+    soft_prompts: bool = True
+    """Learn the prompts' token embeddings, starting from those of the hand-written prompts."""
+    lora_rank: int = 16
+    """Rank of the adapter on every linear layer of the language model; 0 for none."""
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which samples, and how they are read."""
+
+    uri: str
+    """Folder of shards: a path or s3://..."""
+    run_length: int = 8
+    """Neighbouring samples that are read with one request."""
+    short_below: int = 30
+    """Captions of fewer tokens are short, and contrasted; the others are long, and generated."""
+    long_below: int = 500
+    """Longer captions are not used; they are counted by the scan."""
+    max_bad_fraction: float = 0.05
+    """Stop when the scan quarantines more than this fraction of the samples."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """L = L_c + next_token_weight * L_AR."""
+
+    temperature: float = 0.07
+    learn_temperature: bool = True
+    next_token_weight: float = 1.0
+    """0 leaves the caption loss out."""
+    mask_duplicates: bool = True
+    """Pairs with the same picture or the same caption are not negatives of each other."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, linear warm-up, cosine to zero."""
+
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup_fraction: float = 0.03
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, in which batches, and what is kept."""
+
+    steps: int
+    global_batch: int = 1024
+    """Pairs in one optimizer step, over all workers: every pair is contrasted with all others."""
+    chunk_size: int = 32
+    """Pairs in one forward pass."""
+    gradient_cache: bool | None = None
+    """Recompute chunks instead of keeping their activations; None: when a worker has more than one chunk a step."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    checkpoint_every: int = 500
+    keep_last: int = 2
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """What each training worker gets."""
+
+    workers: int = 1
+    cpus_per_worker: float = 1
+    gpus_per_worker: int = 0
+    max_failures: int = 3
+    """Worker failures after which the run gives up; preemptions do not count."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run depends on."""
+
+    name: str
+    storage: str
+    """Where the run's folder is made: a path or s3://..."""
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        train, workers = self.train, self.cluster.workers
+        for name, value in (
+            ("train.steps", train.steps),
+            ("train.global_batch", train.global_batch),
+            ("train.chunk_size", train.chunk_size),
+            ("train.checkpoint_every", train.checkpoint_every),
+            ("train.keep_last", train.keep_last),
+            ("data.run_length", self.data.run_length),
+            ("cluster.workers", workers),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if train.global_batch % train.chunk_size:
+            raise ValueError(
+                f"train.global_batch {train.global_batch} is not a multiple of train.chunk_size {train.chunk_size}; "
+                f"use {train.global_batch // train.chunk_size * train.chunk_size or train.chunk_size}"
+            )
+        if self.chunks_per_batch % workers:
+            options = [str(w) for w in range(1, self.chunks_per_batch + 1) if self.chunks_per_batch % w == 0]
+            raise ValueError(
+                f"cluster.workers {workers} does not divide the {self.chunks_per_batch} chunks of a global batch "
+                f"(train.global_batch / train.chunk_size); use {', '.join(options)} workers or a smaller chunk_size"
+            )
+        if not 0 <= self.data.max_bad_fraction <= 1:
+            raise ValueError(f"data.max_bad_fraction is {self.data.max_bad_fraction}; it must be between 0 and 1")
+        if self.loss.temperature <= 0:
+            raise ValueError(f"loss.temperature is {self.loss.temperature}; it must be positive")
+        if not self.model.soft_prompts and not self.model.lora_rank:
+            raise ValueError("nothing to train: set model.soft_prompts or model.lora_rank")
+        if self.model.layer is not None and self.model.layer < 1:
+            raise ValueError(f"model.layer is {self.model.layer}; layers are counted from 1, None is the last")
+
+    @property
+    def chunks_per_batch(self) -> int:
+        """M: chunks that make one global batch."""
+        return self.train.global_batch // self.train.chunk_size
+
+    @property
+    def uri(self) -> str:
+        """The run's folder."""
+        return f"{self.storage.rstrip('/')}/{self.name}"
+
+    @property
+    def caches_gradients(self) -> bool:
+        """Whether chunks are embedded twice (gradient cache) rather than kept (single pass)."""
+        if self.train.gradient_cache is not None:
+            return self.train.gradient_cache
+        return self.chunks_per_batch // self.cluster.workers > 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries; `from_json` gives the equal config back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> RunConfig:
+        """The config that `to_json` gave. Raises ValueError for a key that no config has."""
+        return _build(cls, content, "")
+
+
+def _build(cls: type, content: dict[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(cls)
+    known = {f.name for f in fields(cls)}
+    for key in content:
+        if key not in known:
+            raise ValueError(f"unknown key {prefix}{key}; known here: {', '.join(sorted(known))}")
+    values = {}
+    for key, value in content.items():
+        if is_dataclass(hints[key]):
+            values[key] = _build(hints[key], value, f"{prefix}{key}.")
+        else:
+            values[key] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
+
+
+def user_errors(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorate a job's `main`: a ValueError or a missing file is the user's, told in one line with exit status 2.
+
+    VLADVA_TRACEBACK=1 shows where it was raised.
+    """
+
+    @functools.wraps(main)
+    def run() -> None:
+        try:
+            main()
+        except (ValueError, FileNotFoundError) as error:
+            if os.environ.get("VLADVA_TRACEBACK"):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+            sys.exit(130)
+
+    return run

@@ -1,0 +1,133 @@
+"""Engine: the only file that knows DeepSpeed. Forward, backward and optimizer step of a model under ZeRO 0 to 3.
+
+Optimizer state goes in and out as full tensors under the parameters' names, so a checkpoint does not depend on the ZeRO
+stage or on the number of workers.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vladva.config import OptimConfig, RunConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
+    """Rate of optimizer step `step` (from 0): linear warm-up, then cosine to zero."""
+    warmup = max(1, round(optim.warmup_fraction * steps))
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's settings for a run."""
+    micro_steps = config.chunks_per_batch // config.cluster.workers if config.caches_gradients else 1
+    bf16 = config.model.dtype == "bfloat16"
+    return {
+        "train_micro_batch_size_per_gpu": config.train.chunk_size,
+        "gradient_accumulation_steps": micro_steps,
+        "gradient_clipping": config.optim.clip_norm,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {"stage": config.train.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+class Engine:
+    """One worker's share of the model, its gradients and its optimizer."""
+
+    def __init__(self, model: nn.Module, config: RunConfig) -> None:
+        import deepspeed
+        from deepspeed.utils import logger
+
+        logger.setLevel("WARNING")
+        self.config = config
+        self.stage = config.train.zero_stage
+        settings = deepspeed_config(config)
+        self.micro_steps: int = settings["gradient_accumulation_steps"]
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(
+            self.trainable.values(),
+            lr=config.optim.lr,
+            betas=config.optim.betas,
+            weight_decay=config.optim.weight_decay,
+        )
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self.device = torch.device(self.engine.device)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself."""
+        return self.engine.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward."""
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of `loss`; the step's gradient is the sum over its calls, averaged over the workers."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed divides by the number of accumulation steps, for losses that are means.
+        self.engine.backward(loss * self.micro_steps)
+
+    def step(self, rate: float) -> float:
+        """Clip, update, clear; returns the gradient norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        norm = None
+        if self.stage == 0:  # DeepSpeed clips there without telling the norm
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.trainable.values() if p.grad is not None])
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """Within it every rank sees the whole of each trainable parameter (ZeRO-3 partitions them)."""
+        if self.stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self.trainable.values()))
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Moments under `NAME.exp_avg` and `NAME.exp_avg_sq`, whole; every rank must call it."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        state = {}
+        for name, parameter in self.trainable.items():
+            for moment in MOMENTS:
+                value = (
+                    self.optimizer.state[parameter][moment]
+                    if self.stage == 0
+                    else safe_get_full_optimizer_state(parameter, moment)
+                )
+                state[f"{name}.{moment}"] = value.detach().float().cpu().clone()
+        return state
+
+    def load_optimizer_state(self, state: dict[str, Tensor], step: int) -> None:
+        """Restore what `optimizer_state` gave after `step` optimizer steps."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for name, parameter in self.trainable.items():
+            for moment in MOMENTS:
+                value = state[f"{name}.{moment}"].to(self.device)
+                if self.stage == 0:
+                    self.optimizer.state[parameter][moment] = value
+                else:
+                    safe_set_full_optimizer_state(parameter, value, moment)
+        self.set_adam_step(step)
+
+    def set_adam_step(self, step: int) -> None:
+        """Set AdamW's count of steps, on which its bias correction depends."""
+        inner = self.optimizer if self.stage == 0 else self.optimizer.optimizer
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                inner.state[parameter]["step"] = torch.tensor(float(step))

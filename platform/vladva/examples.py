@@ -1,0 +1,64 @@
+"""Examples: the bytes of a sample, decoded and checked, with the captions that one epoch uses of it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from PIL import Image, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+MAX_PIXELS = 50_000_000
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture (RGB) with at most one short and one long caption."""
+
+    id: str
+    image: Image.Image
+    short: str | None
+    long: str | None
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode JPEG, PNG, WebP or the first frame of a GIF to RGB.
+
+    The size is checked before any pixel is decoded. Raises ValueError with the reason for everything else.
+    """
+    if not data:
+        raise ValueError("the picture has zero bytes")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ValueError(f"the picture has {width} x {height} pixels; at most {max_pixels:,} are accepted")
+        image.load()
+        if image.mode.startswith("I;16"):  # 16-bit grey: convert() would clip it to white
+            image = image.point(lambda value: value / 256).convert("L")
+        return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"not a picture in one of the formats {', '.join(FORMATS)}") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the picture is corrupt: {error}") from None
+
+
+def choose_captions(
+    captions: Sequence[str],
+    tokens: Sequence[int],
+    *,
+    short_below: int,
+    long_below: int,
+    seed: int,
+    epoch: int,
+    sample_id: str,
+) -> tuple[str | None, str | None]:
+    """The short and the long caption that an epoch uses, drawn by (seed, epoch, id); None where the sample has none."""
+    short = [text for text, count in zip(captions, tokens, strict=True) if count < short_below]
+    long = [text for text, count in zip(captions, tokens, strict=True) if short_below <= count < long_below]
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{sample_id}".encode(), digest_size=8).digest()
+    random = Random(int.from_bytes(digest, "little"))
+    return (random.choice(short) if short else None), (random.choice(long) if long else None)

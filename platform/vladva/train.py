@@ -1,0 +1,320 @@
+"""Training: the loop, from shards to checkpoints, readable top to bottom.
+
+The driver checks everything that can be checked before any worker starts, then hands over to Ray Train: W workers, each
+with its share of every global batch, under DeepSpeed. A run that was interrupted goes on from its last complete
+checkpoint when the same command is given again, with the same or another number of workers, and is the same run.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vladva import checkpoint, storage
+from vladva.config import RunConfig
+
+if TYPE_CHECKING:
+    import ray.data
+
+    from vladva.batches import Batch
+    from vladva.engine import Engine
+    from vladva.gradcache import Contrastive, StepLoss
+
+# What may differ between a run and its resumption without making it another run.
+MAY_CHANGE = (
+    "cluster",
+    "storage",
+    "train.zero_stage",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.gradient_cache",
+)
+
+
+# ------------------------------------------------------------------------------------------------------------- driver
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Run (or go on with) a training run; returns its last line of metrics. Raises ValueError for what a user can fix."""
+    from vladva.cluster import connect
+    from vladva.tracking import follow, read_metrics
+
+    connect()
+    claim_run(config)
+    check_data(config)
+    if finished_steps(config) < config.train.steps:
+        with follow(config.uri, config.train.steps):
+            fit(config)
+    return read_metrics(config.uri)[-1]
+
+
+def claim_run(config: RunConfig) -> None:
+    """Write the run's config.json, or compare with the one that is there: a run never changes its own recipe."""
+    uri = storage.join(config.uri, "config.json")
+    if not storage.exists(uri):
+        storage.write_json(uri, config.to_json())
+        return
+    before, now = (flatten(c.to_json()) for c in (RunConfig.from_json(storage.read_json(uri)), config))
+    changed = [key for key in now if now[key] != before[key] and not key.startswith(MAY_CHANGE)]
+    if changed:
+        what = ", ".join(f"{key} was {before[key]}, is {now[key]}" for key in changed)
+        raise ValueError(f"{config.uri} holds a run with another configuration ({what}); choose another --name")
+
+
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
+    flat = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def check_data(config: RunConfig) -> None:
+    """Scan the shards (only those that are new or changed), load nothing else; fail now rather than on the cluster."""
+    from vladva.chunks import ChunkReader, preprocessor_of
+    from vladva.shards import scan
+
+    preprocessor = preprocessor_of(config)
+    scan(config.data.uri, preprocessor.count_tokens, max_bad_fraction=config.data.max_bad_fraction)
+    ChunkReader(config).plan(0)
+
+
+def finished_steps(config: RunConfig) -> int:
+    """Steps of the newest complete checkpoint; 0 without one."""
+    newest = checkpoint.latest(config.uri)
+    return int(newest.rsplit("-", 1)[1]) if newest else 0
+
+
+def remaining_chunks(config: RunConfig) -> ray.data.Dataset:
+    """The chunk stream from the newest checkpoint on. Ray Train evaluates it anew whenever workers (re)start."""
+    from vladva.chunks import chunk_stream
+
+    return chunk_stream(config, finished_steps(config))
+
+
+def fit(config: RunConfig) -> None:
+    """Run the workers to the end."""
+    import ray.train
+    from ray.data import ExecutionOptions
+    from ray.train.torch import TorchTrainer
+
+    filesystem, path = storage.open_storage(storage.join(config.uri, "ray"))
+    resources = {"CPU": config.cluster.cpus_per_worker, "GPU": config.cluster.gpus_per_worker}
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"config": config.to_json()},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.cluster.workers,
+            use_gpu=config.cluster.gpus_per_worker > 0,
+            resources_per_worker={name: amount for name, amount in resources.items() if amount},
+        ),
+        datasets={"train": partial(remaining_chunks, config)},
+        dataset_config=ray.train.DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
+        run_config=ray.train.RunConfig(
+            # A name of its own each time: where to go on is told by our checkpoints, not by Ray's bookkeeping.
+            name=f"attempt-{time.time_ns()}",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            cause = getattr(failure, "cause", failure)  # Ray wraps what a worker raised
+            if isinstance(cause, ValueError):
+                raise ValueError(str(cause)) from error
+        raise
+
+
+# ------------------------------------------------------------------------------------------------------------- worker
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """What every worker runs: set up, resume, then one pass over its share of the chunk stream."""
+    import ray.train
+    import torch
+
+    from vladva.engine import Engine, learning_rate
+
+    config = RunConfig.from_json(settings["config"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+
+    # --- data: the stream starts where the newest checkpoint ends, and says so itself
+    chunks = numbered_chunks(ray.train.get_dataset_shard("train").iter_rows(), config, rank, world)
+    start, batch = next(chunks)
+
+    # --- model and engine
+    model = build_model(config, start)
+    engine = Engine(model, config)
+    if start:
+        saved = checkpoint.load(storage.join(config.uri, "checkpoints", f"step-{start}"))
+        engine.load_optimizer_state(saved.optimizer, start)
+    backward = backward_of(config)
+
+    # --- loop
+    with TrainingLog(config, rank, start) as log:
+        for step in range(start, config.train.steps):
+            began = time.perf_counter()
+            if step > start:
+                _, batch = next(chunks)
+            waited = time.perf_counter() - began
+
+            torch.manual_seed((config.seed * 1_000_003 + step) * 1_000_003 + rank)  # dropout, the same when resumed
+            losses = backward(engine, batch)
+            rate = learning_rate(step, config.train.steps, config.optim)
+            norm = engine.step(rate)
+
+            log.step(step, losses, batch, rate=rate, norm=norm, waited=waited, seconds=time.perf_counter() - began)
+            if (step + 1) % config.train.checkpoint_every == 0 or step + 1 == config.train.steps:
+                save_checkpoint(engine, log, config, step + 1)
+
+
+def numbered_chunks(
+    rows: Iterator[dict[str, Any]], config: RunConfig, rank: int, world: int
+) -> Iterator[tuple[int, list[Batch]]]:
+    """(step, this worker's chunks of its global batch). Chunk i must be on worker i % W: Ray Data deals them so."""
+    from vladva.batches import Batch
+
+    share: list[Batch] = []
+    for row in rows:
+        chunk = Batch.from_row(row)
+        assert chunk.number % world == rank, (chunk.number, world, rank)
+        assert not share or chunk.number == share[-1].number + world, (chunk.number, share[-1].number)
+        share.append(chunk)
+        if len(share) == config.chunks_per_batch // world:
+            yield share[0].number // config.chunks_per_batch, share
+            share = []
+
+
+def build_model(config: RunConfig, start: int) -> Any:
+    """The model with a new adapter, or with the one that was saved after `start` steps."""
+    import math
+
+    import torch
+
+    from vladva.chunks import preprocessor_of
+    from vladva.embedder import EmbeddingModel, add_adapter, load_adapter
+
+    torch.manual_seed(config.seed)
+    log_scale = -math.log(config.loss.temperature)
+    if start:
+        uri = storage.join(config.uri, "checkpoints", f"step-{start}")
+        log_scale = checkpoint.load(uri).state["log_scale"]
+    model = EmbeddingModel(config.model, preprocessor_of(config), log_scale=log_scale)
+    model.log_scale.requires_grad_(config.loss.learn_temperature)
+    model.lvlm.requires_grad_(False)
+    if start:
+        load_adapter(model, checkpoint.load_adapter(uri), trainable=True)
+    else:
+        add_adapter(model, config.model)
+    return model
+
+
+def backward_of(config: RunConfig) -> Callable[[Engine, list[Batch]], StepLoss]:
+    """Forward and backward of one global batch, by the configured losses and path."""
+    from vladva import gradcache
+
+    run = gradcache.cached if config.caches_gradients else gradcache.single_pass
+    return partial(run, contrastive=contrastive_of(config), next_token_weight=config.loss.next_token_weight)
+
+
+def contrastive_of(config: RunConfig) -> Contrastive:
+    """The contrastive loss of a run, on gathered embeddings."""
+    from vladva.losses.info_nce import info_nce
+
+    loss = config.loss
+
+    def contrastive(images: Any, texts: Any, log_scale: Any, *, valid: Any, image_keys: Any, caption_keys: Any) -> Any:
+        keys = {"image_keys": image_keys, "caption_keys": caption_keys} if loss.mask_duplicates else {}
+        if not loss.learn_temperature:
+            return info_nce(images, texts, temperature=loss.temperature, valid=valid, **keys)
+        return info_nce(images, texts, log_scale, valid=valid, **keys)
+
+    return contrastive
+
+
+def save_checkpoint(engine: Engine, log: TrainingLog, config: RunConfig, step: int) -> None:
+    """Save after `step` steps. Every rank gathers, rank 0 writes; the upload goes on while training does."""
+    from vladva.embedder import save_adapter
+
+    optimizer = engine.optimizer_state()
+    with engine.gathered(), tempfile.TemporaryDirectory() as folder:
+        if log.saver is None:
+            return
+        save_adapter(engine.model, config.model, Path(folder))
+        state = {
+            "next_chunk": step * config.chunks_per_batch,
+            "seed": config.seed,
+            "log_scale": engine.model.log_scale.item(),
+            "config": config.to_json(),
+            "data_fingerprint": log.data_fingerprint,
+        }
+        log.saver.save(step, adapter_files=Path(folder), optimizer=optimizer, state=state)
+
+
+class TrainingLog:
+    """What rank 0 writes of a run: metrics and checkpoints. On other ranks it only takes part in the sums."""
+
+    def __init__(self, config: RunConfig, rank: int, start: int) -> None:
+        from vladva.shards import ShardIndex
+        from vladva.tracking import Tracker
+
+        self.config = config
+        self.tracker = Tracker(config.uri, first_step=start) if rank == 0 else None
+        self.saver = checkpoint.AsyncSaver(config.uri, keep_last=config.train.keep_last) if rank == 0 else None
+        self.data_fingerprint = ShardIndex.open(config.data.uri).fingerprint if rank == 0 else ""
+
+    def step(
+        self,
+        step: int,
+        losses: StepLoss,
+        batch: list[Batch],
+        *,
+        rate: float,
+        norm: float,
+        waited: float,
+        seconds: float,
+    ) -> None:
+        """Log one optimizer step; `seconds` is its wall time, of which `waited` went on waiting for data."""
+        if self.tracker is None:
+            return
+        contrastive = losses.contrastive
+        tokens = sum(int(chunk.image.lengths.sum() + chunk.text.lengths.sum()) for chunk in batch)
+        next_token = losses.next_token.item()
+        self.tracker.log(
+            step,
+            {
+                "loss": contrastive.loss.item() + self.config.loss.next_token_weight * next_token,
+                "contrastive_loss": contrastive.loss.item(),
+                "next_token_loss": next_token,
+                "temperature": (-losses.log_scale).exp().item(),
+                "in_batch_accuracy": contrastive.accuracy.item(),
+                "effective_negatives": contrastive.effective_negatives.item(),
+                "duplicates": contrastive.duplicates.item(),
+                "lr": rate,
+                "grad_norm": norm,
+                "pairs_per_s": self.config.train.global_batch / seconds,
+                "tokens_per_s_per_worker": tokens / seconds,
+                "data_wait_s": waited,
+                "step_s": seconds,
+            },
+        )
+
+    def __enter__(self) -> TrainingLog:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.tracker is not None and self.saver is not None:
+            self.saver.close()
+            self.tracker.close()
