@@ -108,16 +108,15 @@ def test_half_written_is_never_picked_up(damage: str, run: str, adapter: Path) -
     good = save(run, 10, adapter)
     bad = save(run, 20, adapter)
     assert checkpoint.latest(run) == bad  # negative control
-    filesystem, path = storage.open_storage(bad)
     if damage == "no state":
-        filesystem.delete_file(f"{path}/state.json")
+        storage.delete_file(f"{bad}/state.json")
     elif damage == "empty state":
         storage.write_bytes_atomically(f"{bad}/state.json", b"")
     elif damage == "a file short":
         whole = storage.read_bytes(f"{bad}/optimizer.safetensors")
         storage.write_bytes_atomically(f"{bad}/optimizer.safetensors", whole[:-1])
     else:
-        filesystem.delete_file(f"{path}/adapter/adapter_config.json")
+        storage.delete_file(f"{bad}/adapter/adapter_config.json")
     assert checkpoint.latest(run) == good
     with pytest.raises(ValueError, match=r"step-20 is not complete .* beside it: step-10$"):
         checkpoint.load(bad)

@@ -172,8 +172,8 @@ def _find(run_uri: str) -> dict[int, dict[str, Any] | None]:
     folder = storage.join(run_uri, "checkpoints")
     pattern = re.compile(rf"(?:{re.escape(UNFINISHED)})?step-(\d+)/(.+)")
     sizes: dict[int, dict[str, int]] = {}
-    for uri, size, _ in storage.list_versions(folder):
-        if match := pattern.search(uri, len(folder)):
+    for uri, size, _ in storage.list_infos(folder):
+        if match := pattern.fullmatch(uri, len(folder) + 1):
             files = sizes.setdefault(int(match[1]), {})
             if UNFINISHED not in match[0]:
                 files[match[2]] = size
@@ -192,11 +192,11 @@ def _state_if_complete(uri: str, sizes: dict[str, int]) -> dict[str, Any] | None
 
 def _delete(uri: str) -> None:
     """Delete a checkpoint, state.json first: what is left by an interruption is not complete."""
-    filesystem, path = storage.open_storage(uri)
-    if storage.exists(storage.join(uri, STATE)):
-        filesystem.delete_file(f"{path}/{STATE}")
-    if storage.exists(uri):
-        filesystem.delete_dir(path)
+    state = storage.join(uri, STATE)
+    for file in sorted(storage.list_files(uri), key=lambda file: file != state):
+        storage.delete_file(file)
+    if _is_local(uri):
+        shutil.rmtree(storage.absolute(uri), ignore_errors=True)  # the empty folders
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def load_adapter(checkpoint_uri: str) -> Path:
 def _fetch(checkpoint_uri: str, wanted: Iterable[str]) -> tuple[dict[str, Any], Path]:
     uri = checkpoint_uri.rstrip("/")
     prefix = len(storage.join(uri, ""))
-    sizes = {file[prefix:]: size for file, size, _ in storage.list_versions(uri)}
+    sizes = {file[prefix:]: size for file, size, _ in storage.list_infos(uri)}
     state = _state_if_complete(uri, sizes)
     if state is None:
         raise ValueError(_missing(uri, sizes))
