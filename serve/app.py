@@ -1,0 +1,140 @@
+"""App: the application, and how to start it.
+
+    serve run serve.app:build model=.vladva/demo index=.vladva/demo/index
+
+Three deployments: an ingress that speaks HTTP, and behind it Discriminative (embeds, adapter on) and Generative
+(answers, adapter off), each scaling by itself.
+"""
+
+import os
+import socket
+import time
+import urllib.error
+import urllib.request
+from ipaddress import ip_address
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
+
+from serve import chat, embeddings, proxy, scores, search, status
+from serve.backend import Backend
+from serve.config import ServeArgs
+from serve.discriminative import Discriminative
+from serve.errors import LastResort, handle_errors
+from serve.generative import Generative
+from serve.guard import Guard, digest
+
+API_KEYS = "VLADVA_API_KEYS"  # environment variable: keys, separated by commas
+ROUTES = (status, embeddings, search, scores, chat)
+INGRESS_REQUESTS = 1000
+START_S = 600
+
+
+@serve.deployment
+@serve.ingress()
+class Ingress:
+    """HTTP in, HTTP out. Holds no model."""
+
+    def __init__(
+        self, args: ServeArgs, key_digests: list[bytes], discriminative: DeploymentHandle, generative: DeploymentHandle
+    ) -> None:
+        self.args = args
+        self.key_digests = key_digests
+        self.backend = Backend(args, discriminative, generative)
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """The application, made in the replica."""
+        app = FastAPI(title="vladva", docs_url=None, redoc_url=None)
+        for noun in ROUTES:
+            app.include_router(noun.routes(self.backend))
+        handle_errors(app)
+        return LastResort(Guard(app, self.key_digests, self.args.max_body_bytes))
+
+
+def build(args: ServeArgs) -> Application:
+    """The application. API keys come from the environment variable VLADVA_API_KEYS; only digests of them are kept."""
+    autoscaling = {
+        "min_replicas": args.min_replicas,
+        "max_replicas": args.max_replicas,
+        # Decisions at least a look-back apart, or the number of replicas swings.
+        "look_back_period_s": 30,
+        "upscale_delay_s": 30,
+        "downscale_delay_s": 600,
+    }
+    resources = {"num_cpus": args.num_cpus, "num_gpus": args.num_gpus}
+    discriminative = Discriminative.options(
+        ray_actor_options=resources,
+        # Every item costs a token or more, so a batch never waits for requests that Serve holds back.
+        max_ongoing_requests=args.max_batch_tokens,
+        autoscaling_config={**autoscaling, "target_ongoing_requests": 32},
+    ).bind(args)
+    generative = Generative.options(
+        ray_actor_options=resources,
+        max_ongoing_requests=64,
+        max_queued_requests=256,
+        autoscaling_config={**autoscaling, "target_ongoing_requests": 4},
+    ).bind(args)
+    ingress = Ingress.options(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=INGRESS_REQUESTS)
+    return ingress.bind(args, [digest(key) for key in api_keys()], discriminative, generative)
+
+
+def api_keys() -> list[str]:
+    """The configured keys."""
+    return [key.strip() for key in os.environ.get(API_KEYS, "").split(",") if key.strip()]
+
+
+def start(args: ServeArgs, host: str = "127.0.0.1", port: int = 8000) -> str:
+    """Start Serve and the application on this Ray cluster; returns the base URL once it is ready.
+
+    Raises ValueError where the address cannot be had, and where it is not loopback and no API key is configured.
+    """
+    if not api_keys() and not ip_address(host).is_loopback:
+        raise ValueError(f"host is {host} and no API key is configured: set {API_KEYS}, or serve on 127.0.0.1")
+    check_port(host, port)
+    serve.start(
+        http_options={"host": host, "port": port},
+        logging_config={"log_level": "WARNING"},
+        controller_options=proxy.controller_options(),
+    )
+    serve.run(build(args), name="vladva", logging_config={"log_level": "WARNING"})
+    url = f"http://{host}:{port}"
+    wait_until_ready(url)
+    return url
+
+
+def stop() -> None:
+    """Stop the application and Serve; Ray stays."""
+    serve.shutdown()
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ValueError where nothing can listen on the port."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = os.strerror(error.errno)
+            raise ValueError(f"port {port} on {host} cannot be used ({reason}); choose another port") from None
+
+
+def wait_until_ready(url: str) -> None:
+    """Return when /ready answers 200. Raises TimeoutError when it does not."""
+    request = urllib.request.Request(f"{url}/ready", headers={"Authorization": f"Bearer {(api_keys() or [''])[0]}"})
+    end = time.monotonic() + START_S
+    while not answers(request):
+        if time.monotonic() > end:
+            raise TimeoutError(f"{url}/ready did not answer 200 within {START_S} s")
+        time.sleep(0.2)
+
+
+def answers(request: urllib.request.Request) -> bool:
+    """Whether a request is answered with a success."""
+    try:
+        with urllib.request.urlopen(request, timeout=10):
+            return True
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False

@@ -1,0 +1,107 @@
+"""Backend: the two deployments as the routes see them: with a deadline, and Serve's own errors in the one shape."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from serve.config import ServeArgs
+from serve.discriminative import Embedded
+from serve.errors import ApiError, Failure
+from serve.items import Item
+from serve.models import Served
+
+ATTEMPTS = 3
+DESCRIBE_S = 30.0
+OVERLOADED = (429, "the queue is full; try again later", "overloaded")
+UNAVAILABLE = (503, "the deployment is not available at the moment; try again later", "unavailable")
+
+
+def late(deadline_s: float) -> ApiError:
+    """The refusal of a request whose time is up."""
+    return ApiError(408, f"not answered within {deadline_s:g} s; the work was cancelled", "deadline_exceeded")
+
+
+async def call(method: DeploymentHandle, *args: Any, deadline_s: float) -> Any:
+    """The result of an idempotent method. Tried again on another replica where one dies; cancelled when the time is up.
+
+    Raises ApiError for what the method refuses, 408, 429 and 503.
+    """
+    end = time.monotonic() + deadline_s
+    for attempt in range(ATTEMPTS):
+        response = method.remote(*args)
+        try:
+            result = await asyncio.wait_for(response, end - time.monotonic())
+        except asyncio.TimeoutError:
+            response.cancel()
+            raise late(deadline_s) from None
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except BackPressureError:
+            raise ApiError(*OVERLOADED) from None
+        except (RayActorError, DeploymentUnavailableError):
+            if attempt + 1 == ATTEMPTS:
+                raise ApiError(*UNAVAILABLE) from None
+            continue
+        if isinstance(result, Failure):
+            raise ApiError.of(result)
+        return result
+    raise AssertionError("the last attempt returns or raises")
+
+
+async def stream(method: DeploymentHandle, *args: Any, deadline_s: float) -> AsyncIterator[Any]:
+    """What a generator method yields; cancelled when the caller stops listening or the time is up.
+
+    Raises ApiError for what the method refuses, 408, 429 and 503. Not tried again: part of the answer may be out.
+    """
+    end = time.monotonic() + deadline_s
+    responses = method.options(stream=True).remote(*args)
+    try:
+        while True:
+            yield await asyncio.wait_for(anext(responses), end - time.monotonic())
+    except StopAsyncIteration:
+        return
+    except asyncio.TimeoutError:
+        raise late(deadline_s) from None
+    except BackPressureError:
+        raise ApiError(*OVERLOADED) from None
+    except (RayActorError, DeploymentUnavailableError):
+        raise ApiError(*UNAVAILABLE) from None
+    finally:
+        responses.cancel()
+
+
+class Backend:
+    """What the routes call."""
+
+    def __init__(self, args: ServeArgs, discriminative: DeploymentHandle, generative: DeploymentHandle) -> None:
+        self.args = args
+        self.discriminative = discriminative
+        self.generative = generative
+        self._served: Served | None = None
+
+    async def served(self) -> Served:
+        """The models that this application serves, asked for once."""
+        if self._served is None:
+            description = await call(self.discriminative.describe, deadline_s=DESCRIBE_S)
+            self._served = Served.of(self.args.model, self.args.name, description)
+        return self._served
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """The result of a method of the discriminative deployment."""
+        return await call(getattr(self.discriminative, method), *args, deadline_s=self.args.deadline_s)
+
+    async def embed(self, items: Sequence[Item | Failure], fields: Sequence[str]) -> list[Embedded | Failure]:
+        """Embeddings in order, with a `Failure` in the place of a bad item; `fields` name the items in its message."""
+        good = [item for item in items if isinstance(item, Item)]
+        embedded = iter(await self.call("embed", good) if good else [])
+        results = []
+        for item, field in zip(items, fields, strict=True):
+            result = item if isinstance(item, Failure) else next(embedded)
+            results.append(result.at(field) if isinstance(result, Failure) and item is not result else result)
+        return results

@@ -1,0 +1,119 @@
+"""Chat: POST /v1/chat/completions, whole or as server-sent events."""
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from serve.backend import Backend, stream
+from serve.errors import INTERNAL, ApiError, Failure, logger
+from serve.generative import Conversation, Finished, Sampling, Started
+from serve.items import Item, Limits, parse_image
+from serve.schema import ChatRequest, Message
+
+
+def routes(backend: Backend) -> APIRouter:
+    """The route that answers conversations."""
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions")
+    async def chat(body: ChatRequest) -> Response:
+        for name in body.unsupported():
+            raise ApiError(422, f"{name}: this server does not support it", "unsupported", name)
+        model, adapter = (await backend.served()).check_generation(body.model)
+        conversation = parse_conversation(body.messages, backend.args.limits)
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        sampling = Sampling(max_tokens, body.temperature, body.top_p, body.seed, body.stop, adapter)
+        answer = stream(backend.generative.answer, conversation, sampling, deadline_s=backend.args.deadline_s)
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        # The first event says whether the request is accepted, so a refusal still gets its own status.
+        started = await anext(answer)
+        if isinstance(started, Failure):
+            raise ApiError.of(started)
+        if body.stream:
+            events = server_sent_events(head, started, answer, body.stream_options.include_usage)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return JSONResponse(await completion(head, started, answer))
+
+    return router
+
+
+async def completion(head: dict[str, Any], started: Started, answer: AsyncIterator[Any]) -> dict[str, Any]:
+    """The whole answer as one object."""
+    text, finished = "", None
+    async with aclosing(answer):
+        async for event in answer:
+            if isinstance(event, Finished):
+                finished = event
+            else:
+                text += event
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finished.reason}
+    return {**head, "object": "chat.completion", "choices": [choice], "usage": usage(started, finished)}
+
+
+async def server_sent_events(
+    head: dict[str, Any], started: Started, answer: AsyncIterator[Any], include_usage: bool
+) -> AsyncIterator[str]:
+    """The answer in OpenAI's chunks. A later error is a chunk of its own, and `[DONE]` does not follow it."""
+    head = {**head, "object": "chat.completion.chunk"}
+
+    def chunk(delta: dict[str, str], reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return event_of({**head, "choices": [choice], **({"usage": None} if include_usage else {})})
+
+    try:
+        async with aclosing(answer):
+            yield chunk({"role": "assistant", "content": ""})
+            async for event in answer:
+                yield chunk({}, event.reason) if isinstance(event, Finished) else chunk({"content": event})
+        if include_usage:
+            yield event_of({**head, "choices": [], "usage": usage(started, event)})
+        yield "data: [DONE]\n\n"
+    except ApiError as error:
+        yield event_of({"error": error.failure.body()})
+    except Exception:
+        logger.exception("an answer broke off")
+        yield event_of({"error": INTERNAL.body()})
+
+
+def event_of(data: dict[str, Any]) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(data)}\n\n"
+
+
+def usage(started: Started, finished: Finished) -> dict[str, int]:
+    """Tokens of prompt and answer."""
+    total = started.prompt_tokens + finished.completion_tokens
+    return {
+        "prompt_tokens": started.prompt_tokens,
+        "completion_tokens": finished.completion_tokens,
+        "total_tokens": total,
+    }
+
+
+def parse_conversation(messages: list[Message], limits: Limits) -> Conversation:
+    """The conversation in Hugging Face's form. Raises ApiError for a bad picture, naming its part."""
+    turns: list[dict[str, Any]] = []
+    pictures: list[Item] = []
+    for i, message in enumerate(messages):
+        content = []
+        for j, part in enumerate(message.parts()):
+            if part.image_url is None or part.type == "text":
+                content.append({"type": "text", "text": part.text})
+                continue
+            picture = parse_image(part.image_url.url, f"messages[{i}].content[{j}].image_url", limits)
+            if isinstance(picture, Failure):
+                raise ApiError.of(picture)
+            content.append({"type": "image"})
+            pictures.append(picture)
+        turns.append({"role": "system" if message.role == "developer" else message.role, "content": content})
+    if sum(picture.pixels for picture in pictures) > limits.image_pixels:
+        text = f"messages: the pictures have more than {limits.image_pixels:,} pixels together"
+        raise ApiError(422, text, "invalid_image", "messages")
+    return Conversation(turns, [picture.image for picture in pictures], [picture.size for picture in pictures])

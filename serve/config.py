@@ -1,0 +1,66 @@
+"""Config: what can be set when the application starts; every field is an argument of `serve run serve.app:build`."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from serve.items import Limits
+
+
+class ServeArgs(BaseModel):
+    """Arguments of `build`. Sizes are bytes, times are seconds, costs are tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str = Field("tiny", description="run folder, checkpoint folder, `tiny`, or a Hugging Face name or path")
+    index: str | None = Field(None, description="index folder that /v1/search searches; none: no search")
+    name: str | None = Field(None, description="what clients call the adapter; default: the name of the run folder")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    num_cpus: float = Field(1, ge=0, description="CPUs of a replica")
+    num_gpus: float = Field(0, ge=0, description="GPUs of a replica; 0: it runs on the CPU")
+    min_replicas: int = Field(1, ge=0, description="of each deployment; 0: scale to zero when idle")
+    max_replicas: int = Field(2, ge=1, description="of each deployment")
+    max_batch_tokens: int = Field(4096, ge=1, description="cost at which a batch of embeddings is full")
+    batch_wait_s: float = Field(0.005, ge=0, description="how long a batch waits for more items")
+    max_queued_tokens: int = Field(65_536, ge=1, description="work a replica takes on before it answers 429")
+    max_tokens: int = Field(256, ge=1, description="length of a generated answer, where the request does not say")
+    max_items: int = Field(2048, ge=1, description="items of one request")
+    max_body_bytes: int = Field(64 << 20, ge=1)
+    max_image_bytes: int = Field(20 << 20, ge=1)
+    max_image_pixels: int = Field(50_000_000, ge=1)
+    deadline_s: float = Field(120, gt=0, description="when a request is answered 408 and its work cancelled")
+
+    @field_validator("model", "index")
+    @classmethod
+    def located(cls, place: str | None) -> str | None:
+        """Local paths made absolute: replicas do not run in the folder of whoever starts them."""
+        if place is not None and "://" not in place:
+            path = Path(place).expanduser()
+            if path.exists():
+                return str(path.resolve())
+            if place.startswith(("/", ".", "~")):
+                raise ValueError(f"there is no {place}; give an existing folder, or a URI such as s3://bucket/run")
+        return place
+
+    @model_validator(mode="after")
+    def replicas_in_order(self) -> "ServeArgs":
+        """`min_replicas` is at most `max_replicas`."""
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas is {self.min_replicas}, more than max_replicas, {self.max_replicas}")
+        return self
+
+    @property
+    def device(self) -> str:
+        """Where a replica's model lives."""
+        return "cuda" if self.num_gpus else "cpu"
+
+    @property
+    def limits(self) -> Limits:
+        """Caps on what one request may carry."""
+        return Limits(self.max_items, self.max_image_bytes, self.max_image_pixels)
+
+    @property
+    def index_name(self) -> str | None:
+        """What clients call the index: the name of its folder."""
+        return self.index.rstrip("/").rpartition("/")[2] if self.index else None

@@ -1,0 +1,184 @@
+"""Discriminative: the deployment that embeds (adapter on), and searches the index that was made with the same model.
+
+Items of all waiting requests share batches. A batch is full by cost, not by count: an item costs its tokens, and at
+least its pixels / PIXELS_PER_TOKEN, because a model that makes 16 tokens of every picture still holds it decoded.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ray import serve
+
+from serve.admission import TokenBudget
+from serve.config import ServeArgs
+from serve.errors import INTERNAL, Failure
+from serve.items import Item
+
+logger = logging.getLogger("ray.serve")
+
+PIXELS_PER_TOKEN = 10_000
+
+
+@dataclass(frozen=True)
+class Work:
+    """An item, the tokens it takes, and what it costs in a batch."""
+
+    item: Item
+    tokens: int
+    cost: int
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The embedding [D] of one item, unit norm, and the tokens it took."""
+
+    vector: np.ndarray
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """Hits, best first, from one version of the index; tokens that the query took."""
+
+    hits: list[dict[str, Any]]
+    version: int | str
+    tokens: int
+
+
+def batch_cost(work: Sequence[Work]) -> int:
+    """What a batch costs. Serve refuses an item that alone exceeds a batch; here it makes a batch by itself."""
+    return sum(one.cost for one in work) if len(work) > 1 else 1
+
+
+@serve.deployment
+class Discriminative:
+    """Embeds texts and pictures, and searches. Methods return a `Failure` for what they refuse."""
+
+    def __init__(self, args: ServeArgs) -> None:
+        from vladva.embedder import load_embedder
+
+        self.args = args
+        self.embedder = load_embedder(args.model, dtype=args.dtype, device=args.device)
+        self.context: int = self.embedder.preprocessor.config.get_text_config().max_position_embeddings
+        self.budget = TokenBudget(args.max_queued_tokens)
+        # The model works in one thread and tokens are counted in another, so that the event loop always answers.
+        self.model_thread = ThreadPoolExecutor(1)
+        self.token_thread = ThreadPoolExecutor(1)
+        self.indexes: dict[int | str | None, Any] = {}
+        self.embed_batched.set_max_batch_size(args.max_batch_tokens)
+        self.embed_batched.set_batch_wait_timeout_s(args.batch_wait_s)
+        self.embedder.embed_texts(["ready"])
+
+    async def describe(self) -> dict[str, Any]:
+        """What the embedder says of itself; the constructor has embedded something by then."""
+        return self.embedder.description()
+
+    async def embed(self, items: list[Item]) -> list[Embedded | Failure] | Failure:
+        """Embeddings of the items, in order, with a `Failure` in the place of a bad one."""
+        work = await asyncio.get_running_loop().run_in_executor(self.token_thread, self.count, items)
+        cost = sum(one.cost for one in work if isinstance(one, Work))
+        refusal = self.budget.refusal(cost)
+        if refusal:
+            return refusal
+
+        async def embed_one(one: Work | Failure) -> Embedded | Failure:
+            return one if isinstance(one, Failure) else await self.embed_batched(one)
+
+        with self.budget.hold(cost):
+            return await asyncio.gather(*[embed_one(one) for one in work])
+
+    async def search(
+        self, query: Item | np.ndarray, k: int, where: str | None, version: int | str | None
+    ) -> Found | Failure:
+        """The k rows of the index nearest to an item, or to a vector [D] of unit norm."""
+        vector, tokens = query, 0
+        if isinstance(query, Item):
+            embedded = await self.embed([query])
+            if isinstance(embedded, Failure):
+                return embedded
+            if isinstance(embedded[0], Failure):
+                return embedded[0].at("query")
+            vector, tokens = embedded[0].vector, embedded[0].tokens
+        elif len(query) != self.embedder.dimension:
+            message = f"the vector has {len(query)} numbers; the model's have {self.embedder.dimension}"
+            return Failure(422, message, "invalid_value").at("query")
+        search = asyncio.get_running_loop().run_in_executor(
+            self.model_thread, self.search_index, vector, k, where, version
+        )
+        found = await search
+        return found if isinstance(found, Failure) else Found(*found, tokens)
+
+    def count(self, items: Sequence[Item]) -> list[Work | Failure]:
+        """What each item costs; a `Failure` where the model cannot take it."""
+        return [self.count_one(item) for item in items]
+
+    def count_one(self, item: Item) -> Work | Failure:
+        """What an item costs."""
+        if item.text is None:
+            tokens = self.embedder.num_image_tokens(*item.size)
+            return Work(item, tokens, max(tokens, item.pixels // PIXELS_PER_TOKEN))
+        try:
+            [tokens] = self.embedder.count_text_tokens([item.text])
+        except ValueError as error:
+            return Failure(422, str(error), "invalid_value")
+        if tokens > self.context:
+            message = f"the text takes {tokens:,} tokens with its prompt; the model takes {self.context:,}"
+            return Failure(422, message, "context_length_exceeded")
+        return Work(item, tokens, tokens)
+
+    @serve.batch(max_batch_size=1, batch_size_fn=batch_cost)  # the constructor sets size and wait
+    async def embed_batched(self, work: list[Work]) -> list[Embedded | Failure]:
+        """One caller's item, embedded together with those of others."""
+        return await asyncio.get_running_loop().run_in_executor(self.model_thread, self.embed_now, work)
+
+    def embed_now(self, work: Sequence[Work]) -> list[Embedded | Failure]:
+        """Decode and embed one batch. An error in it is laid at the door of the item that causes it."""
+        from vladva.examples import decode_image
+
+        results: list[Embedded | Failure | None] = [None] * len(work)
+        texts, images = [], {}
+        for i, one in enumerate(work):
+            if one.item.image is None:
+                texts.append(i)
+                continue
+            try:
+                images[i] = decode_image(one.item.image, self.args.max_image_pixels)
+            except ValueError as error:
+                results[i] = Failure(422, str(error), "invalid_image")
+        try:
+            vectors = [
+                *zip(texts, self.embedder.embed_texts([work[i].item.text for i in texts]), strict=True),
+                *zip(images, self.embedder.embed_images(list(images.values())), strict=True),
+            ]
+        except Exception:
+            if len(work) == 1:
+                logger.exception("an item cannot be embedded")
+                return [INTERNAL]
+            return [self.embed_now([one])[0] for one in work]
+        for i, vector in vectors:
+            results[i] = Embedded(vector, work[i].tokens)
+        return results
+
+    def search_index(
+        self, vector: np.ndarray, k: int, where: str | None, version: int | str | None
+    ) -> tuple[list[dict[str, Any]], int | str] | Failure:
+        """Hits and the version they are from. Versions stay open once they have been asked for."""
+        from vladva.index import FingerprintMismatch, open_index
+
+        try:
+            if version not in self.indexes:
+                self.indexes[version] = open_index(
+                    self.args.index, version=version, fingerprint=self.embedder.fingerprint
+                )
+            index = self.indexes[version]
+            hits = index.search(vector, k, filter=where)
+        except FingerprintMismatch as error:
+            return Failure(409, str(error), "fingerprint_mismatch")
+        except ValueError as error:
+            return Failure(422, str(error), "invalid_value")
+        return [{"id": hit.id, "score": float(hit.score), "columns": hit.columns} for hit in hits], index.version

@@ -1,0 +1,112 @@
+"""Items: the things to embed, text or picture, taken out of the forms in which clients send them.
+
+A bad item is a `Failure` in its place, so that a caller who asked for `partial` still gets the others.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import JsonValue
+
+from serve.errors import ApiError, Failure
+from serve.images import image_size, parse_data_uri
+from serve.schema import Message
+
+Modality = Literal["text", "image"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Caps on what one request may carry."""
+
+    items: int
+    image_bytes: int
+    image_pixels: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """One text, or the encoded bytes and the (width, height) of one picture."""
+
+    text: str | None = None
+    image: bytes | None = None
+    size: tuple[int, int] = (0, 0)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of the picture, 0 for a text."""
+        return self.size[0] * self.size[1]
+
+
+def as_list(value: JsonValue) -> list[JsonValue]:
+    """The items of a field that takes one or several."""
+    return value if isinstance(value, list) else [value]
+
+
+def parse_items(
+    values: Sequence[JsonValue], field: str, limits: Limits, modality: Modality = "text"
+) -> list[Item | Failure]:
+    """The items in `values`, the content of the body's `field`. Raises ApiError for none and for too many."""
+    if not 1 <= len(values) <= limits.items:
+        raise ApiError(422, f"{field} holds {len(values)} items; send 1 to {limits.items}", "invalid_value", field)
+    return [_parse(value, f"{field}[{i}]", limits, modality) for i, value in enumerate(values)]
+
+
+def parse_item(value: JsonValue, field: str, limits: Limits, modality: Modality = "text") -> Item:
+    """The one item in the body's `field`. Raises ApiError for a bad one."""
+    return only_items([_parse(value, field, limits, modality)])[0]
+
+
+def parse_conversations(conversations: Sequence[list[Message]], limits: Limits) -> list[Item | Failure]:
+    """One item for every conversation: its picture, or its text."""
+    values: list[JsonValue] = []
+    for conversation in conversations:
+        parts = [part for message in conversation for part in message.parts()]
+        texts = [part.text for part in parts if part.type == "text"]
+        images = [part.image_url.url for part in parts if part.image_url]
+        value: dict[str, JsonValue] = {}
+        if texts:
+            value["text"] = "\n".join(texts)
+        if images:
+            value["image"] = images[0] if len(images) == 1 else images
+        values.append(value)
+    return parse_items(values, "messages", limits)
+
+
+def only_items(items: Sequence[Item | Failure]) -> list[Item]:
+    """The items, where every one must be good. Raises ApiError for the first that is not."""
+    for item in items:
+        if isinstance(item, Failure):
+            raise ApiError.of(item)
+    return list(items)
+
+
+def _parse(value: JsonValue, field: str, limits: Limits, modality: Modality) -> Item | Failure:
+    if isinstance(value, str):
+        value = {modality: value}
+    match value:
+        case {"text": str(text)} if len(value) == 1:
+            if not text.strip():
+                return _refused(field, "the text is empty")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                return _refused(field, "the text holds half a surrogate pair, which is no character")
+            return Item(text=text)
+        case {"image": str(uri)} if len(value) == 1:
+            return parse_image(uri, field, limits)
+        case {"text": _, "image": _}:
+            return _refused(field, "the model embeds a text or a picture, not both at once; send two items")
+    return _refused(field, 'send a string, {"text": "..."} or {"image": "data:image/png;base64,..."}')
+
+
+def parse_image(uri: str, field: str, limits: Limits) -> Item | Failure:
+    """The picture in a data: URI."""
+    try:
+        data = parse_data_uri(uri, limits.image_bytes)
+        return Item(image=data, size=image_size(data, limits.image_pixels))
+    except ValueError as error:
+        return Failure(422, str(error), "invalid_image").at(field)
+
+
+def _refused(field: str, message: str) -> Failure:
+    return Failure(422, message, "invalid_value").at(field)

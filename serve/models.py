@@ -1,0 +1,71 @@
+"""Models: what this application serves, and the names by which clients ask for it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from serve.errors import ApiError
+
+
+@dataclass(frozen=True)
+class Served:
+    """The base model, and the adapter on it where there is one. The adapter is switched per request."""
+
+    base: str
+    adapter: str | None
+    description: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: str, name: str | None, description: dict[str, Any]) -> "Served":
+        """Names for the model that `load_embedder(model)` describes. Local folders go by their last part."""
+        checkpoint = description["base_model"]
+        base = Path(checkpoint).name if Path(checkpoint).is_absolute() else checkpoint
+        if description["adapter"] is None:
+            return cls(name or base, None, description)
+        return cls(base, name or adapter_name(model), description)
+
+    @property
+    def embedding_model(self) -> str:
+        """The model that embeds."""
+        return self.adapter or self.base
+
+    def check_embedding(self, asked: str | None) -> str:
+        """The model that embeds. Raises ApiError where another is asked for."""
+        if asked not in (None, self.embedding_model):
+            raise self.unknown(asked, [self.embedding_model])
+        return self.embedding_model
+
+    def check_generation(self, asked: str | None) -> tuple[str, bool]:
+        """The model that answers, and whether it is the adapter. Raises ApiError where another is asked for."""
+        name = asked or self.base
+        if name not in (self.base, self.adapter):
+            raise self.unknown(name, [self.base, *([self.adapter] if self.adapter else [])])
+        return name, name == self.adapter
+
+    def unknown(self, asked: str, known: list[str]) -> ApiError:
+        """The refusal of a model that does not do this."""
+        return ApiError(404, f"model: no {asked!r} here; send {' or '.join(known)}", "model_not_found", "model")
+
+    def cards(self, created: int) -> list[dict[str, Any]]:
+        """OpenAI's model list, with what the embeddings depend on."""
+        about = self.description
+        common = {"object": "model", "created": created, "owned_by": "vladva", "base_model": self.base}
+        generator = {"id": self.base, **common, "mode": ["generative"], "adapter": None}
+        embedder = {
+            "id": self.embedding_model,
+            **common,
+            "mode": ["discriminative", "generative"],
+            "adapter": self.adapter,
+            "dimension": about["dimension"],
+            "layer": about["layer"],
+            "prompts": {"image": about["image_prompt"], "text": about["text_prompt"], "soft": about["soft_prompts"]},
+            "dtype": about["dtype"],
+            "fingerprint": about["fingerprint"],
+        }
+        return [embedder, generator] if self.adapter else [embedder]
+
+
+def adapter_name(model: str) -> str:
+    """`.../demo` is `demo`, `.../demo/checkpoints/step-300` is `demo-step-300`."""
+    parts = model.rstrip("/").split("/")
+    return f"{parts[-3]}-{parts[-1]}" if len(parts) > 2 and parts[-2] == "checkpoints" else parts[-1]

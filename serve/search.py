@@ -1,0 +1,53 @@
+"""Search: POST /v1/search, over the index that the application was started with."""
+
+import math
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter
+from pydantic import JsonValue
+
+from serve.backend import Backend
+from serve.discriminative import Found
+from serve.errors import ApiError
+from serve.items import Item, Limits, parse_item
+from serve.schema import SearchRequest
+
+
+def routes(backend: Backend) -> APIRouter:
+    """The route that searches."""
+    router = APIRouter()
+
+    @router.post("/v1/search")
+    async def search(body: SearchRequest) -> dict[str, Any]:
+        served = await backend.served()
+        model = served.check_embedding(body.model)
+        name = backend.args.index_name
+        if name is None:
+            raise ApiError(404, "no index is served; start the application with index=FOLDER", "index_not_found")
+        if body.index not in (None, name):
+            raise ApiError(404, f"index: no {body.index!r} here; send {name}", "index_not_found", "index")
+        query = parse_query(body.query, backend.args.limits, body.modality)
+        found: Found = await backend.call("search", query, body.k, body.filter, body.version)
+        return {
+            "object": "list",
+            "model": model,
+            "index": name,
+            "version": found.version,
+            "fingerprint": served.description["fingerprint"],
+            "data": [{"object": "hit", **hit} for hit in found.hits],
+            "usage": {"prompt_tokens": found.tokens, "total_tokens": found.tokens},
+        }
+
+    return router
+
+
+def parse_query(value: JsonValue, limits: Limits, modality: str) -> Item | np.ndarray:
+    """A text, a picture, or a vector [D], which is given unit norm."""
+    if not isinstance(value, list):
+        return parse_item(value, "query", limits, modality)
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in value)
+    if not numbers or not any(value):
+        raise ApiError(422, "query: a vector is a list of finite numbers, not all 0", "invalid_value", "query")
+    vector = np.asarray(value, np.float64)
+    return (vector / np.linalg.norm(vector)).astype(np.float32)

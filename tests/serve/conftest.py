@@ -1,0 +1,93 @@
+"""One Serve for all tests of this folder: one application with an adapter, one with a key and tight limits."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+from tests.serve.wire import ADAPTER, KEY, OTHER_KEY, STRICT
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+    from vladva.embedder import Embedder
+
+SMALL = {"num_cpus": 0, "max_replicas": 1}  # leave the logical CPUs of the shared cluster to the other tests
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of an adapter on the tiny model, shaken so that it changes both embeddings and captions."""
+    import torch
+
+    from vladva.batches import Preprocessor
+    from vladva.config import ModelConfig
+    from vladva.embedder import EmbeddingModel, add_adapter, save_adapter
+
+    torch.manual_seed(0)
+    config = ModelConfig("tiny", lora_rank=4)
+    model = EmbeddingModel(config, Preprocessor("tiny", soft_prompts=True))
+    add_adapter(model, config)
+    with torch.no_grad():
+        for name, parameter in model.lvlm.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    folder = tmp_path_factory.mktemp("runs") / ADAPTER
+    folder.mkdir()
+    save_adapter(model, config, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def embedder(adapter: str) -> Embedder:
+    """The same model as the server's, in this process."""
+    from vladva.embedder import load_embedder
+
+    return load_embedder(adapter)
+
+
+@pytest.fixture(scope="session")
+def server(ray_cluster: None, adapter: str) -> Iterator[str]:
+    """Base URL of a running server; under /strict a second application."""
+    from ray import serve
+
+    from serve.app import API_KEYS, ServeArgs, build, start, stop
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = start(ServeArgs(model=adapter, **SMALL), port=port)
+    os.environ[API_KEYS] = f"{KEY}, {OTHER_KEY}"
+    strict = ServeArgs(max_queued_tokens=60_000, max_body_bytes=2_000_000, max_items=400, deadline_s=1.0, **SMALL)
+    serve.run(build(strict), name=STRICT, route_prefix=f"/{STRICT}", logging_config={"log_level": "WARNING"})
+    del os.environ[API_KEYS]
+    yield url
+    stop()
+
+
+@pytest.fixture(scope="session")
+def client(server: str) -> Iterator[httpx.Client]:
+    """HTTP client of the server."""
+    with httpx.Client(base_url=server, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def strict(server: str) -> Iterator[httpx.Client]:
+    """HTTP client of the application with a key and tight limits; sends the key."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=f"{server}/{STRICT}", headers=headers, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def openai_client(server: str) -> OpenAI:
+    """The `openai` client, as its users set it up."""
+    from openai import OpenAI
+
+    return OpenAI(base_url=f"{server}/v1", api_key="unused", max_retries=0)

@@ -1,0 +1,153 @@
+"""The application as a whole: how it starts, what it says of itself, and that every error has the one shape."""
+
+from __future__ import annotations
+
+import inspect
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from serve.app import API_KEYS, ServeArgs, build, start
+from serve.models import Served, adapter_name
+from tests.serve.wire import ADAPTER, error_of
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+    from vladva.embedder import Embedder
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_importing_does_no_work() -> None:
+    """A clean interpreter imports the application without a model, torch, or a connection to Ray."""
+    code = "import sys, ray, serve.app; print(ray.is_initialized(), 'torch' in sys.modules, 'lance' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False", "False"]
+
+
+def test_ready_names_both_deployments(client: httpx.Client) -> None:
+    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/ready").json() == {"status": "ready", "deployments": ["discriminative", "generative"]}
+
+
+def test_models_are_listed_with_what_embeddings_depend_on(openai_client: OpenAI, embedder: Embedder) -> None:
+    adapter, base = openai_client.models.list().data
+    assert (adapter.id, base.id) == (ADAPTER, "tiny")
+    card = adapter.model_extra
+    assert card["mode"] == ["discriminative", "generative"]
+    assert base.model_extra["mode"] == ["generative"]
+    assert (card["base_model"], card["adapter"]) == ("tiny", ADAPTER)
+    assert (card["dimension"], card["layer"]) == (embedder.dimension, embedder.layer)
+    assert card["fingerprint"] == embedder.fingerprint
+    assert openai_client.models.retrieve(ADAPTER).id == ADAPTER
+
+
+def test_names_of_models() -> None:
+    zero_shot = {"base_model": "org/model", "adapter": None}
+    assert Served.of("org/model", None, zero_shot).embedding_model == "org/model"
+    local = {"base_model": "/models/llava", "adapter": "/x/adapter"}
+    served = Served.of("s3://bucket/runs/sea", None, local)
+    assert (served.base, served.adapter) == ("llava", "sea")
+    assert Served.of("s3://bucket/runs/sea", "mine", local).adapter == "mine"
+    assert adapter_name("s3://bucket/runs/sea/checkpoints/step-300/") == "sea-step-300"
+
+
+def test_every_error_has_the_one_shape(client: httpx.Client) -> None:
+    error_of(client.get("/nope"), 404, "not_found")
+    error_of(client.get("/v1/models/nope"), 404, "model_not_found")
+    response = client.get("/v1/embeddings")
+    error_of(response, 405, "method_not_allowed")
+    assert response.headers["allow"] == "POST"
+
+
+def test_errors_of_serves_own_proxy_have_it_too(client: httpx.Client) -> None:
+    late = client.post("/v1/embeddings", json={"input": "a"}, headers={"x-request-timeout-seconds": "0.0001"})
+    error_of(late, 408, "deadline_exceeded")
+
+
+def test_the_callers_request_id_comes_back(client: httpx.Client) -> None:
+    for path in ("/health", "/nope"):
+        response = client.get(path, headers={"x-request-id": "mine-17"})
+        assert response.headers.get_list("x-request-id") == ["mine-17"]
+    assert client.get("/health").headers["x-request-id"] != client.get("/health").headers["x-request-id"]
+
+
+def test_the_page_uses_the_same_endpoints(client: httpx.Client) -> None:
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    for path in ("/v1/search", "/v1/chat/completions"):
+        assert path.strip("/") in page.text
+    assert "http://" not in page.text.replace("http://www.w3.org", "")
+    assert "https://" not in page.text  # nothing is loaded from elsewhere
+
+
+def test_a_port_in_use_is_one_clear_error() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"^port {port} .*in use.*another port$"):
+            start(ServeArgs(), port=port)
+
+
+def test_beyond_this_machine_a_key_is_needed() -> None:
+    with pytest.raises(ValueError, match=API_KEYS):
+        start(ServeArgs(), host="0.0.0.0")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"modle": "tiny"}, "modle"),
+        ({"model": "/no/such/run"}, "there is no /no/such/run"),
+        ({"index": "./no-index"}, "there is no ./no-index"),
+        ({"min_replicas": 3}, "min_replicas is 3"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"max_queued_tokens": 0}, "max_queued_tokens"),
+    ],
+)
+def test_wrong_arguments_are_named(args: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ServeArgs.model_validate(args)
+
+
+def test_arguments_come_as_strings_from_the_command_line() -> None:
+    args = ServeArgs.model_validate({"model": "tiny", "num_gpus": "0.5", "max_replicas": "3"})
+    assert (args.num_gpus, args.max_replicas, args.device) == (0.5, 3, "cuda")
+
+
+def test_serve_finds_the_builders_arguments() -> None:
+    """`serve run` validates only what is annotated with a pydantic model itself, not with its name."""
+    [parameter] = inspect.signature(build).parameters.values()
+    assert parameter.annotation is ServeArgs
+
+
+def test_deployments_scale_by_themselves_without_thrashing() -> None:
+    from ray.serve._private.build_app import build_app
+
+    deployments = {d.name: d for d in build_app(build(ServeArgs(min_replicas=0)), name="x").deployments}
+    assert deployments.keys() == {"Discriminative", "Generative", "Ingress"}
+    for name in ("Discriminative", "Generative"):
+        config = deployments[name]._deployment_config
+        scaling = config.autoscaling_config
+        assert (scaling.min_replicas, scaling.max_replicas) == (0, 2)
+        assert scaling.look_back_period_s <= min(scaling.upscale_delay_s, scaling.downscale_delay_s)
+        assert config.max_ongoing_requests >= scaling.target_ongoing_requests
+    assert deployments["Discriminative"]._deployment_config.max_ongoing_requests >= ServeArgs().max_batch_tokens
+
+
+def test_the_serve_config_file_is_valid() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    config = ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "cluster/serve.yaml").read_text()))
+    [application] = config.applications
+    assert application.import_path == "serve.app:build"
+    ServeArgs.model_validate(application.args)

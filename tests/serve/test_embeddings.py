@@ -1,0 +1,144 @@
+"""POST /v1/embeddings against the embedder in this process, with the `openai` client and with plain HTTP."""
+
+from __future__ import annotations
+
+import base64
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.serve.wire import ADAPTER, data_uri, error_of, picture
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+    from vladva.embedder import Embedder
+
+TEXTS = ["a red circle above a blue square", "two small green stars"]
+
+
+def embed(client: httpx.Client, **body: Any) -> np.ndarray:
+    """Embeddings [N, D] that the server gives."""
+    response = client.post("/v1/embeddings", json=body)
+    assert response.status_code == 200, response.text
+    return np.array([entry["embedding"] for entry in response.json()["data"]], np.float32)
+
+
+def test_openai_client_gets_the_embedders_vectors(openai_client: OpenAI, embedder: Embedder) -> None:
+    # The client asks for base64 when the caller does not say.
+    for encoding in ({}, {"encoding_format": "float"}, {"encoding_format": "base64"}):
+        reply = openai_client.embeddings.create(model=ADAPTER, input=TEXTS, **encoding)
+        vectors = [
+            np.frombuffer(base64.b64decode(d.embedding), "<f4") if isinstance(d.embedding, str) else d.embedding
+            for d in reply.data
+        ]
+        np.testing.assert_allclose(vectors, embedder.embed_texts(TEXTS), atol=1e-5)
+        assert [d.index for d in reply.data] == [0, 1]
+        assert reply.usage.prompt_tokens == reply.usage.total_tokens == sum(embedder.count_text_tokens(TEXTS))
+        assert reply.model == ADAPTER
+
+
+def test_forms_of_input(client: httpx.Client, embedder: Embedder) -> None:
+    image = picture(0)
+    of_text, of_image = embedder.embed_texts(TEXTS[:1]), embedder.embed_images([image])
+    text_part = {"type": "text", "text": TEXTS[0]}
+    image_part = {"type": "image_url", "image_url": {"url": data_uri(image)}}
+    conversation = [{"role": "user", "content": [image_part]}]
+    forms = [
+        (of_text, {"input": TEXTS[0]}),
+        (of_text, {"input": {"text": TEXTS[0]}}),
+        (of_text, {"input": [{"text": TEXTS[0]}]}),
+        (of_text, {"messages": [{"role": "user", "content": TEXTS[0]}]}),
+        (of_text, {"messages": [{"role": "user", "content": [text_part]}]}),
+        (of_image, {"input": {"image": data_uri(image)}}),
+        (of_image, {"input": data_uri(image), "modality": "image"}),
+        (of_image, {"input": [data_uri(image)], "modality": "image"}),
+        (of_image, {"messages": conversation}),
+        (np.concatenate([of_image, of_image]), {"messages": [conversation, conversation]}),
+        (np.concatenate([of_image, of_text]), {"input": [{"image": data_uri(image)}, TEXTS[0]]}),
+    ]
+    for expected, body in forms:
+        np.testing.assert_allclose(embed(client, **body), expected, atol=1e-5)
+    assert abs(float(of_text[0] @ of_image[0])) < 0.999  # a server that mixes them up would be noticed
+
+
+def test_dimensions_truncate_then_normalise(client: httpx.Client, embedder: Embedder) -> None:
+    [full] = embedder.embed_texts(TEXTS[:1])
+    [short] = embed(client, input=TEXTS[0], dimensions=16)
+    np.testing.assert_allclose(short, full[:16] / np.linalg.norm(full[:16]), atol=1e-5)
+    error = error_of(
+        client.post("/v1/embeddings", json={"input": "a", "dimensions": embedder.dimension + 1}), 422, "invalid_value"
+    )
+    assert error["param"] == "dimensions"
+    assert str(embedder.dimension) in error["message"]
+
+
+def test_image_usage_counts_image_tokens(client: httpx.Client, embedder: Embedder) -> None:
+    reply = client.post("/v1/embeddings", json={"input": data_uri(picture(1)), "modality": "image"}).json()
+    assert reply["usage"]["prompt_tokens"] == embedder.num_image_tokens(64, 64) > (64 // 16) ** 2
+
+
+def test_concurrent_requests_share_batches_and_get_their_own_vectors(client: httpx.Client, embedder: Embedder) -> None:
+    texts = [f"{'a large ' * (i % 5)}red circle left of {i} blue squares" for i in range(40)]
+    with ThreadPoolExecutor(20) as pool:
+        vectors = list(pool.map(lambda text: embed(client, input=text)[0], texts))
+    np.testing.assert_allclose(vectors, embedder.embed_texts(texts), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("item", "code"),
+    [
+        ("", "invalid_value"),
+        ("a picture <image> here", "invalid_value"),
+        (7, "invalid_value"),
+        ({"txt": "a"}, "invalid_value"),
+        ({"text": "a", "image": data_uri(picture(0))}, "invalid_value"),
+        ({"image": "file:///etc/passwd"}, "invalid_image"),
+        ({"image": "http://127.0.0.1:8265/api/version"}, "invalid_image"),
+        ({"image": "data:image/png;base64,@@@@"}, "invalid_image"),
+        ({"image": "data:text/html;base64,AAAA"}, "invalid_image"),
+        ({"image": data_uri(b"no picture")}, "invalid_image"),
+        ("word " * 600, "context_length_exceeded"),
+    ],
+)
+def test_a_bad_item_is_named_or_with_partial_skipped(client: httpx.Client, item: Any, code: str) -> None:
+    error = error_of(client.post("/v1/embeddings", json={"input": [TEXTS[0], item]}), 422, code)
+    assert error["param"] == "input[1]"
+    assert error["message"].startswith("input[1]: ")
+    reply = client.post("/v1/embeddings", json={"input": [TEXTS[0], item, TEXTS[1]], "partial": True}).json()
+    assert [entry["index"] for entry in reply["data"]] == [0, 1, 2]
+    assert reply["data"][1]["embedding"] is None
+    assert reply["data"][1]["error"]["code"] == code
+    np.testing.assert_allclose([reply["data"][i]["embedding"] for i in (0, 2)], embed(client, input=TEXTS), atol=1e-5)
+
+
+def test_half_a_surrogate_pair_is_refused(client: httpx.Client) -> None:
+    body = rb'{"input": ["a", "\ud800"]}'
+    response = client.post("/v1/embeddings", content=body, headers={"Content-Type": "application/json"})
+    assert error_of(response, 422, "invalid_value")["param"] == "input[1]"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "body"),
+        ({"input": "a", "messages": [{"role": "user", "content": "a"}]}, "body"),
+        ({"input": []}, "input"),
+        ({"messages": []}, "messages"),
+        ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
+        ({"input": "a", "dimensions": 0}, "dimensions"),
+        ({"input": "a", "modality": "sound"}, "modality"),
+        ({"input": ["a"] * 2049}, "input"),
+        ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, "messages[0].content[0].type"),
+    ],
+)
+def test_a_bad_field_is_named(client: httpx.Client, body: dict[str, Any], param: str) -> None:
+    assert error_of(client.post("/v1/embeddings", json=body), 422, "invalid_value")["param"] == param
+
+
+def test_an_unknown_model_is_refused_and_the_known_one_named(client: httpx.Client) -> None:
+    error = error_of(client.post("/v1/embeddings", json={"input": "a", "model": "gpt"}), 404, "model_not_found")
+    assert ADAPTER in error["message"]

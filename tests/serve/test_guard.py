@@ -1,0 +1,132 @@
+"""Who is let in, and how much: keys, loopback, kinds and sizes of bodies, admission by tokens, deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from serve.admission import TokenBudget
+from serve.errors import ApiError, LastResort
+from serve.guard import Guard, digest
+from tests.serve.wire import KEY, OTHER_KEY, error_of
+
+LONG = "word " * 100
+
+
+def test_every_route_but_health_wants_a_key(strict: httpx.Client) -> None:
+    for header in ("", "Bearer", "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}{OTHER_KEY}", "Bearer "):
+        for method, path in [("GET", "/v1/models"), ("GET", "/ready"), ("GET", "/"), ("POST", "/v1/embeddings")]:
+            response = strict.request(method, path, headers={"Authorization": header}, json={"input": "a"})
+            error_of(response, 401, "invalid_api_key")
+            assert response.headers["www-authenticate"] == "Bearer"
+    assert strict.get("/health", headers={"Authorization": ""}).status_code == 200
+    for key in (KEY, OTHER_KEY):
+        assert strict.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+
+
+def request_from(host: str, keys: list[str], headers: dict[str, str]) -> int:
+    """Status that a guarded application gives to a caller at `host`."""
+    statuses: list[int] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    async def receive() -> Any:
+        raise AssertionError("nothing is read")
+
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "client": (host, 1234), "headers": raw}
+    asyncio.run(LastResort(Guard(application, [digest(key) for key in keys], 100))(scope, receive, send))
+    return statuses[0]
+
+
+def test_without_a_key_only_this_machine_is_served() -> None:
+    assert request_from("127.0.0.1", [], {}) == request_from("::1", [], {}) == 200
+    assert request_from("192.0.2.7", [], {}) == 403
+    assert request_from("192.0.2.7", ["k"], {}) == 401
+    assert request_from("192.0.2.7", ["k"], {"authorization": "Bearer k"}) == 200
+
+
+def test_kinds_of_bodies(strict: httpx.Client) -> None:
+    json_type = {"Content-Type": "application/json"}
+    error_of(strict.post("/v1/embeddings", content=b"input=a"), 415, "unsupported_media_type")
+    error_of(strict.post("/v1/embeddings", data={"input": "a"}), 415, "unsupported_media_type")
+    for body in (b"", b"{bad", b"\xff\xfe", b"[1, 2", b'{"input": "a"} x'):
+        error_of(strict.post("/v1/embeddings", content=body, headers=json_type), 400, "invalid_json")
+    error_of(strict.post("/v1/embeddings", content=b"[" * 100_000, headers=json_type), 400, "bad_request")
+    assert strict.post("/v1/embeddings", content=b'{"input": "a"}', headers=json_type).status_code == 200
+
+
+def test_a_large_body_is_refused_whether_it_says_its_size_or_not(strict: httpx.Client) -> None:
+    def chunks(number: int) -> Any:
+        yield b'{"input": "'
+        for _ in range(number):
+            yield b" " * 100_000
+        yield b'a"}'
+
+    json_type = {"Content-Type": "application/json"}
+    error_of(strict.post("/v1/embeddings", content=b" " * 2_100_000, headers=json_type), 413, "body_too_large")
+    error_of(strict.post("/v1/embeddings", content=chunks(25), headers=json_type), 413, "body_too_large")
+    assert strict.post("/v1/embeddings", content=chunks(3), headers=json_type).status_code == 200
+
+
+def test_budget_counts_what_is_under_way() -> None:
+    budget = TokenBudget(100)
+    assert budget.refusal(101).status == 413
+    assert budget.refusal(100) is None
+    with budget.hold(60):
+        assert budget.refusal(40) is None
+        assert budget.refusal(41).status == 429
+    with pytest.raises(ZeroDivisionError), budget.hold(60):
+        _ = 1 / 0
+    assert budget.held == 0
+
+
+def test_too_much_work_is_refused_and_late_work_is_cancelled(strict: httpx.Client) -> None:
+    """400 texts of about 200 tokens exceed the budget of 60,000; of 250 the replica cannot do much in one second."""
+    error_of(strict.post("/v1/embeddings", json={"input": [LONG] * 400}), 413, "request_too_large")
+    unlike = [f"{LONG} {i}" for i in range(250)]
+    start = time.monotonic()
+    with ThreadPoolExecutor(3) as pool:
+        responses = list(pool.map(lambda _: strict.post("/v1/embeddings", json={"input": unlike}), range(3)))
+    statuses = sorted(response.status_code for response in responses)
+    assert statuses[1:] == [429, 429]
+    assert statuses[0] in (200, 408)
+    assert time.monotonic() - start < 10
+    for response in responses:
+        if response.status_code == 429:
+            error_of(response, 429, "overloaded")
+            assert int(response.headers["retry-after"]) >= 1
+        if response.status_code == 408:
+            error_of(response, 408, "deadline_exceeded")
+    # What the late request held is free again, though its work would have taken longer.
+    deadline = time.monotonic() + 20
+    while strict.post("/v1/embeddings", json={"input": unlike[:200]}).status_code == 429:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_refusals_are_raised_as_one_kind() -> None:
+    error = ApiError(409, "message", "code", "field")
+    assert error.failure.body() == {
+        "message": "message",
+        "type": "invalid_request_error",
+        "param": "field",
+        "code": "code",
+    }
+
+
+@pytest.fixture(autouse=True)
+def no_key_left_in_the_environment() -> None:
+    """The fixtures clean up after themselves."""
+    assert "VLADVA_API_KEYS" not in os.environ

@@ -1,0 +1,106 @@
+"""Pictures from strangers: each gets an answer or a clear refusal, and the replica lives."""
+
+from __future__ import annotations
+
+import struct
+import time
+import zlib
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from serve.images import MAX_RATIO, image_size, parse_data_uri
+from tests.serve.wire import data_uri, encode, error_of, picture
+
+
+def claiming(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header claims a size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+FRAMES = {"save_all": True, "append_images": [picture(8), picture(9)]}
+GOOD = {
+    "1x1": encode(Image.new("RGB", (1, 1), "red")),
+    "cmyk": encode(picture(1).convert("CMYK"), "JPEG"),
+    "animated gif": encode(picture(1), "GIF", **FRAMES),
+    "animated webp": encode(picture(1), "WEBP", **FRAMES),
+    "16 bit": encode(Image.fromarray(np.full((64, 64), 40_000, np.uint16))),
+    "palette": encode(picture(1).convert("P")),
+    "transparent": encode(picture(1).convert("RGBA")),
+    "black and white": encode(picture(1).convert("1")),
+}
+BAD = {
+    "truncated png": encode(Image.effect_noise((64, 64), 50))[:600],
+    "truncated jpeg": encode(Image.effect_noise((64, 64), 50), "JPEG")[:600],
+    "bomb": claiming(60_000, 60_000),
+    "bomb below the cap": claiming(7_000, 7_000),
+    "50 million x 1": claiming(50_000_000, 1),
+    "empty": b"",
+    "bmp": encode(picture(1), "BMP"),
+    "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_odd_pictures_are_answered(client: httpx.Client, name: str) -> None:
+    response = client.post("/v1/embeddings", json={"input": {"image": data_uri(GOOD[name])}})
+    assert response.status_code == 200, response.text
+    assert np.linalg.norm(response.json()["data"][0]["embedding"]) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_pictures_are_refused(client: httpx.Client, name: str) -> None:
+    start = time.monotonic()
+    uri = data_uri(BAD[name])
+    assert error_of(client.post("/v1/embeddings", json={"input": {"image": uri}}), 422, "invalid_image")
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": uri}}]}]
+    assert error_of(client.post("/v1/chat/completions", json={"messages": messages}), 422, "invalid_image")
+    assert time.monotonic() - start < 20  # nothing was inflated
+    assert client.get("/ready").status_code == 200
+
+
+def test_only_the_first_frame_counts(client: httpx.Client) -> None:
+    still, moving = encode(picture(1), "GIF"), GOOD["animated gif"]
+    response = client.post("/v1/embeddings", json={"input": [data_uri(still), data_uri(moving)], "modality": "image"})
+    first, second = (entry["embedding"] for entry in response.json()["data"])
+    np.testing.assert_allclose(first, second, atol=1e-5)
+
+
+def test_data_uris() -> None:
+    data = encode(picture(0))
+    uri = data_uri(data)
+    assert parse_data_uri(uri, len(data)) == data
+    assert parse_data_uri(uri.replace("image/png", "image/png;charset=x"), len(data)) == data
+    refused = {
+        "https://example.com/a.png": "remote URLs are off",
+        "HTTP://example.com/a.png": "remote URLs are off",
+        "file:///etc/passwd": "data: URI",
+        "/etc/passwd": "data: URI",
+        "data:image/png,AAAA": "base64 data: URI",
+        "data:image/png;base64": "base64 data: URI",
+        "data:image/png;base64,A A A A": "not valid base64",
+        "data:image/png;base64,\xff": "not valid base64",
+    }
+    for text, reason in refused.items():
+        with pytest.raises(ValueError, match=reason):
+            parse_data_uri(text, 1000)
+    with pytest.raises(ValueError, match="larger than"):
+        parse_data_uri(uri, len(data) - 10)
+
+
+def test_size_is_checked_from_the_header() -> None:
+    assert image_size(claiming(300, 200), 60_000) == (300, 200)
+    with pytest.raises(ValueError, match="300 x 200"):
+        image_size(claiming(300, 200), 59_999)
+    assert image_size(claiming(MAX_RATIO, 1), 1000) == (MAX_RATIO, 1)
+    with pytest.raises(ValueError, match="times the other"):
+        image_size(claiming(1, MAX_RATIO + 1), 1000)

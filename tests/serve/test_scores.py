@@ -1,0 +1,76 @@
+"""Score, rerank and classify against dot products computed here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.serve.wire import data_uri, error_of, picture
+
+if TYPE_CHECKING:
+    from vladva.embedder import Embedder
+
+QUERY = "a red circle"
+DOCUMENTS: list[Any] = ["a blue square", "a red circle", {"image": data_uri(picture(5))}]
+
+
+@pytest.fixture(scope="module")
+def similarities(embedder: Embedder) -> np.ndarray:
+    """Cosines of the query and the documents."""
+    documents = np.concatenate([embedder.embed_texts(DOCUMENTS[:2]), embedder.embed_images([picture(5)])])
+    return documents @ embedder.embed_texts([QUERY])[0]
+
+
+def test_score_one_against_many_and_pair_by_pair(
+    client: httpx.Client, similarities: np.ndarray, embedder: Embedder
+) -> None:
+    reply = client.post("/v1/score", json={"queries": QUERY, "documents": DOCUMENTS}).json()
+    assert [entry["score"] for entry in reply["data"]] == pytest.approx(similarities, abs=1e-5)
+    assert [(entry["index"], entry["object"]) for entry in reply["data"]] == [(i, "score") for i in range(3)]
+    texts = DOCUMENTS[:2]
+    expected_tokens = sum(embedder.count_text_tokens([QUERY, *texts])) + embedder.num_image_tokens(64, 64)
+    assert reply["usage"]["prompt_tokens"] == expected_tokens
+    pairs = client.post("/v1/score", json={"queries": [QUERY, texts[0]], "documents": texts}).json()
+    assert [entry["score"] for entry in pairs["data"]] == pytest.approx([similarities[0]] * 2, abs=1e-5)
+    error = error_of(client.post("/v1/score", json={"queries": texts, "documents": DOCUMENTS}), 422, "invalid_value")
+    assert error["param"] == "queries"
+
+
+def test_rerank_sorts(client: httpx.Client, similarities: np.ndarray) -> None:
+    reply = client.post("/v1/rerank", json={"query": QUERY, "documents": DOCUMENTS, "top_n": 2}).json()
+    order = np.argsort(-similarities)[:2]
+    assert [result["index"] for result in reply["results"]] == order.tolist()
+    assert [result["relevance_score"] for result in reply["results"]] == pytest.approx(similarities[order], abs=1e-5)
+    assert reply["results"][0]["document"] == {"text": QUERY}
+
+
+def test_classify_is_a_softmax_over_the_labels(client: httpx.Client, embedder: Embedder) -> None:
+    names = ["red", "blue", "green"]
+    body = {"input": data_uri(picture(5)), "modality": "image", "labels": names, "template": "a {} one"}
+    reply = client.post("/v1/classify", json=body).json()
+    labels = embedder.embed_texts(["a red one", "a blue one", "a green one"])
+    logits = 100 * labels @ embedder.embed_images([picture(5)])[0]
+    probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    [entry] = reply["data"]
+    assert entry["probs"] == pytest.approx(probabilities, abs=1e-3)
+    assert entry["label"] == names[int(probabilities.argmax())]
+    assert entry["num_classes"] == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/rerank", {"query": QUERY, "documents": []}, "documents"),
+        ("/v1/rerank", {"query": QUERY, "documents": ["a", ""]}, "documents[1]"),
+        ("/v1/rerank", {"query": ["a", "b"], "documents": ["a"]}, "query[0]"),
+        ("/v1/classify", {"input": "a", "labels": ["one"]}, "labels"),
+        ("/v1/classify", {"input": "a", "labels": ["one", "two"], "template": "a label"}, "template"),
+        ("/v1/classify", {"input": "a", "labels": ["one", "two"], "lables": 1}, "lables"),
+        ("/v1/score", {"queries": "a"}, "documents"),
+    ],
+)
+def test_a_bad_field_is_named(client: httpx.Client, path: str, body: dict[str, Any], param: str) -> None:
+    assert error_of(client.post(path, json=body), 422, "invalid_value")["param"] == param
