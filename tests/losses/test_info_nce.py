@@ -119,7 +119,7 @@ def test_options_change_the_loss(unit: Callable) -> None:
         loss = info_nce(
             unit(NUM_PAIRS, WIDTH, seed=1), unit(NUM_PAIRS, WIDTH, seed=2), torch.tensor(1.7), **options
         ).loss
-        losses.add(round(float(loss.detach()), 9))
+        losses.add(round(loss.item(), 9))
     assert len(losses) == len(CASES)
 
 
@@ -169,7 +169,7 @@ def test_scale_is_clamped(unit: Callable) -> None:
     images, texts = unit(6, 4, seed=1), unit(6, 4, seed=2)
     log_scale = torch.tensor(math.log(MAX_SCALE) + 1, dtype=torch.float64, requires_grad=True)
     loss = info_nce(images, texts, log_scale).loss
-    assert float(loss) == pytest.approx(float(info_nce(images, texts, temperature=1 / MAX_SCALE).loss), rel=1e-12)
+    assert loss.item() == pytest.approx(info_nce(images, texts, temperature=1 / MAX_SCALE).loss.item(), rel=1e-12)
     assert float(torch.autograd.grad(loss, log_scale)[0]) == 0
 
 
@@ -191,7 +191,7 @@ def test_no_valid_pair_gives_zero_and_zero_gradients(unit: Callable) -> None:
     images, texts, log_scale = unit(3, 4, seed=1), unit(3, 4, seed=2), torch.tensor(2.0, requires_grad=True)
     options = {"valid": torch.zeros(3, dtype=torch.bool), "negatives": unit(3, 2, 4, seed=3), "dims": (2,)}
     result = info_nce(images, texts, log_scale, **options)
-    assert [float(x) for x in result] == [0, 0, 0, 0]
+    assert [x.item() for x in result] == [0, 0, 0, 0]
     for grad in torch.autograd.grad(result.loss, (images, texts, log_scale)):
         assert not grad.any()
 
@@ -219,7 +219,7 @@ def test_user_errors_name_the_argument(unit: Callable) -> None:
 
 def test_memory_grows_with_the_batch_not_with_its_square(unit: Callable, peak_bytes: Callable) -> None:
     """Twice the pairs, twice the peak; negative control: the plain formula takes four times as much."""
-    keys = torch.arange(4096) // 2
+    keys = torch.arange(2048) // 2
 
     def step(size: int, *, plain: bool) -> int:
         images, texts = (unit(size, 32, seed=seed, dtype=torch.float32) for seed in (1, 2))
@@ -230,11 +230,11 @@ def test_memory_grows_with_the_batch_not_with_its_square(unit: Callable, peak_by
                 logits = images @ texts.T * log_scale.exp()
                 loss = (cross_entropy(logits, torch.arange(size)) + cross_entropy(logits.T, torch.arange(size))) / 2
             else:
-                loss = info_nce(images, texts, log_scale, image_keys=keys[:size], chunk_size=128).loss
+                loss = info_nce(images, texts, log_scale, image_keys=keys[:size], chunk_size=64).loss
             loss.backward()
 
         return peak_bytes(call)
 
-    assert 1.8 < step(4096, plain=False) / step(2048, plain=False) < 2.2
-    assert 3.6 < step(2048, plain=True) / step(1024, plain=True) < 4.4
-    assert step(2048, plain=False) < step(2048, plain=True) / 8
+    assert 1.8 < step(2048, plain=False) / step(1024, plain=False) < 2.2
+    assert 3.6 < step(1024, plain=True) / step(512, plain=True) < 4.4
+    assert step(1024, plain=False) < step(1024, plain=True) / 6

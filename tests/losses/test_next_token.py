@@ -47,12 +47,12 @@ def test_plain_loss_by_hand() -> None:
         for t in range(first, 9):
             logits = (weight @ hidden[sample, t - 1]).tolist()
             total += math.log(sum(map(math.exp, logits))) - logits[labels[sample, t]]
-    assert float(next_token_from_logits(hidden @ weight.T, labels, 13)) == pytest.approx(total / 13, rel=1e-12)
-    assert float(next_token(hidden, weight, labels, torch.tensor(13))) == pytest.approx(total / 13, rel=1e-12)
+    assert next_token_from_logits(hidden @ weight.T, labels, 13).item() == pytest.approx(total / 13, rel=1e-12)
+    assert next_token(hidden, weight, labels, torch.tensor(13)).item() == pytest.approx(total / 13, rel=1e-12)
     unshifted = cross_entropy_sum(hidden[0], weight, labels[0]) + cross_entropy_sum(
         hidden[2, 4:], weight, labels[2, 4:]
     )
-    assert float(unshifted) / 13 != pytest.approx(total / 13, rel=1e-3)  # negative control
+    assert unshifted.item() / 13 != pytest.approx(total / 13, rel=1e-3)  # negative control
 
 
 def test_shares_of_parts_add_up_to_the_global_mean() -> None:
@@ -62,12 +62,12 @@ def test_shares_of_parts_add_up_to_the_global_mean() -> None:
     shares = [next_token(hidden[i : i + 1], weight, labels[i : i + 1], 13) for i in range(3)]
     torch.testing.assert_close(sum(shares), whole)
     means = [next_token(hidden[i : i + 1], weight, labels[i : i + 1], count) for i, count in ((0, 8), (2, 5))]
-    assert float(sum(means) / 2) != pytest.approx(float(whole), rel=1e-3)
+    assert (sum(means) / 2).item() != pytest.approx(whole.item(), rel=1e-3)
 
 
 def test_zero_hidden_states_give_log_of_the_vocabulary() -> None:
     _, weight, labels = batch(torch.float32)
-    assert float(next_token(torch.zeros(3, 9, WIDTH), weight, labels, 13)) == pytest.approx(
+    assert next_token(torch.zeros(3, 9, WIDTH), weight, labels, 13).item() == pytest.approx(
         math.log(VOCABULARY), rel=1e-6
     )
 
@@ -75,7 +75,7 @@ def test_zero_hidden_states_give_log_of_the_vocabulary() -> None:
 def test_nothing_to_predict_gives_zero_and_zero_gradients() -> None:
     hidden, weight, labels = batch(torch.float32)
     loss = next_token(hidden, weight, torch.full_like(labels, -100), 0)
-    assert float(loss) == 0
+    assert loss.item() == 0
     for grad in torch.autograd.grad(loss, (hidden, weight)):
         assert not grad.any()
 
@@ -95,7 +95,7 @@ def test_bfloat16_sums_in_float32() -> None:
     loss = next_token(hidden, weight, labels, 13)
     expected = next_token_from_logits((hidden @ weight.T).double(), labels, 13)
     assert loss.dtype == torch.float32
-    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     grads, exact = torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))
     for grad, exact_grad in zip(grads, exact, strict=True):
         assert grad.dtype == torch.bfloat16

@@ -65,11 +65,11 @@ def test_negative_control(unit: Callable) -> None:
         torch.tensor(2.3),
         torch.tensor(-3.0),
     )
-    plain = float(sigmoid(images, texts, scale, bias).loss)
-    assert float(sigmoid(images, texts, scale, bias, valid=VALID).loss) != pytest.approx(plain, rel=1e-3)
-    assert float(sigmoid(images, texts, scale, bias, image_keys=IMAGE_KEYS).loss) < plain
-    assert float(sigmoid(images, texts, scale, bias, negatives=texts[:, None].roll(1, 0)).loss) > plain
-    assert float(sigmoid(images, texts.roll(1, 0), scale, bias).loss) != pytest.approx(plain, rel=1e-3)
+    plain = sigmoid(images, texts, scale, bias).loss.item()
+    assert sigmoid(images, texts, scale, bias, valid=VALID).loss.item() != pytest.approx(plain, rel=1e-3)
+    assert sigmoid(images, texts, scale, bias, image_keys=IMAGE_KEYS).loss.item() < plain
+    assert sigmoid(images, texts, scale, bias, negatives=texts[:, None].roll(1, 0)).loss.item() > plain
+    assert sigmoid(images, texts.roll(1, 0), scale, bias).loss.item() != pytest.approx(plain, rel=1e-3)
 
 
 @pytest.mark.parametrize("num_pairs", [1, 2, 7])
@@ -80,7 +80,7 @@ def test_zero_embeddings_by_arithmetic(num_pairs: int) -> None:
     assert float(result.loss) == pytest.approx(num_pairs * math.log(2), rel=1e-6)
     assert float(result.effective_negatives) == num_pairs - 1
     expected = math.log1p(math.exp(10)) + (num_pairs - 1) * math.log1p(math.exp(-10))
-    assert float(sigmoid(zeros, zeros, torch.tensor(2.3), torch.tensor(-10.0)).loss) == pytest.approx(
+    assert sigmoid(zeros, zeros, torch.tensor(2.3), torch.tensor(-10.0)).loss.item() == pytest.approx(
         expected, rel=1e-6
     )
 
@@ -95,7 +95,7 @@ def test_matryoshka_is_the_mean_over_widths(unit: Callable) -> None:
 def test_no_valid_pair_gives_zero_and_zero_gradients(unit: Callable) -> None:
     images, texts, scale = unit(3, 4, seed=1), unit(3, 4, seed=2), torch.tensor(2.0, requires_grad=True)
     result = sigmoid(images, texts, scale, torch.tensor(-3.0), valid=torch.zeros(3, dtype=torch.bool))
-    assert [float(x) for x in result] == [0, 0, 0, 0]
+    assert [x.item() for x in result] == [0, 0, 0, 0]
     for grad in torch.autograd.grad(result.loss, (images, texts, scale), allow_unused=True, materialize_grads=True):
         assert not grad.any()
 
@@ -107,8 +107,8 @@ def test_memory_grows_with_the_batch_not_with_its_square(unit: Callable, peak_by
         keys = torch.arange(size) // 2
 
         def call() -> None:
-            sigmoid(images, texts, scale, bias, image_keys=keys, chunk_size=128).loss.backward()
+            sigmoid(images, texts, scale, bias, image_keys=keys, chunk_size=64).loss.backward()
 
         return peak_bytes(call)
 
-    assert 1.8 < step(4096) / step(2048) < 2.2
+    assert 1.8 < step(2048) / step(1024) < 2.2
