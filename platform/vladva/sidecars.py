@@ -1,0 +1,141 @@
+"""The sidecar of a shard: one Parquet file with a row per good sample, made by reading the tar once.
+
+The facts about the shard (what file it was made from, with which settings, what is quarantined) are in the metadata of
+the same file: a sidecar that exists is complete, and says whether it still holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vladva import storage
+from vladva.storage import RangedFile
+from vladva.tars import Quarantined, read_tar
+
+CountTokens = Callable[[list[str]], list[int]]
+
+MAX_PIXELS = 50_000_000
+ROWS_PER_GROUP = 512  # of a sidecar; what a task reads to find a run
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "key": pa.string(),
+        "shard": pa.string(),
+        "offset": pa.int64(),
+        "length": pa.int64(),
+        "captions": pa.list_(pa.string()),
+        "caption_tokens": pa.list_(pa.int32()),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "crc32": pa.int64(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class SampleRef:
+    """Where one sample's picture is (bytes in a shard), and what is known of it."""
+
+    id: str
+    shard: str
+    offset: int
+    length: int
+    captions: list[str]
+    caption_tokens: list[int]
+    width: int
+    height: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Scanner:
+    """Ray Data stage: a shard -> its sidecar, unless there is one already; and the facts about it."""
+
+    data_uri: str
+    index_uri: str
+    count_tokens: CountTokens
+    settings: dict[str, Any]
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+        sidecar = sidecar_uri(self.index_uri, row["shard"])
+        stamp = {"settings": self.settings, "shard": row["shard"], "size": row["size"], "changed": row["changed"]}
+        if storage.exists(sidecar):
+            known = json.loads(pq.ParquetFile(RangedFile(sidecar)).schema_arrow.metadata[b"vladva"])
+            if stamp.items() <= known.items():
+                return {"facts": json.dumps(known | {"scanned": False})}
+        options = {name: self.settings[name] for name in ("verify", "max_pixels")}
+        table, quarantined = scan_shard(self.data_uri, row["shard"], self.count_tokens, **options)
+        content = table.select(["key", "offset", "length", "captions", "crc32"]).to_pylist()
+        facts = {**stamp, "num_samples": len(table), "quarantined": quarantined, "digest": short_hash(content)}
+        storage.write_bytes_atomically(sidecar, parquet_bytes(table, facts))
+        return {"facts": json.dumps(facts | {"scanned": True})}
+
+
+def scan_shard(
+    data_uri: str, shard: str, count_tokens: CountTokens, *, verify: bool = True, max_pixels: int = MAX_PIXELS
+) -> tuple[pa.Table, list[Quarantined]]:
+    """The index of one shard (columns as in SCHEMA, ordered by offset), and what of it is not used."""
+    with storage.open_stream(storage.join(data_uri, shard)) as file:
+        samples, quarantined = read_tar(file, shard, verify=verify, max_pixels=max_pixels)
+    counts = iter(count_tokens([caption for sample in samples for caption in sample.captions]))
+    rows = [
+        {
+            "id": f"{shard}#{sample.key}",
+            "key": sample.key,
+            "shard": shard,
+            "captions": sample.captions,
+            "caption_tokens": [next(counts) for _ in sample.captions],
+            **(sample.picture._asdict() if sample.picture else {}),
+        }
+        for sample in samples
+    ]
+    return pa.Table.from_pylist(rows, SCHEMA), quarantined
+
+
+def read_refs(sidecar: str, version: str, first: int, count: int) -> list[SampleRef]:
+    """Rows first .. first + count - 1 of a sidecar, fewer where it ends. `version` must change when the file does."""
+    refs: list[SampleRef] = []
+    groups = range(first // ROWS_PER_GROUP, (first + count - 1) // ROWS_PER_GROUP + 1)
+    for group in range(groups.start, min(groups.stop, _footer(sidecar, version).num_row_groups)):
+        start = max(first - group * ROWS_PER_GROUP, 0)
+        rows = _row_group(sidecar, version, group).slice(start, count - len(refs)).to_pylist()
+        refs += [SampleRef(**row) for row in rows]
+    return refs
+
+
+@lru_cache(maxsize=128)
+def _row_group(sidecar: str, version: str, group: int) -> pa.Table:
+    file = pq.ParquetFile(RangedFile(sidecar), metadata=_footer(sidecar, version), pre_buffer=True)
+    return file.read_row_group(group, columns=[name for name in SCHEMA.names if name != "key"])
+
+
+@lru_cache(maxsize=1024)
+def _footer(sidecar: str, version: str) -> pq.FileMetaData:
+    return pq.ParquetFile(RangedFile(sidecar)).metadata
+
+
+def sidecar_uri(index_uri: str, shard: str) -> str:
+    """The sidecar of the shard at this path below the data set."""
+    return storage.join(index_uri, f"{shard}.parquet")
+
+
+def parquet_bytes(table: pa.Table, facts: dict[str, Any] | None = None) -> bytes:
+    """`table` as a Parquet file, with `facts` as JSON under the key "vladva" of its metadata."""
+    body = io.BytesIO()
+    metadata = {b"vladva": json.dumps(facts).encode()} if facts else {}
+    pq.write_table(table.replace_schema_metadata(metadata), body, row_group_size=ROWS_PER_GROUP)
+    return body.getvalue()
+
+
+def short_hash(content: Any) -> str:
+    """16 hexadecimal digits that change when the content (anything that JSON can hold) does."""
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()

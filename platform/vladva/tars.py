@@ -1,0 +1,229 @@
+"""One WebDataset tar -> its samples, with the position of each picture, and what is wrong with the others.
+
+Members `KEY.jpg` (or jpeg, png, webp, gif), `KEY.txt` and `KEY.json` are one sample, in any order. Captions come from
+"captions" or "caption" in the JSON, then from the text. Nothing in a shard is trusted: every sample is either
+returned or in the list of the quarantined, with a reason.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from PIL import Image, UnidentifiedImageError
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8")  # first bytes of these formats
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
+
+
+class BadDataError(Exception):
+    """What is wrong with a picture, a caption or a tar: a reason out of a small set, and the details."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail[:200]
+
+
+class Quarantined(NamedTuple):
+    """A sample (or a whole shard) that is not used; a shard's id is its path, a sample's `SHARD#KEY`."""
+
+    id: str
+    reason: str
+    detail: str
+
+
+class Picture(NamedTuple):
+    """Where a picture lies in its shard (bytes), its size (pixels), and a checksum of its bytes."""
+
+    offset: int
+    length: int
+    width: int
+    height: int
+    crc32: int
+
+
+@dataclass
+class Sample:
+    """What has been read of one key."""
+
+    key: str
+    picture: Picture | None = None
+    captions: list[str] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)  # "picture", "txt", "json"
+    problem: BadDataError | None = None
+
+    @property
+    def offset(self) -> int:
+        """Where the picture begins."""
+        assert self.picture
+        return self.picture.offset
+
+    def add(self, role: str, offset: int, data: bytes, *, verify: bool, max_pixels: int) -> None:
+        """Take one member's content. Raises BadDataError."""
+        if role == "picture":
+            self.picture = Picture(offset, len(data), 0, 0, zlib.crc32(data))
+            width, height = check_picture(data, verify=verify, max_pixels=max_pixels)
+            self.picture = self.picture._replace(width=width, height=height)
+        else:
+            self.captions += read_captions(data, role)
+
+
+def read_tar(
+    file: io.BufferedReader, shard: str, *, verify: bool, max_pixels: int
+) -> tuple[list[Sample], list[Quarantined]]:
+    """The good samples of a tar in the order of their pictures, and the rest.
+
+    `verify` decodes every picture; without it only the headers are read. Of a tar that is cut off or damaged, the
+    samples before the damage are kept.
+    """
+    samples: dict[str, Sample] = {}
+    quarantined: list[Quarantined] = []
+    try:
+        for name, offset, data in _members(file):
+            key, kind = _split(name)
+            sample = samples.setdefault(key, Sample(key))
+            role = "picture" if kind in PICTURES else kind
+            if role in sample.seen:  # captions of a second sample with this key go the way of its picture
+                if role == "picture":
+                    detail = f"again at byte {offset}; the first one, at byte {sample.offset}, is kept"
+                    quarantined.append(Quarantined(f"{shard}#{key}", "duplicate key", detail))
+                continue
+            sample.seen.add(role)
+            try:
+                sample.add(role, offset, data, verify=verify, max_pixels=max_pixels)
+            except BadDataError as problem:
+                sample.problem = sample.problem or problem
+    except BadDataError as problem:
+        quarantined.append(Quarantined(shard, problem.reason, problem.detail))
+
+    good = []
+    for sample in samples.values():
+        sample.captions = list(dict.fromkeys(sample.captions))
+        problem = sample.problem or _incomplete(sample)
+        if problem:
+            quarantined.append(Quarantined(f"{shard}#{sample.key}", problem.reason, problem.detail))
+        else:
+            good.append(sample)
+    return sorted(good, key=lambda sample: sample.offset), quarantined
+
+
+def _incomplete(sample: Sample) -> BadDataError | None:
+    if sample.picture is None:
+        return BadDataError("no picture", f"there is no member with the ending {', '.join(PICTURES)}")
+    return None if sample.captions else BadDataError("no caption")
+
+
+# --- the archive -----------------------------------------------------------------------------------------------------
+
+
+def _members(file: io.BufferedReader) -> Iterator[tuple[str, int, bytes]]:
+    """(name, offset of the content, content) of every picture and caption. Raises BadDataError where the tar is bad."""
+    start = file.read(6)
+    for magic, compression in COMPRESSED.items():
+        if start.startswith(magic):
+            raise BadDataError("compressed tar", f"{compression}: unpack it, its members cannot be read by position")
+    if not start:
+        raise BadDataError("empty tar", "the file has zero bytes")
+    file.seek(0)
+    end = 0
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # noqa: SIM115 (the caller closes the file)
+        while member := tar.next():
+            tar.members.clear()  # tarfile would keep every header in memory
+            end = tar.offset
+            name = _readable(member.name)
+            if member.isreg() and _split(name)[1] in (*PICTURES, "txt", "json"):
+                file.seek(member.offset_data)
+                data = file.read(member.size)
+                if len(data) != member.size:
+                    raise BadDataError("truncated tar", f"it ends inside {name}; the samples before it are kept")
+                yield name, member.offset_data, data
+    except tarfile.TarError as error:
+        raise BadDataError("truncated tar" if end else "not a tar", f"after byte {end}: {error}") from None
+    if not end:
+        raise BadDataError("empty tar", "it has no members")
+    # tarfile stops without a word at a damaged header, and where the file ends too early between two members.
+    file.seek(tar.offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise BadDataError("truncated tar", "the mark at its end is missing; what is there is kept")
+    if any(block):
+        raise BadDataError("damaged tar", f"no valid header at byte {tar.offset}; the samples before it are kept")
+
+
+def _readable(name: str) -> str:
+    """Bytes of a member's name that are not UTF-8 as escapes: ids must be text."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").removeprefix("./")
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and ending of a member, cut at the first dot of its last part; no ending for hidden files."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, ending = base.partition(".")
+    return folder + slash + stem, ending.lower() if stem else ""
+
+
+# --- its members -----------------------------------------------------------------------------------------------------
+
+
+def check_picture(data: bytes, *, verify: bool, max_pixels: int) -> tuple[int, int]:
+    """Width and height of an encoded picture. Raises BadDataError; `verify` decodes it."""
+    if not data:
+        raise BadDataError("zero bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise BadDataError("too many pixels", f"{width} x {height}; at most {max_pixels} are accepted")
+        if verify:
+            # A JPEG is decoded at an eighth of its size: all of its bytes are still read, in a third of the time.
+            image.draft(None, (max(1, width // 8), max(1, height // 8)))
+            image.load()
+    except BadDataError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadDataError("too many pixels", str(error)) from None
+    except (
+        Exception
+    ) as error:  # Pillow's decoders raise whatever they stumble over: OSError, SyntaxError, IndexError...
+        if isinstance(error, UnidentifiedImageError) and not data.startswith(MAGIC):
+            raise BadDataError("not a picture", f"it begins with {data[:16]!r}") from None
+        raise BadDataError("corrupt picture", str(error)) from None
+    return width, height
+
+
+def read_captions(data: bytes, kind: str) -> list[str]:
+    """The captions in the content of a `txt` or `json` member, without empty ones. Raises BadDataError."""
+    try:
+        text = data.decode("utf-8-sig")
+        captions = [text] if kind == "txt" else _captions_in_json(text)
+        "".join(captions).encode()  # JSON can spell out halves of characters, which no UTF-8 has
+    except UnicodeError as error:
+        raise BadDataError("caption is not UTF-8", str(error)) from None
+    return [caption.strip() for caption in captions if caption.strip()]
+
+
+def _captions_in_json(text: str) -> list[str]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadDataError("broken JSON", str(error)) from None
+    captions = []
+    for column in ("captions", "caption"):
+        value = content.get(column) if isinstance(content, dict) else None
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(caption, str) for caption in values):
+            raise BadDataError("caption is not text", f"{column} = {json.dumps(value)}")
+        captions += values
+    return captions
