@@ -112,9 +112,6 @@ def list_infos(uri: str) -> list[FileInfo]:
     return sorted(FileInfo(join(uri, below), size, changed) for below, size, changed in infos)
 
 
-list_versions = list_infos
-
-
 def read_bytes(uri: str) -> bytes:
     """The whole object at `uri`. Raises FileNotFoundError."""
     store, path = _store(uri)
