@@ -85,6 +85,7 @@ def node_environment(folder: Path) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "OMP_NUM_THREADS": "1",
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",  # Ray's own 60 are too few on a busy machine
     }
 
 
@@ -101,7 +102,7 @@ def free_ports(count: int) -> list[int]:
 def wait_until_ready(process: subprocess.Popen[bytes], address: str, token: str, log: Path) -> None:
     """Waits until the job server answers, or fails with the head's own words."""
     request = urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         try:
             with urllib.request.urlopen(request, timeout=5):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from jobs.train import parse
 from serve.config import ServeArgs
@@ -70,12 +71,15 @@ def test_the_job_is_a_recipe_that_the_cluster_can_hold() -> None:
     assert group["maxReplicas"] * workers_per_pod >= config.cluster.workers
 
 
-def test_the_service_is_ours_with_arguments_that_it_takes() -> None:
-    (application,) = yaml.safe_load(load("serve")["spec"]["serveConfigV2"])["applications"]
-    module, builder = application["import_path"].split(":")
-    source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
-    assert re.search(rf"^def {builder}\(", source, re.MULTILINE)
-    assert ServeArgs(**application["args"]).num_gpus == 0.5
+def test_the_service_is_that_of_the_plain_cluster_with_arguments_that_it_takes() -> None:
+    ours = yaml.safe_load(load("serve")["spec"]["serveConfigV2"])
+    plain = yaml.safe_load((ROOT / "cluster/serve.yaml").read_text())
+    for config in (ours, plain):
+        (application,) = ServeDeploySchema(**config).applications
+        ServeArgs(**application.args)
+        assert application.import_path == "serve.app:build"
+    assert ours["controller_options"] == plain["controller_options"]
+    assert ours["http_options"]["port"] == plain["http_options"]["port"]
 
 
 def test_every_pod_of_the_service_has_the_clients_keys() -> None:
