@@ -1,6 +1,7 @@
 """SugarCrepe++ (Dumpala et al., NeurIPS 2024): two true captions in different words against one hard negative.
 
-The Parquet names are Hugging Face's configurations (one of which it misspells). There is no Add subset. swap_obj has two rows whose caption equals its negative: at most 243 of 245 can be won.
+There is no Add subset. swap_obj has two rows whose caption equals its negative: at most 243 of 245 can be won. The
+Parquet names are those of Hugging Face's configurations, one of which it misspells.
 """
 
 from vladva.benchmarks.kinds.subsets import Subset

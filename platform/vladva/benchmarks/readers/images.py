@@ -4,6 +4,7 @@ A picture is a file in a folder, a member of a tar shard (found by the member's 
 In all three cases an `ImageRef` says where its bytes lie, so that a worker elsewhere can read just those.
 """
 
+import io
 import tarfile
 from collections.abc import Iterable, Sequence
 from hashlib import sha1
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
-from vladva.storage import ByteRange, absolute, join, list_versions, open_storage, open_stream, read_ranges
+from vladva.storage import ByteRange, FileInfo, RangedFile, absolute, join, list_infos, open_storage, read_ranges
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif"}
 READ_AHEAD = 1 << 20  # bytes; headers of small tar members then cost one request for many
@@ -37,14 +38,14 @@ def find_images(data_uri: str, folders: Sequence[str]) -> dict[str, ImageRef]:
     for folder in folders:
         base = join(absolute(data_uri), folder)
         found: dict[str, ImageRef] = {}
-        for uri, size, changed in list_versions(base):
-            path = PurePosixPath(uri[len(base) + 1 :])
-            version = _version(size, changed)
+        for info in list_infos(base):
+            path = PurePosixPath(info.uri[len(base) + 1 :])
+            version = _version(info)
             if path.suffix.lower() in SUFFIXES:
-                found[str(path)] = ImageRef(f"image/{folder}/{path}@{version}", str(path), uri, 0, size)
+                found[str(path)] = ImageRef(f"image/{folder}/{path}@{version}", str(path), info.uri, 0, info.size)
             elif path.suffix == ".tar":
-                for name, offset, length in _members(uri):
-                    found[name] = ImageRef(f"image/{folder}/{path}#{name}@{version}", name, uri, offset, length)
+                for name, offset, length in _members(info.uri):
+                    found[name] = ImageRef(f"image/{folder}/{path}#{name}@{version}", name, info.uri, offset, length)
         if found:
             return found
     return {}
@@ -72,9 +73,7 @@ def pick_images(data_uri: str, folders: Sequence[str], wanted: Iterable[str], ti
 def parquet_images(data_uri: str, path: str, column: str, names: Sequence[str]) -> list[ImageRef]:
     """The pictures in a column of the Parquet file `path` below `data_uri`, one per row, to be called `names`."""
     file = join(absolute(data_uri), path)
-    filesystem, inside = open_storage(file)
-    info = filesystem.get_file_info(inside)
-    version = _version(info.size, info.mtime_ns)
+    version = next(_version(info) for info in list_infos(file.rpartition("/")[0]) if info.uri == file)
     return [
         ImageRef(f"image/{path}#{column}/{row}@{version}", name, file, row, 0, column) for row, name in enumerate(names)
     ]
@@ -114,7 +113,7 @@ def _read_cells(uri: str, column: str, rows: Sequence[int]) -> list[bytes]:
 
 def _members(uri: str) -> list[tuple[str, int, int]]:
     """Name, offset and length of every picture in a tar."""
-    with open_stream(uri, READ_AHEAD) as file, tarfile.open(fileobj=file) as tar:
+    with io.BufferedReader(RangedFile(uri), READ_AHEAD) as file, tarfile.open(fileobj=file) as tar:
         return [
             (member.name, member.offset_data, member.size)
             for member in tar
@@ -122,5 +121,5 @@ def _members(uri: str) -> list[tuple[str, int, int]]:
         ]
 
 
-def _version(size: int, changed: int) -> str:
-    return sha1(f"{size} {changed}".encode()).hexdigest()[:8]
+def _version(info: FileInfo) -> str:
+    return sha1(f"{info.size} {info.changed}".encode()).hexdigest()[:8]

@@ -7,6 +7,7 @@
 | Parquet | columns `image` (bytes or {bytes, path}) and `label` |
 """
 
+import io
 import tarfile
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import pyarrow.parquet as pq
 
 from vladva.benchmarks.readers.images import READ_AHEAD, ImageRef, find_images, parquet_images
-from vladva.storage import absolute, join, list_files, open_storage, open_stream
+from vladva.storage import RangedFile, absolute, join, list_files, open_storage
 
 
 class Labelled(NamedTuple):
@@ -56,7 +57,7 @@ def _class_folders(images: dict[str, ImageRef], title: str) -> Labelled:
 def _webdataset(images: dict[str, ImageRef], tars: list[str], title: str) -> Labelled:
     labels: dict[str, int] = {}
     for uri in tars:
-        with open_stream(uri, READ_AHEAD) as file, tarfile.open(fileobj=file) as tar:
+        with io.BufferedReader(RangedFile(uri), READ_AHEAD) as file, tarfile.open(fileobj=file) as tar:
             for member in tar:
                 if member.name.endswith(".cls"):
                     content = tar.extractfile(member)

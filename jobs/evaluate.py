@@ -1,0 +1,97 @@
+#!/usr/bin/env python
+"""Score models in benchmarks: `jobs/evaluate.py zero-shot=tiny trained=.vladva/tiny --data .vladva/scenes`.
+
+Prints the tables in the paper's layout and leaves scores.json, the outcome of every sample and report.html. What a
+model has embedded before is not embedded again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+
+from vladva.config import user_errors
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Command-line arguments; `models` maps a label to a run, checkpoint or model name."""
+    parser = argparse.ArgumentParser(
+        prog="jobs/evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="RUN_OR_MODEL",
+        help="run folder, checkpoint folder, `tiny` or Hugging Face name; LABEL=... names its row",
+    )
+    parser.add_argument("--benchmarks", default="all", help="names with commas between, or `all` that --data holds")
+    parser.add_argument("--data", default=".vladva/scenes", help="folder or s3://... with the benchmarks' files")
+    parser.add_argument("--out", default=".vladva/evaluation", help="folder or s3://... for scores and embeddings")
+    parser.add_argument("--actors", type=int, default=2, help="processes that hold the model")
+    parser.add_argument("--batch-size", type=int, default=64, help="items embedded at a time")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model")
+    options = parser.parse_args(arguments)
+    options.models = dict(map(labelled, options.models))
+    return options
+
+
+def labelled(argument: str) -> tuple[str, str]:
+    """`LABEL=MODEL` or just MODEL, whose label is then its last part."""
+    label, equals, model = argument.partition("=")
+    if equals and "/" not in label:
+        return label, model
+    return argument.rstrip("/").rpartition("/")[2], argument
+
+
+@user_errors
+def main() -> None:
+    started = time.monotonic()
+    options = parse(sys.argv[1:])
+    command = shlex.join(["jobs/evaluate.py", *sys.argv[1:]])
+
+    from vladva.evaluate import evaluate, read_benchmarks
+
+    tasks = read_benchmarks(options.benchmarks.split(","), options.data)
+
+    from rich.console import Console
+
+    from vladva import cluster, storage
+    from vladva.backbones import backbone_of
+    from vladva.embedder import find_model
+    from vladva.report import write_report
+    from vladva.score_tables import as_rich, score_tables
+    from vladva.showcase import grids_of, wrong_choices_of
+
+    for model in options.models.values():  # a mistake in a name is told before a cluster is started
+        backbone_of(find_model(model).checkpoint)
+    cluster.connect()
+    scores = evaluate(
+        options.models,
+        tasks,
+        options.data,
+        options.out,
+        actors=options.actors,
+        batch_size=options.batch_size,
+        dtype=options.dtype,
+        command=command,
+    )
+    console = Console()
+    for table in score_tables(scores):
+        console.print(as_rich(table))
+    last = list(options.models)[-1]
+    report = storage.join(options.out, "report.html")
+    write_report(
+        report,
+        title="Evaluation: " + ", ".join(options.models),
+        command=command,
+        scores=scores,
+        grids=grids_of(scores, tasks, options.out, last),
+        wrong_choices=wrong_choices_of(scores, tasks, options.out, last),
+    )
+    print(f"{storage.join(options.out, 'scores.json')} and {report}, in {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Models + benchmarks -> scores.
+
+    read the benchmarks -> embed what they need, once -> score in float32 -> scores.json, outcomes/*.parquet
+
+Every text and picture is embedded once per model, whatever number of benchmarks asks for it, by the batch job of
+`encode.py`. The embeddings stay in a folder named after the model's exact contents: a second evaluation embeds only
+what is new, one that was interrupted goes on where it stopped, and a model that has changed starts afresh.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from hashlib import sha1
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from vladva.benchmarks import Task, find, names
+from vladva.benchmarks.readers.images import ImageRef, read_images
+from vladva.storage import exists, join, write_json
+from vladva.tables import read_embeddings, read_rows, write_rows
+
+BLOCK_ROWS = 1024  # items per Ray Data block
+ITEMS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("kind", pa.string()),
+        ("image", pa.binary()),
+        ("text", pa.string()),
+        ("name", pa.string()),
+        ("uri", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("column", pa.string()),
+    ]
+)
+
+
+def read_benchmarks(benchmarks: Sequence[str], data_uri: str) -> dict[str, Task]:
+    """Read the benchmarks called for, or with `["all"]` those whose files are under `data_uri`.
+
+    Raises ValueError for an unknown name and, with "all", where there is none; FileNotFoundError for missing files.
+    """
+    if list(benchmarks) != ["all"]:
+        return {name: find(name).read(data_uri) for name in benchmarks}
+    tasks = {name: task for name in names() if (task := _read_if_there(name, data_uri))}
+    if not tasks:
+        raise ValueError(f"benchmarks: none of {', '.join(names())} has its files under {data_uri}")
+    return tasks
+
+
+def evaluate(
+    models: Mapping[str, str],
+    tasks: Mapping[str, Task],
+    data_uri: str,
+    out_uri: str,
+    *,
+    actors: int = 2,
+    batch_size: int = 64,
+    dtype: str = "float32",
+    command: str = "",
+) -> dict[str, Any]:
+    """Score models (label -> run, checkpoint or model name) in the benchmarks of `data_uri`; needs a Ray cluster.
+
+    `tasks` is what `read_benchmarks` returned; `command` is noted in the scores, for whoever wants to run it again.
+    Writes `scores.json` and `outcomes/<label>/<benchmark>.parquet` under `out_uri` and returns what is in the former:
+
+        {"created", "command", "data",
+         "benchmarks": {name: {"title", "ties", "source", "licence", "counts", "files", "chance"}},
+         "models": {label: {"model", "fingerprint", "description", "embedded", "seconds": {"embed", "score"},
+                            "scores": {benchmark: {metric: fraction}}, "tie_rates": {benchmark: {metric: fraction}}}}}
+
+    Raises ValueError where a text or picture could not be embedded: leaving it out would change the denominators.
+    """
+    scores: dict[str, Any] = {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "data": data_uri,
+        "benchmarks": {name: _about(name, task) for name, task in tasks.items()},
+        "models": {},
+    }
+    for label, model in models.items():
+        started = time.monotonic()
+        embeddings = embed(model, tasks, out_uri, actors=actors, batch_size=batch_size, dtype=dtype)
+        embedded = time.monotonic()
+        entry = {"model": model, **embeddings.about, "scores": {}, "tie_rates": {}}
+        for name, task in tasks.items():
+            result = task.score(embeddings.of_texts(task.texts), embeddings.of_images(task.images))
+            entry["scores"][name], entry["tie_rates"][name] = result.scores, result.tie_rates
+            write_rows(outcomes_uri(out_uri, label, name), result.outcomes)
+        entry["seconds"] = {"embed": embedded - started, "score": time.monotonic() - embedded}
+        scores["models"][label] = entry
+    write_json(join(out_uri, "scores.json"), scores)
+    return scores
+
+
+def outcomes_uri(out_uri: str, label: str, benchmark: str) -> str:
+    """Where `evaluate` leaves the outcomes of every sample."""
+    return join(out_uri, "outcomes", label.replace("/", "-"), f"{benchmark}.parquet")
+
+
+def read_outcomes(out_uri: str, label: str, benchmark: str) -> pa.Table:
+    """Outcomes of every sample, as `evaluate` left them."""
+    return read_rows(outcomes_uri(out_uri, label, benchmark))
+
+
+class Embeddings:
+    """The embeddings of one model, by text and picture."""
+
+    def __init__(self, table: pa.Table, quarantine: Mapping[str, str]) -> None:
+        self.row = {item: row for row, item in enumerate(table["id"].to_pylist())}
+        values = table["embedding"].combine_chunks()
+        self.matrix = values.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
+        self.quarantine = quarantine
+        described = json.loads(table.schema.metadata[b"vladva"])
+        self.about = {"fingerprint": described["fingerprint"], "description": described, "embedded": len(table)}
+
+    def of_texts(self, texts: Iterable[str]) -> np.ndarray:
+        """Rows [T, D] of the texts, in their order."""
+        return self._rows([text_id(text) for text in texts])
+
+    def of_images(self, images: Iterable[ImageRef]) -> np.ndarray:
+        """Rows [I, D] of the pictures, in their order."""
+        return self._rows([image.id for image in images])
+
+    def _rows(self, ids: list[str]) -> np.ndarray:
+        missing = [item for item in ids if item not in self.row]
+        if missing:
+            reason = self.quarantine.get(missing[0], "no reason recorded")
+            raise ValueError(
+                f"{len(missing)} of {len(ids)} items of a benchmark could not be embedded; the first is {missing[0]} "
+                f"({reason}). Scores on the others would not be comparable: repair the data and run again"
+            )
+        return self.matrix[[self.row[item] for item in ids]]
+
+
+def embed(
+    model: str, tasks: Mapping[str, Task], out_uri: str, *, actors: int, batch_size: int, dtype: str
+) -> Embeddings:
+    """Embed all texts and pictures of the tasks that have not been embedded with this model before."""
+    import ray
+
+    from vladva.encode import describe, encode, pin
+
+    model = pin(model)
+    _, description = describe(model, adapter=True, dtype=dtype)
+    table_uri = join(out_uri, "embeddings", f"{description['fingerprint']}-{dtype}")
+    rows = items(tasks.values())
+    blocks = [rows.slice(first, BLOCK_ROWS) for first in range(0, len(rows), BLOCK_ROWS)]
+    encode(
+        ray.data.from_arrow(blocks),
+        model,
+        table_uri,
+        actors=actors,
+        batch_size=batch_size,
+        dtype=dtype,
+        read_images=picture_bytes,
+        total=len(rows),
+    )
+    return Embeddings(read_embeddings(table_uri), _read_quarantine(table_uri))
+
+
+def items(tasks: Iterable[Task]) -> pa.Table:
+    """Every distinct text and picture as a row for `encode`; of pictures, where `picture_bytes` finds them."""
+    texts: dict[str, str] = {}
+    images: dict[str, ImageRef] = {}
+    for task in tasks:
+        texts |= {text_id(text): text for text in task.texts}
+        images |= {image.id: image for image in task.images}
+    rows = [{"id": item, "kind": "text", "text": text} for item, text in texts.items()]
+    rows += [{"kind": "image", **image._asdict()} for image in images.values()]
+    return pa.Table.from_pylist(rows, schema=ITEMS)
+
+
+def picture_bytes(rows: pa.Table) -> list[bytes]:
+    """Encoded bytes of the pictures in rows of `items`."""
+    return read_images([ImageRef(**row) for row in rows.select(ImageRef._fields).to_pylist()])
+
+
+def text_id(text: str) -> str:
+    """A text is known by its contents."""
+    return f"text/{sha1(text.encode()).hexdigest()}"
+
+
+def _read_if_there(name: str, data_uri: str) -> Task | None:
+    try:
+        return find(name).read(data_uri)
+    except FileNotFoundError:
+        return None
+
+
+def _about(name: str, task: Task) -> dict[str, Any]:
+    benchmark = find(name)
+    return {
+        "title": benchmark.title,
+        "ties": benchmark.ties,
+        "source": benchmark.source,
+        "licence": benchmark.licence,
+        "counts": task.counts,
+        "files": task.files,
+        "chance": task.chance,
+    }
+
+
+def _read_quarantine(table_uri: str) -> dict[str, str]:
+    uri = join(table_uri, "_quarantine.parquet")
+    if not exists(uri):
+        return {}
+    table = read_rows(uri)
+    return dict(zip(table["id"].to_pylist(), table["reason"].to_pylist(), strict=True))

@@ -1,0 +1,148 @@
+"""Numbers -> figures, as inline SVG.
+
+Colours are CSS variables of the page (`--series-1` .., `--ink`, `--rule`), so that a figure follows the page from light
+to dark and into print. Values appear on hover through `<title>`, without scripts.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import NamedTuple
+
+WIDTH, HEIGHT = 360, 200  # of a line chart, in CSS pixels; charts scale with their column
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 26  # margins around the plot
+NUM_COLOURS = 4
+SMOOTH_FROM = 60  # points from which a smoothed line is drawn over the raw one
+
+
+class Scale(NamedTuple):
+    """A linear map from data to pixels, with round ticks."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    ticks: tuple[float, ...]
+
+    def __call__(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def colour(number: int, count: int) -> str:
+    """The colour of the `number`-th of `count` series: the first of several is a muted baseline, a lone one is not."""
+    return f"var(--series-{(number + (count == 1)) % NUM_COLOURS + 1})"
+
+
+def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, label: str, smooth: bool = True) -> str:
+    """Lines through (step, value) points, one per name; `smooth` draws long ones as a moving average over the raw line.
+
+    `label` describes the figure to screen readers.
+    """
+    points = [point for line in series.values() for point in line]
+    x = _scale([step for step, _ in points], LEFT, WIDTH - RIGHT, num_ticks=4)
+    y = _scale([value for _, value in points], HEIGHT - BOTTOM, TOP, num_ticks=4)
+    parts = [_grid_line(LEFT, y(tick), WIDTH - RIGHT, _number(tick)) for tick in y.ticks]
+    parts += [
+        f'<text x="{x(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{_number(tick)}</text>' for tick in x.ticks
+    ]
+    for number, (name, line) in enumerate(series.items()):
+        stroke = colour(number, len(series))
+        drawn = list(line)
+        if smooth and len(line) >= SMOOTH_FROM:
+            parts.append(_polyline(line, x, y, stroke, 'stroke-width="1" opacity="0.3"'))
+            averages = _smooth([value for _, value in line])
+            drawn = [(step, value) for (step, _), value in zip(line, averages, strict=True)]
+        title = f"<title>{escape(name)}: {_number(line[0][1])} at first, {_number(line[-1][1])} at last</title>"
+        parts.append(_polyline(drawn, x, y, stroke, 'stroke-width="2"', title))
+        step, value = drawn[-1]
+        parts.append(f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3" fill="{stroke}"/>')
+    return _svg(WIDTH, HEIGHT, label, parts)
+
+
+def bar_chart(
+    groups: Mapping[str, Mapping[str, float]], *, chance: Mapping[str, float], label: str, width: int = 760
+) -> str:
+    """Bars from 0 to 100% in groups: group -> name -> fraction. A dashed mark in each group shows `chance[group]`.
+
+    Group names may have several lines.
+    """
+    bottom = 14 + 13 * max(group.count("\n") + 1 for group in groups)
+    height = 200 + bottom
+    names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
+    y = _scale([0.0, 1.0], height - bottom, TOP, num_ticks=5)
+    parts = [_grid_line(LEFT, y(tick), width - RIGHT, f"{100 * tick:.0f}%") for tick in y.ticks]
+    slot = (width - LEFT - RIGHT) / len(groups)
+    bar = min(34.0, slot * 0.8 / len(names))
+    for number, (group, bars) in enumerate(groups.items()):
+        middle = LEFT + slot * (number + 0.5)
+        first = middle - bar * len(names) / 2
+        flat = escape(" ".join(group.split()))
+        for name, value in bars.items():
+            place = names.index(name)
+            left = first + bar * place
+            title = f"<title>{escape(name)}, {flat}: {100 * value:.1f}%</title>"
+            fill = colour(place, len(names))
+            parts.append(
+                f'<rect x="{left + 1:.1f}" y="{y(value):.1f}" width="{bar - 2:.1f}" height="{y(0) - y(value):.1f}" '
+                f'rx="2" fill="{fill}">{title}</rect>'
+                f'<text x="{left + bar / 2:.1f}" y="{y(value) - 4:.1f}" text-anchor="middle">{100 * value:.0f}</text>'
+            )
+        mark = y(chance[group])
+        parts.append(
+            f'<line x1="{first - 3:.1f}" x2="{first + bar * len(names) + 3:.1f}" y1="{mark:.1f}" y2="{mark:.1f}" '
+            f'stroke="var(--ink)" stroke-dasharray="3 3"><title>chance: {100 * chance[group]:.2f}%</title></line>'
+        )
+        for row, word in enumerate(group.split("\n")):
+            below = height - bottom + 15 + 13 * row
+            parts.append(f'<text x="{middle:.1f}" y="{below}" text-anchor="middle">{escape(word)}</text>')
+    return _svg(width, height, label, parts)
+
+
+def _svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}" class="figure">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def _grid_line(left: float, y: float, right: float, text: str) -> str:
+    return (
+        f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--rule)"/>'
+        f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
+    )
+
+
+def _polyline(line: Sequence[tuple[float, float]], x: Scale, y: Scale, stroke: str, style: str, title: str = "") -> str:
+    points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in line)
+    return (
+        f'<polyline points="{points}" fill="none" stroke="{stroke}" stroke-linejoin="round" {style}>{title}</polyline>'
+    )
+
+
+def _scale(values: Sequence[float], start: float, end: float, *, num_ticks: int) -> Scale:
+    """A scale over `values` whose ends are ticks; ticks are 1, 2 or 5 times a power of ten apart."""
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = low - abs(low) / 2 - 1e-12, high + abs(high) / 2 + 1e-12
+    rough = (high - low) / num_ticks
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    ticks = tuple(step * number for number in range(first, last + 1))
+    return Scale(ticks[0], ticks[-1], start, end, ticks)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Mean over a window of a twentieth of the line, centred, so that it does not lag; cut off at the ends."""
+    reach = max(1, len(values) // 40)
+    windows = [values[max(0, place - reach) : place + reach + 1] for place in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _number(value: float) -> str:
+    """A tick or value in few characters."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 10_000:
+        return f"{value / 1000:.4g}k"
+    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")

@@ -1,0 +1,180 @@
+"""Scores, curves, pictures -> one self-contained HTML page.
+
+The page needs no network: styles, figures and pictures are inside it. It follows the reader's light or dark setting,
+fits a phone and prints. Sections without material are left out, so the same page serves one evaluation or a whole run.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from vladva.figures import bar_chart, colour, line_chart
+from vladva.score_tables import ScoreTable, score_tables
+from vladva.showcase import Grid, WrongChoice
+from vladva.storage import read_bytes, write_bytes_atomically
+
+THUMBNAIL = 256  # pixels; larger pictures are shrunk to this
+CURVES = {  # key in metrics.jsonl -> title
+    "loss": "Loss",
+    "contrastive_loss": "Contrastive loss",
+    "next_token_loss": "Next-token loss",
+    "in_batch_accuracy": "In-batch accuracy",
+    "effective_negatives": "Effective negatives",
+    "temperature": "Temperature",
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "pairs_per_s": "Pairs per second",
+}
+EXACT = {"temperature", "lr"}  # set by the schedule or learned, not estimated from a batch: nothing to smooth
+
+
+class Highlight(NamedTuple):
+    """A figure for the head of the page."""
+
+    label: str
+    value: str
+    detail: str = ""
+
+
+class CaptionComparison(NamedTuple):
+    """What several systems write about one picture."""
+
+    image: bytes
+    prompt: str
+    captions: Mapping[str, str]  # by system
+
+
+def read_metrics(uri: str) -> list[dict[str, float]]:
+    """The steps of a run's `metrics.jsonl`."""
+    return [json.loads(line) for line in read_bytes(uri).splitlines() if line.strip()]
+
+
+def write_report(
+    uri: str,
+    *,
+    title: str,
+    command: str,
+    scores: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Sequence[Mapping[str, float]]] | None = None,
+    grids: Mapping[str, Sequence[Grid]] | None = None,
+    wrong_choices: Mapping[str, Sequence[WrongChoice]] | None = None,
+    captions: Sequence[CaptionComparison] = (),
+    timings: Mapping[str, float] | None = None,
+    highlights: Sequence[Highlight] = (),
+    notes: Sequence[str] = (),
+) -> None:
+    """Write the page to `uri`.
+
+    `command` reproduces what the page shows; `scores` is what `evaluate` returned; `metrics` are the steps of
+    `metrics.jsonl` by run; `grids` and `wrong_choices` come from `showcase`, by system; `timings` are seconds by stage;
+    `notes` are paragraphs below the title.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("vladva"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "data_uri": data_uri,
+        "header": header_rows,
+        "colour": _colour,
+        "signed": _signed,
+        "seconds": _seconds,
+    }
+    page = environment.get_template("report.html.j2").render(
+        title=title,
+        command=command,
+        notes=notes,
+        highlights=highlights,
+        scores=scores,
+        tables=score_tables(dict(scores)) if scores else [],
+        bars=score_bars(scores) if scores else {},
+        curves=training_curves(metrics or {}),
+        runs=list(metrics or {}),
+        grids=grids or {},
+        wrong_choices=wrong_choices or {},
+        captions=captions,
+        timings=timings or {},
+    )
+    write_bytes_atomically(uri, page.encode("utf-8"))
+
+
+def training_curves(metrics: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, str]:
+    """Title -> figure, for every quantity that some run logged at two steps or more."""
+    figures = {}
+    for key, title in CURVES.items():
+        series = {
+            run: [(step["step"], step[key]) for step in steps if math.isfinite(step.get(key, math.nan))]
+            for run, steps in metrics.items()
+        }
+        series = {run: line for run, line in series.items() if len(line) > 1}
+        if series:
+            figures[title] = line_chart(series, label=f"{title} by step", smooth=key not in EXACT)
+    return figures
+
+
+def score_bars(scores: Mapping[str, Any]) -> dict[str, str]:
+    """Title -> figure, for every benchmark: the scores of all systems side by side, with the chance level."""
+    figures = {}
+    for name, about in scores["benchmarks"].items():
+        metrics = [metric for metric in about["chance"] if not metric.endswith(("_macro", "_micro", "_p1", "_p2"))]
+        groups = {
+            _metric_title(metric): {label: model["scores"][name][metric] for label, model in scores["models"].items()}
+            for metric in metrics
+        }
+        chance = {_metric_title(metric): about["chance"][metric] for metric in metrics}
+        figures[about["title"]] = bar_chart(groups, chance=chance, label=f"{about['title']}: scores by metric")
+    return figures
+
+
+def header_rows(table: ScoreTable) -> list[list[tuple[str, int, bool]]]:
+    """The headings of a table row by row: (text, columns it spans, whether a group of columns starts here)."""
+    rows = []
+    for level in range(len(table.headings[0])):
+        row, column = [], 0
+        for prefix, same in groupby(heading[: level + 1] for heading in table.headings):
+            width = len(list(same))
+            row.append((prefix[-1], width, column in table.group_starts))
+            column += width
+        rows.append(row)
+    return rows
+
+
+def data_uri(picture: bytes) -> str:
+    """An encoded picture as a `data:` URI, shrunk to what the page can show."""
+    image = Image.open(io.BytesIO(picture))
+    form = image.format
+    if max(image.size) > THUMBNAIL:
+        small = image.convert("RGB")
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        data = io.BytesIO()
+        small.save(data, "JPEG", quality=85)
+        picture, form = data.getvalue(), "JPEG"
+    return f"data:image/{str(form).lower()};base64,{base64.b64encode(picture).decode()}"
+
+
+def _colour(label: str, labels: Sequence[str]) -> str:
+    return colour(list(labels).index(label), len(labels))
+
+
+def _metric_title(metric: str) -> str:
+    way, _, cutoff = metric.partition("_r")
+    if way in ("t2i", "i2t") and cutoff.isdigit():
+        return f"R@{cutoff}\n{'text to image' if way == 't2i' else 'image to text'}"
+    return metric.replace("_", "\n")
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 60 else f"{int(value // 60)} min {value % 60:.0f} s"

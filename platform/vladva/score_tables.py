@@ -1,0 +1,200 @@
+"""Scores -> tables in the paper's layout.
+
+Our rows come first, with the paper's number and the difference in each cell that has one, then the paper's own rows. A
+`ScoreTable` is drawn for the terminal here, and as HTML by `report.py`.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SUGAR_CREPE_KINDS = (
+    ("Replace", "Object"),
+    ("Replace", "Attribute"),
+    ("Replace", "Relation"),
+    ("Swap", "Object"),
+    ("Swap", "Attribute"),
+    ("Add", "Object"),
+    ("Add", "Attribute"),
+)
+RETRIEVAL_SETS = {"flickr30k": "Flickr30K", "coco": "COCO", "nocaps": "nocaps"}
+WAYS = {"t2i": ("image retrieval", "image_retrieval"), "i2t": ("text retrieval", "text_retrieval")}
+
+
+class Column(NamedTuple):
+    """Where a column's numbers come from."""
+
+    heading: tuple[str, ...]  # from the widest group down
+    benchmark: str
+    metric: str
+    paper: str | None  # key of the paper's number; None where the paper has none
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A table to be: its columns, and the paper's table it is laid out like."""
+
+    title: str
+    paper_table: str
+    columns: tuple[Column, ...]
+    other_data: str = ""  # what the paper's rows are on where it is not the same: they show the shape of the effect
+
+
+class Cell(NamedTuple):
+    """A score in percent, and the paper's for the same system where there is one."""
+
+    value: float | None
+    paper: float | None = None
+
+
+class Row(NamedTuple):
+    """One system."""
+
+    label: str
+    cells: tuple[Cell, ...]
+    reported: bool  # from the paper, not measured here
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """A table of one or more benchmarks, rows being systems."""
+
+    title: str
+    note: str
+    headings: tuple[tuple[str, ...], ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def group_starts(self) -> set[int]:
+        """Columns at which a widest group begins."""
+        groups = [heading[0] for heading in self.headings]
+        return {column for column, group in enumerate(groups) if column == 0 or group != groups[column - 1]}
+
+
+def layouts() -> tuple[Layout, ...]:
+    """All tables, in the paper's order, the project's own scenes first."""
+    return (
+        Layout("Scenes: retrieval", "table1_retrieval", tuple(_scenes()), "Flickr30K"),
+        Layout(
+            "Scenes: compositionality", "table2_sugarcrepe", tuple(_choices("scenes_compositionality")), "SugarCrepe"
+        ),
+        Layout("Retrieval (table 1)", "table1_retrieval", tuple(_table_1())),
+        Layout("SugarCrepe (table 2)", "table2_sugarcrepe", tuple(_choices("sugar_crepe"))),
+        Layout("SugarCrepe++ (table 3)", "table3_sugarcrepe_pp", tuple(_table_3())),
+        Layout(
+            "Winoground (table 4)",
+            "table4_winoground",
+            tuple(Column((name.title(),), "winoground", name, name) for name in ("image", "text", "group")),
+        ),
+        Layout(
+            "ImageNet (table 5)",
+            "table5_imagenet",
+            tuple(Column((f"Top-{k}",), "imagenet", f"top{k}", f"top{k}") for k in (1, 5)),
+        ),
+    )
+
+
+def _scenes() -> Iterator[Column]:
+    for way, (heading, paper) in WAYS.items():
+        for k in (1, 5, 10):
+            yield Column((heading, f"R@{k}"), "scenes_retrieval", f"{way}_r{k}", f"{paper}.flickr30k.R@{k}")
+
+
+def _table_1() -> Iterator[Column]:
+    for way, (heading, paper) in WAYS.items():
+        for benchmark, name in RETRIEVAL_SETS.items():
+            for k in (1, 10):
+                yield Column((heading, name, f"R@{k}"), benchmark, f"{way}_r{k}", f"{paper}.{benchmark}.R@{k}")
+
+
+def _choices(benchmark: str) -> Iterator[Column]:
+    for group, kind in SUGAR_CREPE_KINDS:
+        name = f"{group}.{kind}".lower()
+        yield Column((group, kind), benchmark, name.replace(".", "_"), name)
+
+
+def _table_3() -> Iterator[Column]:
+    for group in ("Swap", "Replace"):  # the paper's order; there is no Add
+        for kind in (kind for kind_group, kind in SUGAR_CREPE_KINDS if kind_group == group):
+            for score in ("ITT", "TOT"):
+                metric = f"{group}_{kind}_{score}".lower()
+                yield Column((group, kind, score), "sugar_crepe_pp", metric, f"{group}.{kind}".lower() + f".{score}")
+
+
+def paper_tables() -> dict[str, Any]:
+    """The paper's tables as data, with their source."""
+    return json.loads(resources.files("vladva").joinpath("paper_tables.json").read_text(encoding="utf-8"))
+
+
+def paper_name(description: dict[str, Any]) -> str | None:
+    """What the paper calls the system an embedder's description describes; None where it has no such row."""
+    base = paper_tables()["systems"].get(description["base_model"])
+    return f"VladVA ({base})" if base and description["adapter"] else base
+
+
+def score_tables(scores: dict[str, Any]) -> list[ScoreTable]:
+    """The tables of all benchmarks in `scores` (what `evaluate` returns), columns of other benchmarks left out."""
+    tables = []
+    for layout in layouts():
+        columns = tuple(column for column in layout.columns if column.benchmark in scores["benchmarks"])
+        if columns:
+            reported = {row["model"]: row for row in paper_tables()[layout.paper_table]}
+            rows = [_measured(label, model, columns, layout, reported) for label, model in scores["models"].items()]
+            rows += [row for name in reported if (row := _reported(name, columns, layout, reported))]
+            headings = tuple(column.heading for column in columns)
+            note = f"The paper's rows are on {layout.other_data}, other pictures: compare the changes, not the numbers."
+            tables.append(ScoreTable(layout.title, note if layout.other_data else "", headings, tuple(rows)))
+    return tables
+
+
+def _measured(
+    label: str, model: dict[str, Any], columns: tuple[Column, ...], layout: Layout, reported: dict[str, dict]
+) -> Row:
+    paper = reported.get(paper_name(model["description"]) or "", {}) if not layout.other_data else {}
+    return Row(
+        label,
+        tuple(
+            Cell(100 * model["scores"][column.benchmark][column.metric], paper.get(column.paper)) for column in columns
+        ),
+        reported=False,
+    )
+
+
+def _reported(name: str, columns: tuple[Column, ...], layout: Layout, reported: dict[str, dict]) -> Row | None:
+    if layout.other_data and "LLaVA-1.5-7B" not in name:
+        return None
+    cells = tuple(Cell(reported[name].get(column.paper)) for column in columns)
+    return Row(f"{name}, {layout.other_data}" if layout.other_data else name, cells, reported=True)
+
+
+def as_rich(table: ScoreTable) -> "RenderableType":
+    """The table for a terminal. Below a score, where there is one: the paper's, and ours minus the paper's."""
+    from rich import box
+    from rich.table import Table
+
+    drawn = Table(title=table.title, caption=table.note or None, box=box.SIMPLE_HEAD, padding=(0, 1))
+    drawn.title_justify = drawn.caption_justify = "left"
+    drawn.add_column("percent", no_wrap=True)
+    previous: tuple[str, ...] = ()
+    for heading in table.headings:
+        shown = [part if heading[: level + 1] != previous[: level + 1] else "" for level, part in enumerate(heading)]
+        drawn.add_column("\n".join(shown), justify="right", no_wrap=True)
+        previous = heading
+    ours = [row for row in table.rows if not row.reported]
+    for row in table.rows:
+        name = f"paper: {row.label}" if row.reported else row.label
+        style = "dim" if row.reported else "bold"
+        drawn.add_row(name, *(_cell_text(cell) for cell in row.cells), style=style, end_section=row is ours[-1])
+    return drawn
+
+
+def _cell_text(cell: Cell) -> str:
+    if cell.value is None:
+        return "-"
+    text = f"{cell.value:.2f}" if cell.value < 1 else f"{cell.value:.1f}"
+    return text if cell.paper is None else f"{text}\n[not bold]{cell.paper:.1f}\n{cell.value - cell.paper:+.1f}[/]"

@@ -1,0 +1,156 @@
+"""Outcomes -> pictures to look at: what was found, what was confused with what, and which false caption won.
+
+Successes are taken at even distances, not picked. Failures are picked to teach: first the near misses of which the
+model was surest (the right one is among the five, another is clearly ahead), then the right ones ranked lowest.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from vladva.benchmarks import Task
+from vladva.benchmarks.kinds.caption_choice import CaptionChoiceTask
+from vladva.benchmarks.kinds.retrieval import RetrievalTask
+from vladva.benchmarks.readers.images import ImageRef, read_images
+from vladva.evaluate import read_outcomes
+
+HITS = 5
+
+
+class Hit(NamedTuple):
+    """One neighbour of a query: a picture (encoded bytes) or a text."""
+
+    content: bytes | str
+    similarity: float
+    right: bool
+
+
+class GridRow(NamedTuple):
+    """A query and its nearest neighbours, best first. `answer` is the right one where it is not among them."""
+
+    query: bytes | str
+    hits: list[Hit]
+    rank: int  # of the right one, from 1
+    answer: bytes | str | None = None
+
+
+class Grid(NamedTuple):
+    """Rows that show one thing."""
+
+    title: str
+    note: str
+    rows: list[GridRow]
+
+
+class WrongChoice(NamedTuple):
+    """A picture for which the false caption won."""
+
+    kind: str
+    image: bytes
+    caption: str
+    negative: str
+    caption_score: float
+    negative_score: float
+
+
+def grids_of(scores: Mapping[str, Any], tasks: Mapping[str, Task], out_uri: str, label: str) -> dict[str, list[Grid]]:
+    """Grids of all retrieval benchmarks of an evaluation for the system `label`, by a heading that names both."""
+    return {
+        _heading(scores, name, label): retrieval_grids(read_outcomes(out_uri, label, name), task.images)
+        for name, task in tasks.items()
+        if isinstance(task, RetrievalTask)
+    }
+
+
+def wrong_choices_of(
+    scores: Mapping[str, Any], tasks: Mapping[str, Task], out_uri: str, label: str
+) -> dict[str, list[WrongChoice]]:
+    """Wrong choices in all caption-choice benchmarks of an evaluation for the system `label`, by a heading."""
+    return {
+        _heading(scores, name, label): wrong_choices(read_outcomes(out_uri, label, name), task.images)
+        for name, task in tasks.items()
+        if isinstance(task, CaptionChoiceTask)
+    }
+
+
+def retrieval_grids(
+    outcomes: pa.Table, images: Sequence[ImageRef], *, successes: int = 3, near: int = 4, far: int = 2
+) -> list[Grid]:
+    """Grids of a retrieval benchmark, from its outcomes and the pictures of its task."""
+    by_name = {image.name: image for image in images}
+    rows = [row for row in outcomes.to_pylist() if row["task"] == "t2i"]
+    first = [row for row in rows if row["rank"] == 1]
+    missed = [row for row in rows if 1 < row["rank"] <= HITS]
+    missed.sort(key=lambda row: row["similarity"][row["rank"] - 1] - row["similarity"][0])
+    lost = sorted((row for row in rows if row["rank"] > HITS), key=lambda row: -row["rank"])
+    grids = [
+        (
+            "Found first",
+            f"{len(first):,} of {len(rows):,} captions; shown at even distances.",
+            _spread(first, successes),
+        ),
+        ("Near misses", f"{len(missed):,} captions; the surest mistakes first.", missed[:near]),
+        (f"Not among the first {HITS}", f"{len(lost):,} captions; the right picture is ranked lowest.", lost[:far]),
+    ]
+    pictures = _pictures([row for _, _, chosen in grids for row in chosen], by_name)
+    return [
+        Grid(title, note, [_text_to_image(row, pictures) for row in chosen]) for title, note, chosen in grids if chosen
+    ] + _image_to_text(outcomes, by_name, successes)
+
+
+def wrong_choices(outcomes: pa.Table, images: Sequence[ImageRef], *, per_kind: int = 2) -> list[WrongChoice]:
+    """For each subset of a caption-choice benchmark, the pictures where the false caption won by most."""
+    by_name = {image.name: image for image in images}
+    lost = [row for row in outcomes.to_pylist() if row["negative_score"] >= row["caption_score"]]
+    chosen = []
+    for kind in dict.fromkeys(outcomes["task"].to_pylist()):
+        rows = [row for row in lost if row["task"] == kind]
+        chosen += sorted(rows, key=lambda row: row["caption_score"] - row["negative_score"])[:per_kind]
+    data = read_images([by_name[row["image"]] for row in chosen])
+    return [
+        WrongChoice(
+            row["task"], image, row["caption"], row["negative_caption"], row["caption_score"], row["negative_score"]
+        )
+        for row, image in zip(chosen, data, strict=True)
+    ]
+
+
+def _heading(scores: Mapping[str, Any], benchmark: str, label: str) -> str:
+    return f"{scores['benchmarks'][benchmark]['title']}, {label}"
+
+
+def _image_to_text(outcomes: pa.Table, by_name: dict[str, ImageRef], count: int) -> list[Grid]:
+    rows = [row for row in outcomes.to_pylist() if row["task"] == "i2t"]
+    missed = sorted(
+        (row for row in rows if row["rank"] > 1), key=lambda row: (row["rank"] > HITS, -row["similarity"][0])
+    )[:count]
+    pictures = read_images([by_name[row["query"]] for row in missed])
+    grid = [
+        GridRow(picture, _hits(row, row["nearest"]), row["rank"]) for row, picture in zip(missed, pictures, strict=True)
+    ]
+    total = sum(row["rank"] > 1 for row in rows)
+    note = f"{total:,} of {len(rows):,} pictures whose nearest caption belongs to another picture; the surest first."
+    return [Grid("Pictures given another's caption", note, grid)] if grid else []
+
+
+def _text_to_image(row: dict, pictures: dict[str, bytes]) -> GridRow:
+    hits = _hits(row, [pictures[name] for name in row["nearest"][:HITS]])
+    answer = None if any(hit.right for hit in hits) else pictures[row["image"]]
+    return GridRow(row["query"], hits, row["rank"], answer)
+
+
+def _hits(row: dict, contents: Sequence[bytes] | Sequence[str]) -> list[Hit]:
+    found = zip(contents[:HITS], row["similarity"], row["right"], strict=False)
+    return [Hit(content, similarity, right) for content, similarity, right in found]
+
+
+def _pictures(rows: list[dict], by_name: dict[str, ImageRef]) -> dict[str, bytes]:
+    names = list(dict.fromkeys(name for row in rows for name in [*row["nearest"][:HITS], row["image"]]))
+    return dict(zip(names, read_images([by_name[name] for name in names]), strict=True))
+
+
+def _spread(rows: list[dict], count: int) -> list[dict]:
+    places = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
+    return [rows[place] for place in places]

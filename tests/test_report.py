@@ -1,0 +1,163 @@
+"""The report: self-contained, complete, and nothing in it that a reader's text could break."""
+
+import base64
+import io
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vladva.figures import bar_chart, line_chart
+from vladva.report import CaptionComparison, Highlight, data_uri, read_metrics, training_curves, write_report
+from vladva.showcase import Grid, GridRow, Hit, WrongChoice
+
+METRICS = {f"{way}_r{k}": 0.01 * k for way in ("t2i", "i2t") for k in (1, 5, 10)}
+
+
+def picture(size: int = 8, colour: str = "red") -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (size, size), colour).save(data, "PNG")
+    return data.getvalue()
+
+
+def scores(labels: tuple[str, ...] = ("zero-shot", "trained")) -> dict:
+    about = {"title": "Scenes retrieval", "ties": "expected", "source": "vladva.scenes", "licence": "Apache-2.0"}
+    about |= {"counts": {"images": 1000}, "files": {"test/retrieval.json": "ab" * 32}, "chance": METRICS}
+    described = {"base_model": "tiny", "adapter": None, "image_prompt": "Sum up <image>", "text_prompt": "Sum up"}
+    described |= {"layer": 6, "dimension": 192, "dtype": "float32"}
+    model = {"model": "tiny", "fingerprint": "0123456789abcdef", "description": described, "embedded": 2000}
+    model |= {"seconds": {"embed": 75.0, "score": 0.5}}
+    model |= {
+        "scores": {"scenes_retrieval": METRICS},
+        "tie_rates": {"scenes_retrieval": dict.fromkeys(METRICS, 0.0012)},
+    }
+    return {
+        "created": "2026-01-01T00:00:00+00:00",
+        "data": "s3://bucket/scenes",
+        "benchmarks": {"scenes_retrieval": about},
+        "models": dict.fromkeys(labels, model),
+    }
+
+
+def write_full(path: Path) -> str:
+    hits = [Hit(picture(colour=colour), 0.5, colour == "green") for colour in ("red", "green", "blue", "cyan", "grey")]
+    texts = [Hit(f"caption {number}", 0.4, number == 2) for number in range(5)]
+    lost = [hit._replace(right=False) for hit in hits]
+    rows = [GridRow("a <b>bold</b> query", hits, 2), GridRow(picture(), texts, 3), GridRow("far", lost, 47, picture())]
+    write_report(
+        str(path),
+        title="Scenes & more",
+        command="jobs/evaluate.py tiny --data <DATA>",
+        scores=scores(),
+        metrics={"run": [{"step": step, "loss": 4.0 - step / 50, "lr": 1e-3} for step in range(100)]},
+        grids={"trained": [Grid("Found", "note", rows)]},
+        wrong_choices={
+            "trained": [WrongChoice("swap_object", picture(), "true one", "false one", 0.1, 0.2)],
+            "zero": [],
+        },
+        captions=[CaptionComparison(picture(), "Describe.", {"base": "A red square.", "trained": "Red."})],
+        timings={"training": 212.0, "index": 0.0},
+        highlights=[Highlight("R@1", "64.2%", "of 1,000")],
+        notes=["A note."],
+    )
+    return path.read_text(encoding="utf-8")
+
+
+def test_page_needs_no_network(tmp_path: Path) -> None:
+    page = write_full(tmp_path / "report.html")
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert sources
+    assert all(source.startswith(("data:", "#")) for source in sources)
+    assert not re.search(r"url\(|@import|<script|https?://", page)
+
+
+def test_every_picture_decodes(tmp_path: Path) -> None:
+    page = write_full(tmp_path / "report.html")
+    pictures = re.findall(r'<img src="data:image/\w+;base64,([^"]+)"', page)
+    assert len(pictures) == 5 + 1 + 6 + 1 + 1
+    for encoded in pictures:
+        Image.open(io.BytesIO(base64.b64decode(encoded))).load()
+
+
+def test_everything_asked_for_is_there(tmp_path: Path) -> None:
+    page = write_full(tmp_path / "report.html")
+    for words in (
+        "Scenes &amp; more", "64.2%", "A note.", "zero-shot", "trained", "VladVA (LLaVA-1.5-7B), Flickr30K", "98.5",
+        "The right one is at 47", "✓", "true one", "false one", "A red square.", "3 min 32 s", "0.12%", "1,000 images",
+        "abababababababab", "0123456789abcdef", "--data &lt;DATA&gt;", "1 min 15 s to embed 2,000 items",
+        "None: the true caption won every time.", "prefers-color-scheme: dark", "@media print", "viewport",
+    ):  # fmt: skip
+        assert words in page, words
+
+
+def test_text_is_escaped(tmp_path: Path) -> None:
+    page = write_full(tmp_path / "report.html")
+    assert "a &lt;b&gt;bold&lt;/b&gt; query" in page
+    assert "<b>bold" not in page
+
+
+def test_sections_without_material_are_left_out(tmp_path: Path) -> None:
+    write_report(str(tmp_path / "r.html"), title="Bare", command="make demo")
+    page = (tmp_path / "r.html").read_text()
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ["Reproduce"]
+
+
+def test_headings_span_their_columns(tmp_path: Path) -> None:
+    page = write_full(tmp_path / "report.html")
+    table = page[page.index("<table>") : page.index("</table>")]
+    spans = re.findall(r'<th colspan="(\d)"[^>]*>([^<]*)</th>', table)
+    assert spans[:2] == [("3", "image retrieval"), ("3", "text retrieval")]
+    assert [text for _, text in spans[2:]] == ["R@1", "R@5", "R@10"] * 2
+
+
+def test_large_pictures_are_shrunk() -> None:
+    photograph = data_uri(picture(2000))
+    assert photograph.startswith("data:image/jpeg;base64,")
+    assert Image.open(io.BytesIO(base64.b64decode(photograph.partition(",")[2]))).size == (256, 256)
+    small = picture(64)
+    assert base64.b64decode(data_uri(small).partition(",")[2]) == small
+
+
+def test_curves_skip_what_was_not_logged(tmp_path: Path) -> None:
+    lines = '{"step": 1, "loss": 2.0, "next_token_loss": null}\n{"step": 2, "loss": 1.0}\n{"step": 3, "loss": NaN}\n'
+    (tmp_path / "metrics.jsonl").write_text(lines.replace("null", "NaN"))
+    steps = read_metrics(str(tmp_path / "metrics.jsonl"))
+    assert list(training_curves({"run": steps})) == ["Loss"]
+    assert training_curves({}) == {}
+
+
+def test_line_chart_maps_values_to_pixels() -> None:
+    figure = line_chart({"run": [(0, 0.0), (50, 5.0), (100, 10.0)]}, label="x")
+    [points] = re.findall(r'points="([^"]+)"', figure)
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in points.split())
+    assert x1 == pytest.approx((x0 + x2) / 2, abs=0.1)
+    assert y1 == pytest.approx((y0 + y2) / 2, abs=0.1)
+    assert y0 > y2  # up is down in SVG
+    flat = line_chart({"run": [(0, 3.0), (1, 3.0)]}, label="x")
+    assert "nan" not in flat
+
+
+def test_bars_show_values_and_chance() -> None:
+    figure = bar_chart({"swap\nobject": {"a": 0.5, "b": 1.0}}, chance={"swap\nobject": 0.5}, label="x")
+    heights = [float(height) for height in re.findall(r'<rect [^>]*height="([\d.]+)"', figure)]
+    assert heights[1] == pytest.approx(2 * heights[0], abs=0.2)
+    assert "chance: 50.00%" in figure
+    assert "<title>b, swap object: 100.0%</title>" in figure
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_browser_finds_nothing_wrong(tmp_path: Path) -> None:
+    write_full(tmp_path / "report.html")
+    shot = tmp_path / "shot.png"
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    command += ["--enable-logging=stderr", "--window-size=400,3000", f"--screenshot={shot}"]
+    done = subprocess.run(
+        [*command, f"file://{tmp_path}/report.html"], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "CONSOLE" not in done.stderr
+    with Image.open(shot) as image:
+        assert image.convert("RGB").getcolors(maxcolors=100_000) is not None
+        assert len(image.convert("RGB").getcolors(maxcolors=100_000)) > 20
