@@ -20,7 +20,10 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path(".vladva/tiny"), help="folder of the checkpoint and the weights"
     )
-    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps of 48 dialogues")
+    parser.add_argument(
+        "--tower-steps", type=int, default=1500, help="steps of the vision tower alone, 128 pictures each"
+    )
+    parser.add_argument("--steps", type=int, default=2500, help="optimizer steps of 48 dialogues")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -32,7 +35,7 @@ def main() -> None:
     if "RANK" in os.environ:  # started by torchrun
         distributed.init_process_group("gloo")
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // distributed.get_world_size()))
-    pretrain(args.out, steps=args.steps, seed=args.seed, say=partial(print, flush=True))
+    pretrain(args.out, tower_steps=args.tower_steps, steps=args.steps, seed=args.seed, say=partial(print, flush=True))
     if distributed.is_initialized():
         distributed.destroy_process_group()
 

@@ -47,9 +47,7 @@ def examples() -> list[Example]:
         short, long = worded[0], worded[-1]
         if number == 9:
             short = pairs[8].short
-        pairs.append(
-            Example(str(number), render(scene), None if number == 7 else short, None if number == 5 else long)
-        )
+        pairs.append(Example(str(number), render(scene), None if number == 7 else short, None if number == 5 else long))
     return pairs
 
 
@@ -79,9 +77,7 @@ def main() -> None:
     for stage in (0, 1, 2, 3) if fault == "none" else (2,):
         for path in (gradcache.single_pass, gradcache.cached):
             base = config_of(checkpoint, world)
-            config = replace(
-                base, train=replace(base.train, zero_stage=stage, gradient_cache=path is gradcache.cached)
-            )
+            config = replace(base, train=replace(base.train, zero_stage=stage, gradient_cache=path is gradcache.cached))
             model, chunks = build(config)
             engine = Engine(model, config)
             share = chunks[rank::world]

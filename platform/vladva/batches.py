@@ -93,13 +93,26 @@ class Preprocessor:
         self.image_token: str = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
         self.prompts = {"image": image_prompt, "text": text_prompt}
         self.soft_ids: dict[str, list[int]] = {"image": [], "text": []}
-        self.prompt_ids = {side: self._encode(prompt) for side, prompt in self.prompts.items()}
+        self.prompt_ids: dict[str, list[int]] = {side: self._prompt_in_context(side) for side in ("image", "text")}
         if soft_prompts:
             for side in ("image", "text"):
                 names = soft_tokens(side, len(self.prompt_ids[side]))
                 self.tokenizer.add_tokens(names, special_tokens=True)
                 self.soft_ids[side] = self.tokenizer.convert_tokens_to_ids(names)
                 self.prompts[side] = "".join(names)
+
+    def _prompt_in_context(self, side: Side) -> list[int]:
+        """Token ids of the hand-written prompt in its place in the conversation, where no space may precede it."""
+
+        def rendered(prompt: str) -> list[int]:
+            if side == "image":
+                content = [{"type": "image"}, {"type": "text", "text": prompt}]
+                return self.render([{"role": "user", "content": content}], [(64, 64)])
+            return self.render([{"role": "user", "content": [{"type": "text", "text": f"x\n{prompt}"}]}])
+
+        whole, bare = rendered(self.prompts[side]), rendered("")
+        before = next(i for i, (a, b) in enumerate(zip(whole, bare, strict=False)) if a != b)
+        return whole[before : len(whole) - (len(bare) - before)]
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids

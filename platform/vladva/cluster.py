@@ -15,10 +15,12 @@ def connect() -> None:
 
     if ray.is_initialized():
         return
-    # Ray's uv hook and usage reports have no place in a job; progress is told by the jobs themselves.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level="WARNING")
-    else:
-        ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, logging_level="WARNING")
+        return
+    # Jobs show progress and raise errors themselves; what workers print besides goes to the screen on request only.
+    chatty = bool(os.environ.get("VLADVA_TRACEBACK"))
+    cpus = max(4, os.cpu_count() or 1)
+    ray.init(num_cpus=cpus, include_dashboard=False, logging_level="WARNING", log_to_driver=chatty)

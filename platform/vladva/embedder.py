@@ -101,7 +101,7 @@ def caption_labels(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
 def as_tensors(tokens: Tokens, device: torch.device | str) -> dict[str, torch.Tensor]:
     """Tokens on the device."""
     names = ("ids", "prompt_lengths", "lengths")
-    return {name: torch.as_tensor(getattr(tokens, name)).to(device) for name in names}
+    return {name: torch.tensor(getattr(tokens, name), device=device) for name in names}
 
 
 def add_adapter(model: EmbeddingModel, config: ModelConfig) -> None:

@@ -93,7 +93,7 @@ def gathered_pairs(chunks: Sequence[Batch], device: torch.device) -> Pair:
     """Validity and keys of the whole global batch, in the order in which `gather` puts embeddings."""
 
     def column(name: str) -> Tensor:
-        return gather(torch.cat([torch.as_tensor(getattr(chunk, name)) for chunk in chunks]).to(device))
+        return gather(torch.cat([torch.tensor(getattr(chunk, name)) for chunk in chunks]).to(device))
 
     return Pair(column("has_short").bool(), column("image_keys"), column("caption_keys"))
 
@@ -106,7 +106,7 @@ def count_caption_tokens(chunks: Sequence[Batch], device: torch.device) -> int:
 
 def pixels_of(chunk: Batch, device: torch.device) -> Tensor:
     """uint8 [b, 3, H, W] on the device."""
-    return torch.as_tensor(chunk.pixels).to(device)
+    return torch.tensor(chunk.pixels, device=device)
 
 
 def prompts_only(tokens: Tokens, device: torch.device) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ BACKGROUNDS = {
     "blue": (200, 222, 245),
     "mint": (205, 240, 215),
 }
-RADII = {"small": (4.8, 6.2), "large": (9.0, 11.0)}  # pixels
+RADII = {"small": (6.0, 7.0), "large": (10.0, 11.5)}  # pixels
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big")}
@@ -337,22 +337,26 @@ def scenes(split: str, seed: int = 0) -> Iterator[tuple[Scene, Random]]:
         number += 1
 
 
-def scene_key(scene: Scene) -> tuple[object, ...]:
-    """What a complete caption tells apart: the objects and, where there are two, their relation."""
-    things = sorted((o.size, o.colour, o.shape, o.x, o.y) for o in scene.objects)
-    first, second = (next(o for o in scene.objects if (o.colour, o.shape) == thing[1:3]) for thing in things[:2])
-    return (*(thing[:3] for thing in things), relation(first, second) if len(things) == 2 else None)
+def pair_facts(scene: Scene) -> set[tuple[object, ...]]:
+    """What a caption of two objects can state of the scene: two objects, with sizes, and their relation."""
+    things = sorted(scene.objects, key=lambda o: (o.size, o.colour, o.shape))
+    return {(*((o.size, o.colour, o.shape) for o in pair), relation(*pair)) for pair in combinations(things, 2)}
 
 
 def held_out_scenes(count: int, seed: int = 0) -> Iterator[tuple[Scene, list[str], Random]]:
-    """Test scenes with captions, such that no complete caption of one is true of another and no caption repeats."""
-    keys, texts = set(), set()
+    """Test scenes with captions, such that no caption repeats and no complete caption of one is true of another."""
+    pairs: set[tuple[object, ...]] = set()  # facts of every scene
+    whole: set[tuple[object, ...]] = set()  # facts that are the whole of a scene: of two objects, or the three objects
+    texts: set[str] = set()
     for scene, random in scenes("test", seed):
-        if len(keys) == count:
+        if len(texts) == count:
             return
-        worded = captions(scene, random)
-        if scene_key(scene) not in keys and worded[0] not in texts:
-            keys.add(scene_key(scene))
+        facts, worded = pair_facts(scene), captions(scene, random)
+        three = tuple(sorted((o.size, o.colour, o.shape) for o in scene.objects)) if len(scene.objects) == 3 else None
+        ambiguous = facts & (whole if three else pairs) or three in whole
+        if not ambiguous and worded[0] not in texts:
+            pairs |= facts
+            whole |= {three} if three else facts
             texts.add(worded[0])
             yield scene, worded, random
 

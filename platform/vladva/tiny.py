@@ -1,9 +1,14 @@
 """The tiny LVLM: a real LLaVA of 4.8M parameters, trained here as a generator of captions and answers, nothing else.
 
 It is the embedded default: demo and tests turn it into a retriever. Its weights ship with the package (`weights/`,
-float16) and come from `jobs/pretrain_tiny.py`. It learns from training scenes only: captions of varied length, detail,
-questions with short answers about pictures, and the same questions about captions. No loss ever compares two
-examples, so nothing contrastive is learned.
+float16) and come from `jobs/pretrain_tiny.py`, which trains on scenes of the training split only, in two stages:
+
+1. the vision tower alone learns to name, patch by patch, the object whose centre is there (real LVLMs, too, begin with
+   a trained tower);
+2. the whole model learns to write captions of varied length and detail, to answer questions about pictures, and to
+   answer the same questions about captions.
+
+No loss ever compares two examples, so nothing contrastive is learned.
 """
 
 from __future__ import annotations
@@ -241,6 +246,81 @@ def learning_rate(step: int, steps: int, peak: float = 6e-4, warmup: int = 300) 
     return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
 
 
+def patch_labels(scene: scenes.Scene) -> list[list[int]]:
+    """Colour, shape and size of the object whose centre is in each of the 16 patches, as class numbers; 0: none."""
+    labels = [[0, 0, 0] for _ in range(16)]
+    patch = scenes.PICTURE_SIZE // 4
+    for thing in scene.objects:
+        labels[4 * int(thing.y // patch) + int(thing.x // patch)] = [
+            1 + tuple(scenes.COLOURS).index(thing.colour),
+            1 + scenes.SHAPES.index(thing.shape),
+            1 + tuple(scenes.RADII).index(thing.size),
+        ]
+    return labels
+
+
+def average_gradients(model: torch.nn.Module, extra: torch.Tensor) -> torch.Tensor:
+    """Sum the gradients, and one more value, over the processes of a torchrun; returns the summed value."""
+    import torch
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return extra
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients] + [extra[None]])
+    distributed.all_reduce(flat)
+    for gradient, value in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(value.view_as(gradient))
+    return flat[-1]
+
+
+def pretrain_tower(
+    model: LlavaForConditionalGeneration, *, steps: int, seed: int = 0, say: Callable[[str], None] = print
+) -> None:
+    """Stage 1: the vision tower learns to label its patches, `steps` steps of 128 pictures. The head is thrown away."""
+    import numpy as np
+    import torch
+    from torch import distributed
+    from torch.nn.functional import cross_entropy
+
+    rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    tower = model.model.vision_tower
+    classes = [1 + len(scenes.COLOURS), 1 + len(scenes.SHAPES), 1 + len(scenes.RADII)]
+    torch.manual_seed(seed)
+    labeller = torch.nn.ModuleList([tower, torch.nn.Linear(tower.config.hidden_size, sum(classes))])
+    optimizer = torch.optim.AdamW(labeller.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
+    started, running = time.monotonic(), 0.0
+    for step in range(steps):
+        random = Random(f"{seed}/tower/{step}/{rank}")
+        drawn = [scenes.random_scene(random, "train") for _ in range(128 // world)]
+        pixels = torch.from_numpy(np.stack([np.asarray(scenes.render(scene)) for scene in drawn]))
+        labels = torch.tensor([patch_labels(scene) for scene in drawn]).flatten(0, 1)
+        features = tower(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, output_hidden_states=True).hidden_states[-1]
+        logits = labeller[1](features[:, 1:]).flatten(0, 1).split(classes, dim=-1)
+        # Four patches in five are empty: they count less, not to drown the others.
+        weights = [torch.tensor([0.2] + [1.0] * (n - 1)) for n in classes]
+        parts = zip(logits, labels.unbind(1), weights, strict=True)
+        loss = sum(cross_entropy(logit, label, weight) for logit, label, weight in parts) / world
+        loss.backward()
+        value = average_gradients(labeller, loss.detach())
+        torch.nn.utils.clip_grad_norm_(labeller.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak=1e-3, warmup=100)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        running = value.item() if step == 0 else 0.95 * running + 0.05 * value.item()
+        if rank == 0 and (step + 1) % 50 == 0:
+            rate = (step + 1) / (time.monotonic() - started)
+            right = [
+                (logit.argmax(1) == label)[label > 0].float().mean()
+                for logit, label in zip(logits, labels.T, strict=True)
+            ]
+            seen = "  ".join(
+                f"{name} {share:.2f}" for name, share in zip(("colour", "shape", "size"), right, strict=True)
+            )
+            say(f"tower step {step + 1}/{steps}  loss {running:.4f}  {seen}  {rate:.2f} steps/s")
+
+
 def step_batches(step: int, seed: int, tokenizer: PreTrainedTokenizerFast) -> list[dict[str, torch.Tensor]]:
     """The dialogues of one optimizer step, sorted by length into micro-batches of 12 so that little is padded."""
     random = Random(f"{seed}/pretrain/{step}")
@@ -250,9 +330,9 @@ def step_batches(step: int, seed: int, tokenizer: PreTrainedTokenizerFast) -> li
 
 
 def pretrain(
-    out: Path, *, steps: int, seed: int = 0, save_every: int = 250, say: Callable[[str], None] = print
+    out: Path, *, tower_steps: int, steps: int, seed: int = 0, save_every: int = 250, say: Callable[[str], None] = print
 ) -> None:
-    """Train the tiny LVLM for `steps` optimizer steps of 48 dialogues; resumes from `out/state.pt` where there is one.
+    """Both stages, the second for `steps` optimizer steps of 48 dialogues; resumes from `out/state.pt` if there is one.
 
     Under torchrun the micro-batches of a step are dealt to the processes and the gradients summed, so the model is the
     same (up to rounding) for one, two or four processes.
@@ -271,6 +351,8 @@ def pretrain(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
+    else:
+        pretrain_tower(model, steps=tower_steps, seed=seed, say=say)
 
     started, running = time.monotonic(), 0.0
     for step in range(start, steps):
@@ -282,14 +364,7 @@ def pretrain(
                 part = next_token_sum(model, batch) / tokens
                 part.backward()
                 loss += part.detach()
-        if world > 1:
-            gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None] + [loss[None]])
-            distributed.all_reduce(gradients)
-            loss, offset = gradients[-1], 0
-            for p in model.parameters():
-                if p.grad is not None:
-                    p.grad.copy_(gradients[offset : offset + p.numel()].view_as(p))
-                    offset += p.numel()
+        loss = average_gradients(model, loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
@@ -349,11 +424,7 @@ def save_checkpoint(model: LlavaForConditionalGeneration, tokenizer: PreTrainedT
 def objects_named(caption: str) -> set[tuple[str, str]]:
     """The (colour, shape) combinations that a caption names."""
     words = caption.replace(",", " ").replace(".", " ").split()
-    return {
-        (first, second)
-        for first, second in pairwise(words)
-        if first in scenes.COLOURS and second in scenes.SHAPES
-    }
+    return {(first, second) for first, second in pairwise(words) if first in scenes.COLOURS and second in scenes.SHAPES}
 
 
 def caption_accuracy(model: str, count: int, *, adapter: bool = False, seed: int = 0) -> float:

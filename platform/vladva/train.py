@@ -39,13 +39,13 @@ MAY_CHANGE = (
 
 
 def train(config: RunConfig) -> dict[str, Any]:
-    """Run (or go on with) a training run; returns its last line of metrics. Raises ValueError for what a user can fix."""
+    """Run a training run, or go on with it; returns its last metrics. Raises ValueError for what users can fix."""
     from vladva.cluster import connect
     from vladva.tracking import follow, read_metrics
 
     connect()
-    claim_run(config)
     check_data(config)
+    claim_run(config)
     if finished_steps(config) < config.train.steps:
         with follow(config.uri, config.train.steps):
             fit(config)

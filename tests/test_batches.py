@@ -1,0 +1,90 @@
+"""Preprocessing equals that of the checkpoint's own Hugging Face processor."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vladva.batches import Batch, Preprocessor
+from vladva.config import ModelConfig
+from vladva.embedder import EmbeddingModel, as_tensors, caption_labels
+from vladva.examples import Example
+from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT
+
+
+@pytest.fixture(scope="module")
+def preprocessor(tiny: str) -> Preprocessor:
+    return Preprocessor(tiny)
+
+
+def picture(width: int, height: int) -> Image.Image:
+    values = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 96), (200, 100), (1, 1), (37, 511)])
+def test_parity_with_the_hugging_face_processor(preprocessor: Preprocessor, tiny: str, size: tuple[int, int]) -> None:
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(tiny)
+    image = picture(*size)
+    content = [{"type": "image"}, {"type": "text", "text": IMAGE_PROMPT}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    expected = processor(images=image, text=text, return_tensors="pt")
+
+    tokens = preprocessor.images([image.size], [None])
+    assert tokens.ids[0].tolist() == expected.input_ids[0].tolist()
+    model = EmbeddingModel(ModelConfig(checkpoint=tiny), preprocessor)
+    inputs = model.inputs(as_tensors(tokens, "cpu"), torch.from_numpy(preprocessor.pixels([image])))
+    torch.testing.assert_close(inputs["pixel_values"], expected.pixel_values, atol=1e-3, rtol=0)
+
+
+def test_texts_go_through_the_chat_template(preprocessor: Preprocessor, tiny: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    content = [{"type": "text", "text": f"a red circle\n{TEXT_PROMPT}"}]
+    expected = tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    assert preprocessor.text_prompt("  a red circle ") == list(expected["input_ids"])
+    with pytest.raises(ValueError, match="image token"):
+        preprocessor.text_prompt("a <image> in a text")
+
+
+def test_padding_lengths_and_caption_labels(preprocessor: Preprocessor) -> None:
+    tokens = preprocessor.images([(64, 64), (64, 64)], ["two objects.", None])
+    caption = [*preprocessor.tokenizer("two objects.", add_special_tokens=False).input_ids, 2]
+    assert (tokens.lengths - tokens.prompt_lengths).tolist() == [len(caption), 0]
+    labels = caption_labels(as_tensors(tokens, "cpu"))
+    assert labels[0][labels[0] != -100].tolist() == caption
+    assert (labels[1] == -100).all()
+    assert (tokens.ids[1, tokens.lengths[1] :] == preprocessor.tokenizer.pad_token_id).all()
+
+
+def test_soft_prompts_are_as_many_tokens_as_the_written_ones(tiny: str) -> None:
+    plain, soft = Preprocessor(tiny), Preprocessor(tiny, soft_prompts=True)
+    for side in ("image", "text"):
+        assert len(soft.soft_ids[side]) == len(plain.prompt_ids[side])
+    assert not set(soft.soft_ids["image"]) & set(soft.soft_ids["text"])
+    assert set(soft.soft_ids["image"]) < set(soft.image_prompt((64, 64)))
+    assert max(soft.soft_ids["text"]) < soft.config.get_text_config().vocab_size  # spare rows: nothing is resized
+
+
+def test_a_batch_survives_the_object_store(ray_cluster: None, preprocessor: Preprocessor) -> None:
+    import ray
+
+    examples = [
+        Example("a#0", picture(64, 64), "a red ring", "long " * 30),
+        Example("a#1", picture(80, 64), None, None),
+    ]
+    batch = preprocessor.collate(7, examples)
+    row = next(iter(ray.data.from_items([0]).map(lambda _: batch.to_row()).iter_rows()))
+    back = Batch.from_row(row)
+    assert back.number == 7
+    assert list(back.ids) == ["a#0", "a#1"]
+    assert back.pixels.dtype == np.uint8
+    assert (back.pixels == batch.pixels).all()
+    assert (back.image.ids == batch.image.ids).all()
+    assert back.has_short.tolist() == [True, False]
+    assert back.image_keys[0] != back.image_keys[1]

@@ -1,0 +1,173 @@
+"""The embedding is what design and paper say, and every way to compute it gives the same."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import build_llava
+
+from vladva.batches import Preprocessor
+from vladva.config import ModelConfig
+from vladva.embedder import (
+    Embedder,
+    EmbeddingModel,
+    add_adapter,
+    as_tensors,
+    load_embedder,
+    save_adapter,
+)
+from vladva.scenes import captions, render, scenes
+
+TEXTS = ["a red circle", "a small blue ring to the left of a large green star", "x"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return build_llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list:
+    return [render(scene) for scene, _ in islice(scenes("train"), 3)]
+
+
+def adapted(checkpoint: str, folder: Path, layer: int | None = None) -> str:
+    """An adapter with random weights in every part, saved."""
+    config = ModelConfig(checkpoint=checkpoint, lora_rank=4, layer=layer)
+    model = EmbeddingModel(config, Preprocessor(checkpoint, soft_prompts=True))
+    model.lvlm.requires_grad_(False)
+    add_adapter(model, config)
+    torch.manual_seed(1)
+    for name, parameter in model.lvlm.named_parameters():
+        if "lora_B" in name or "trainable_tokens_delta" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    save_adapter(model, config, folder)
+    return str(folder)
+
+
+def plain_embedding(embedder: Embedder, text: str, layer: int) -> np.ndarray:
+    """By transformers alone: all hidden states of one unpadded text, the last token's at the layer, final norm."""
+    base = embedder.model.base
+    ids = torch.tensor([embedder.preprocessor.text_prompt(text)])
+    hidden = base(input_ids=ids, output_hidden_states=True).hidden_states
+    last = hidden[layer][:, -1]
+    if layer < len(hidden) - 1:  # transformers has applied the final norm to the last one only
+        last = base.model.language_model.norm(last)
+    return torch.nn.functional.normalize(last.float(), dim=-1)[0].detach().numpy()
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_embedding_is_the_normed_hidden_state_of_the_last_prompt_token(
+    checkpoint: str, tmp_path: Path, layer: int
+) -> None:
+    embedder = load_embedder(adapted(checkpoint, tmp_path / "adapter", layer))
+    found = embedder.embed_texts(TEXTS)
+    expected = np.stack([plain_embedding(embedder, text, layer) for text in TEXTS])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    assert abs(expected - np.stack([plain_embedding(embedder, t, 1 + layer % 3) for t in TEXTS])).max() > 1e-2
+
+
+def test_adapter_off_is_the_base_model_bit_for_bit(checkpoint: str, tmp_path: Path, pictures: list) -> None:
+    embedder = load_embedder(adapted(checkpoint, tmp_path / "adapter"))
+    base = load_embedder(checkpoint)
+    tokens = base.preprocessor.images([p.size for p in pictures], [None] * 3)
+    pixels = torch.from_numpy(base.preprocessor.pixels(pictures))
+    inputs = base.model.inputs(as_tensors(tokens, "cpu"), pixels)
+    with torch.inference_mode():
+        expected = base.model.base(**inputs).logits
+        with embedder.model.lvlm.disable_adapter():
+            off = embedder.model.base(**inputs).logits
+        on = embedder.model.base(**inputs).logits
+    assert torch.equal(off, expected)
+    assert (on - expected).abs().max() > 1e-2
+
+
+def test_merged_adapter_embeds_the_same(checkpoint: str, tmp_path: Path, pictures: list) -> None:
+    folder = adapted(checkpoint, tmp_path / "adapter")
+    plain, merged, zero_shot = load_embedder(folder), load_embedder(folder, merge=True), load_embedder(checkpoint)
+    np.testing.assert_allclose(merged.embed_texts(TEXTS), plain.embed_texts(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(merged.embed_images(pictures), plain.embed_images(pictures), atol=1e-5)
+    assert abs(zero_shot.embed_texts(TEXTS) - plain.embed_texts(TEXTS)).max() > 1e-2
+
+
+def test_a_new_adapter_changes_nothing_yet(checkpoint: str, pictures: list) -> None:
+    config = ModelConfig(checkpoint=checkpoint, lora_rank=4)
+    model = EmbeddingModel(config, Preprocessor(checkpoint, soft_prompts=True)).eval()
+    add_adapter(model, config)
+    fresh = Embedder(model, config, None, merged=False)
+    zero_shot = load_embedder(checkpoint)
+    np.testing.assert_allclose(fresh.embed_texts(TEXTS), zero_shot.embed_texts(TEXTS), atol=1e-6)
+    np.testing.assert_allclose(fresh.embed_images(pictures), zero_shot.embed_images(pictures), atol=1e-6)
+
+
+def test_the_summary_token_does_not_see_the_caption(checkpoint: str, pictures: list) -> None:
+    model = EmbeddingModel(ModelConfig(checkpoint=checkpoint), Preprocessor(checkpoint)).eval()
+    pixels = torch.from_numpy(model.preprocessor.pixels(pictures))
+    sizes = [p.size for p in pictures]
+    worded = [captions(scene, random)[-1] for scene, random in islice(scenes("train"), 3)]
+    with torch.inference_mode():
+        alone = model(as_tensors(model.preprocessor.images(sizes, [None] * 3), "cpu"), pixels)[0]
+        tokens = as_tensors(model.preprocessor.images(sizes, worded), "cpu")
+        beside = model(tokens, pixels, caption_tokens=10)[0]
+        after = tokens | {"prompt_lengths": tokens["prompt_lengths"] + 5}  # the control: read within the caption
+        shifted = model(after, pixels)[0]
+    torch.testing.assert_close(beside, alone, atol=1e-6, rtol=0)
+    assert (shifted - alone).abs().max() > 1e-2
+
+
+def test_batch_and_order_do_not_matter(checkpoint: str, pictures: list) -> None:
+    embedder = load_embedder(checkpoint)
+    texts = [captions(scene, random)[k] for k in range(3) for scene, random in islice(scenes("train"), 7)] + TEXTS
+    whole = embedder.embed_texts(texts)
+    np.testing.assert_allclose(embedder.embed_texts(texts[::-1], batch_size=2)[::-1], whole, atol=1e-6)
+    np.testing.assert_allclose(
+        embedder.embed_images(pictures[::-1], batch_size=1)[::-1], embedder.embed_images(pictures), atol=1e-6
+    )
+    assert embedder.embed_texts([]).shape == (0, 32)
+
+
+def test_fingerprint_follows_what_the_embedding_depends_on(checkpoint: str, tmp_path: Path) -> None:
+    folder = adapted(checkpoint, tmp_path / "adapter")
+    same = {load_embedder(folder).fingerprint, load_embedder(folder, merge=True).fingerprint}
+    assert len(same) == 1
+    others = {
+        load_embedder(checkpoint).fingerprint,
+        load_embedder(adapted(checkpoint, tmp_path / "layer", 2)).fingerprint,
+        load_embedder(build_llava(tmp_path / "again")).fingerprint,
+    }
+    assert len(others) == 2  # a checkpoint of equal weights is the same model
+    assert not same & others
+
+
+def test_generation_equals_transformers_own(checkpoint: str, tmp_path: Path, pictures: list) -> None:
+    embedder = load_embedder(adapted(checkpoint, tmp_path / "adapter"))
+    content = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
+    messages = [{"role": "user", "content": content}]
+    preprocessor = embedder.preprocessor
+    tokens = as_tensors(preprocessor.pad([(preprocessor.render(messages, [(64, 64)]), [])]), "cpu")
+    inputs = embedder.model.inputs(tokens, torch.from_numpy(preprocessor.pixels(pictures[:1])))
+    for adapter in (False, True):
+        base = load_embedder(checkpoint).model.base if not adapter else embedder.model.base
+        ids = base.generate(**inputs, do_sample=False, max_new_tokens=12)[0, tokens["ids"].shape[1] :]
+        expected = preprocessor.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+        pieces = list(embedder.generate(messages, pictures[:1], max_tokens=12, adapter=adapter))
+        assert "".join(pieces) == expected
+        cut = expected[3:6]
+        stopped = "".join(embedder.generate(messages, pictures[:1], max_tokens=12, adapter=adapter, stop=[cut]))
+        assert stopped == expected[: expected.index(cut)]
+    sampled = [
+        "".join(embedder.generate(messages, pictures[:1], temperature=1.5, seed=s, max_tokens=12)) for s in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+    with pytest.raises(ValueError, match="1 image parts, but 0 pictures"):
+        next(embedder.generate(messages, []))
+
+
+def test_a_model_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match="/no/such/model"):
+        load_embedder("/no/such/model")
