@@ -194,10 +194,11 @@ def _remove_orphans(index_uri: str, listed: list[list[Any]]) -> None:
 
 
 def _shard_counts(fact: dict[str, Any]) -> dict[str, Any]:
-    bad_samples = sum("#" in row[0] for row in fact["quarantined"])
-    damaged = len(fact["quarantined"]) > bad_samples
+    """One row of the manifest; `damaged` when something is wrong with the shard as a whole."""
+    ids = [row[0] for row in fact["quarantined"]]
+    num_bad = sum(name != fact["shard"] for name in ids)
     names = {"shard": fact["shard"], "num_samples": fact["num_samples"]}
-    return {**names, "num_bad": bad_samples, "damaged": damaged}
+    return {**names, "num_bad": num_bad, "damaged": num_bad < len(ids)}
 
 
 def _check_fraction(
