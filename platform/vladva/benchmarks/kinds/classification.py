@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from vladva.benchmarks import Result, check, summarise
-from vladva.benchmarks.kinds.samples import Unique
+from vladva.benchmarks.kinds.samples import Unique, in_lists
 from vladva.benchmarks.readers.images import ImageRef
 from vladva.benchmarks.readers.labels import read_labelled
 from vladva.metrics import Outcomes, Ties, class_embeddings, hits_at, rank, unit_rows
@@ -92,8 +92,8 @@ class ClassificationTask:
                 "label": self.labels,
                 "above": ranks.above,
                 "tied": ranks.tied,
-                "nearest": pa.array(ranks.nearest.tolist(), pa.list_(pa.int32())),
-                "similarity": pa.array(ranks.similarity.tolist(), pa.list_(pa.float32())),
+                "nearest": in_lists(ranks.nearest),
+                "similarity": in_lists(ranks.similarity),
             }
             tables.append(pa.table(columns))
         return Result(*summarise(outcomes, self.ties), pa.concat_tables(tables))

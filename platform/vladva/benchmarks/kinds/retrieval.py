@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from vladva.benchmarks import Result, check, summarise
-from vladva.benchmarks.kinds.samples import Unique, clean
+from vladva.benchmarks.kinds.samples import Unique, clean, in_lists
 from vladva.benchmarks.readers.captions import CaptionedImage, read_captions
 from vladva.benchmarks.readers.files import read_first
 from vladva.benchmarks.readers.images import ImageRef, pick_images
@@ -114,8 +114,8 @@ def _rows(
             "above": ranks.above,
             "tied": ranks.tied,
             "tied_positives": ranks.tied_positives,
-            "nearest": pa.array(gallery[ranks.nearest].tolist(), pa.list_(pa.string())),
-            "similarity": pa.array(ranks.similarity.tolist(), pa.list_(pa.float32())),
-            "right": pa.array(right.tolist(), pa.list_(pa.bool_())),
+            "nearest": in_lists(ranks.nearest, names=pa.array(gallery, pa.string())),
+            "similarity": in_lists(ranks.similarity),
+            "right": in_lists(right),
         }
     )

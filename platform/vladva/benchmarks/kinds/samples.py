@@ -1,8 +1,9 @@
-"""From annotations to what must be embedded: unique texts and pictures, and index arrays that point into them."""
+"""What all kinds need: annotations -> unique texts and pictures to embed, and outcomes -> columns of a table."""
 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import pyarrow as pa
 
 
 class Unique:
@@ -27,3 +28,10 @@ class Unique:
 def clean(text: str) -> str:
     """Captions are used as written but for the space around them, which the annotators left by accident."""
     return text.strip()
+
+
+def in_lists(values: np.ndarray, names: pa.Array | None = None) -> pa.Array:
+    """Rows of a matrix [N, K] as a column of N lists; with `names`, of the names that the values number."""
+    flat = pa.array(values.ravel())
+    starts = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
+    return pa.ListArray.from_arrays(pa.array(starts), flat if names is None else names.take(flat))
