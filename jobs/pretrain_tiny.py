@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument(
         "--tower-steps", type=int, default=1500, help="steps of the vision tower alone, 128 pictures each"
     )
-    parser.add_argument("--steps", type=int, default=2500, help="optimizer steps of 48 dialogues")
+    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps of 48 dialogues")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

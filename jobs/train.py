@@ -6,6 +6,8 @@ The same command goes on with a run that was interrupted, and does nothing for o
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 
 from vladva.config import RunConfig, user_errors
@@ -19,7 +21,16 @@ def parse(arguments: list[str]) -> RunConfig:
     if arguments and not arguments[0].startswith("-") and arguments[0] not in RECIPES:
         raise ValueError(f"unknown recipe {arguments[0]!r}; there are {', '.join(RECIPES)}")
     recipes = {name: (recipe.__doc__.splitlines()[0], recipe()) for name, recipe in RECIPES.items()}
-    return tyro.extras.overridable_config_cli(recipes, prog="jobs/train.py", args=arguments)
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.extras.overridable_config_cli(recipes, prog="jobs/train.py", args=arguments)
+    except SystemExit as refusal:
+        if not refusal.code:  # --help
+            raise
+        # tyro draws its message in a box; ours are one line.
+        lines = [line.strip("│╭╮╰╯─ \n") for line in told.getvalue().splitlines()]
+        raise ValueError(" ".join(line for line in lines if line)) from None
 
 
 @user_errors

@@ -75,7 +75,7 @@ class ChunkReader:
                 epoch=epoch,
                 sample_id=ref.id,
             )
-            examples.append(Example(ref.id, decode_image(content), short, long))
+            examples.append(Example(ref.id, decode_image(content), short, long if self.has_captions(number) else None))
         return self.preprocessor.collate(number, examples)
 
     def plan(self, epoch: int) -> Any:
@@ -90,6 +90,11 @@ class ChunkReader:
             run_length=self.config.data.run_length,
             chunks_per_batch=self.config.chunks_per_batch,
         )
+
+    def has_captions(self, number: int) -> bool:
+        """Whether the chunk's step takes the caption loss."""
+        loss = self.config.loss
+        return loss.next_token_weight > 0 and number // self.config.chunks_per_batch % loss.next_token_every == 0
 
     def locate(self, number: int) -> tuple[int, int]:
         """Epoch, and number of the chunk within it."""

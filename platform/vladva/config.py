@@ -55,6 +55,8 @@ class LossConfig:
     learn_temperature: bool = True
     next_token_weight: float = 1.0
     """0 leaves the caption loss out."""
+    next_token_every: int = 1
+    """Take the caption loss at every n-th step only: the captions are most of a step's tokens."""
     mask_duplicates: bool = True
     """Pairs with the same picture or the same caption are not negatives of each other."""
 
@@ -120,6 +122,7 @@ class RunConfig:
             ("train.chunk_size", train.chunk_size),
             ("train.checkpoint_every", train.checkpoint_every),
             ("train.keep_last", train.keep_last),
+            ("loss.next_token_every", self.loss.next_token_every),
             ("data.run_length", self.data.run_length),
             ("cluster.workers", workers),
         ):

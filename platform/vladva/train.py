@@ -82,7 +82,7 @@ def check_data(config: RunConfig) -> None:
     from vladva.shards import scan
 
     preprocessor = preprocessor_of(config)
-    scan(config.data.uri, preprocessor.count_tokens, max_bad_fraction=config.data.max_bad_fraction)
+    print(scan(config.data.uri, preprocessor.count_tokens, max_bad_fraction=config.data.max_bad_fraction))
     ChunkReader(config).plan(0)
 
 
@@ -297,7 +297,7 @@ class TrainingLog:
             {
                 "loss": contrastive.loss.item() + self.config.loss.next_token_weight * next_token,
                 "contrastive_loss": contrastive.loss.item(),
-                "next_token_loss": next_token,
+                **({"next_token_loss": next_token} if losses.caption_tokens else {}),
                 "temperature": (-losses.log_scale).exp().item(),
                 "in_batch_accuracy": contrastive.accuracy.item(),
                 "effective_negatives": contrastive.effective_negatives.item(),
