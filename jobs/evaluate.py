@@ -30,6 +30,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", default=".vladva/scenes", help="folder or s3://... with the benchmarks' files")
     parser.add_argument("--out", default=".vladva/evaluation", help="folder or s3://... for scores and embeddings")
     parser.add_argument("--actors", type=int, default=2, help="processes that hold the model")
+    parser.add_argument("--gpus-per-actor", type=float, default=0, help="0 is the processor")
     parser.add_argument("--batch-size", type=int, default=64, help="items embedded at a time")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model")
     options = parser.parse_args(arguments)
@@ -73,6 +74,7 @@ def main() -> None:
         options.data,
         options.out,
         actors=options.actors,
+        gpus_per_actor=options.gpus_per_actor,
         batch_size=options.batch_size,
         dtype=options.dtype,
         command=command,

@@ -28,7 +28,13 @@ def scores(labels: tuple[str, ...] = ("zero-shot", "trained")) -> dict:
     about |= {"counts": {"images": 1000}, "files": {"test/retrieval.json": "ab" * 32}, "chance": METRICS}
     described = {"base_model": "tiny", "adapter": None, "image_prompt": "Sum up <image>", "text_prompt": "Sum up"}
     described |= {"layer": 6, "dimension": 192, "dtype": "float32"}
-    model = {"model": "tiny", "fingerprint": "0123456789abcdef", "description": described, "embedded": 2000}
+    model = {
+        "model": "tiny",
+        "fingerprint": "0123456789abcdef",
+        "description": described,
+        "num_items": 2100,
+        "num_embedded": 2000,
+    }
     model |= {"seconds": {"embed": 75.0, "score": 0.5}}
     model |= {
         "scores": {"scenes_retrieval": METRICS},
@@ -37,6 +43,7 @@ def scores(labels: tuple[str, ...] = ("zero-shot", "trained")) -> dict:
     return {
         "created": "2026-01-01T00:00:00+00:00",
         "data": "s3://bucket/scenes",
+        "protocol": {"texts": "as written", "similarity": "cosine"},
         "benchmarks": {"scenes_retrieval": about},
         "models": dict.fromkeys(labels, model),
     }
@@ -87,7 +94,8 @@ def test_everything_asked_for_is_there(tmp_path: Path) -> None:
     for words in (
         "Scenes &amp; more", "64.2%", "A note.", "zero-shot", "trained", "VladVA (LLaVA-1.5-7B), Flickr30K", "98.5",
         "The right one is at 47", "✓", "true one", "false one", "A red square.", "3 min 32 s", "0.12%", "1,000 images",
-        "abababababababab", "0123456789abcdef", "--data &lt;DATA&gt;", "1 min 15 s to embed 2,000 items",
+        "abababababababab", "0123456789abcdef", "--data &lt;DATA&gt;", "1 min 15 s for 2,100 items",
+        "2,000 were not embedded before",
         "None: the true caption won every time.", "prefers-color-scheme: dark", "@media print", "viewport",
     ):  # fmt: skip
         assert words in page, words

@@ -22,6 +22,10 @@ from vladva.benchmarks.readers.images import ImageRef, read_images
 from vladva.storage import exists, join, write_json
 from vladva.tables import read_embeddings, read_rows, write_rows
 
+PROTOCOL = {
+    "texts": "as written, without the space around them",
+    "similarity": "cosine of embeddings raised to float32",
+}
 BLOCK_ROWS = 1024  # items per Ray Data block
 ITEMS = pa.schema(
     [
@@ -58,6 +62,7 @@ def evaluate(
     out_uri: str,
     *,
     actors: int = 2,
+    gpus_per_actor: float = 0,
     batch_size: int = 64,
     dtype: str = "float32",
     command: str = "",
@@ -67,10 +72,11 @@ def evaluate(
     `tasks` is what `read_benchmarks` returned; `command` is noted in the scores, for whoever wants to run it again.
     Writes `scores.json` and `outcomes/<label>/<benchmark>.parquet` under `out_uri` and returns what is in the former:
 
-        {"created", "command", "data",
+        {"created", "command", "data", "protocol",
          "benchmarks": {name: {"title", "ties", "source", "licence", "counts", "files", "chance"}},
-         "models": {label: {"model", "fingerprint", "description", "embedded", "seconds": {"embed", "score"},
-                            "scores": {benchmark: {metric: fraction}}, "tie_rates": {benchmark: {metric: fraction}}}}}
+         "models": {label: {"model", "fingerprint", "description", "num_items", "num_embedded",
+                            "seconds": {"embed", "score"}, "scores": {benchmark: {metric: fraction}},
+                            "tie_rates": {benchmark: {metric: fraction}}}}}
 
     Raises ValueError where a text or picture could not be embedded: leaving it out would change the denominators.
     """
@@ -78,12 +84,14 @@ def evaluate(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "data": data_uri,
+        "protocol": PROTOCOL,
         "benchmarks": {name: _about(name, task) for name, task in tasks.items()},
         "models": {},
     }
+    resources = {"actors": actors, "gpus_per_actor": gpus_per_actor, "batch_size": batch_size, "dtype": dtype}
     for label, model in models.items():
         started = time.monotonic()
-        embeddings = embed(model, tasks, out_uri, actors=actors, batch_size=batch_size, dtype=dtype)
+        embeddings = embed(model, tasks, out_uri, **resources)
         embedded = time.monotonic()
         entry = {"model": model, **embeddings.about, "scores": {}, "tie_rates": {}}
         for name, task in tasks.items():
@@ -109,13 +117,19 @@ def read_outcomes(out_uri: str, label: str, benchmark: str) -> pa.Table:
 class Embeddings:
     """The embeddings of one model, by text and picture."""
 
-    def __init__(self, table: pa.Table, quarantine: Mapping[str, str]) -> None:
+    def __init__(
+        self, table: pa.Table, quarantine: Mapping[str, str], *, num_items: int = 0, num_embedded: int = 0
+    ) -> None:
         self.row = {item: row for row, item in enumerate(table["id"].to_pylist())}
         values = table["embedding"].combine_chunks()
         self.matrix = values.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
         self.quarantine = quarantine
         described = json.loads(table.schema.metadata[b"vladva"])
-        self.about = {"fingerprint": described["fingerprint"], "description": described, "embedded": len(table)}
+        self.about = {"fingerprint": described["fingerprint"], "description": described}
+        self.about |= {
+            "num_items": num_items,
+            "num_embedded": num_embedded,
+        }  # asked for, and of them not embedded before
 
     def of_texts(self, texts: Iterable[str]) -> np.ndarray:
         """Rows [T, D] of the texts, in their order."""
@@ -136,9 +150,7 @@ class Embeddings:
         return self.matrix[[self.row[item] for item in ids]]
 
 
-def embed(
-    model: str, tasks: Mapping[str, Task], out_uri: str, *, actors: int, batch_size: int, dtype: str
-) -> Embeddings:
+def embed(model: str, tasks: Mapping[str, Task], out_uri: str, *, dtype: str, **resources: Any) -> Embeddings:
     """Embed all texts and pictures of the tasks that have not been embedded with this model before."""
     import ray
 
@@ -149,17 +161,17 @@ def embed(
     table_uri = join(out_uri, "embeddings", f"{description['fingerprint']}-{dtype}")
     rows = items(tasks.values())
     blocks = [rows.slice(first, BLOCK_ROWS) for first in range(0, len(rows), BLOCK_ROWS)]
-    encode(
+    summary = encode(
         ray.data.from_arrow(blocks),
         model,
         table_uri,
-        actors=actors,
-        batch_size=batch_size,
         dtype=dtype,
         read_images=picture_bytes,
         total=len(rows),
+        **resources,
     )
-    return Embeddings(read_embeddings(table_uri), _read_quarantine(table_uri))
+    quarantine = _read_quarantine(table_uri)
+    return Embeddings(read_embeddings(table_uri), quarantine, num_items=len(rows), num_embedded=summary.embedded)
 
 
 def items(tasks: Iterable[Task]) -> pa.Table:

@@ -57,7 +57,7 @@ class Ranks(NamedTuple):
     above: np.ndarray  # gallery items scored higher than the best positive (no positive can be among them)
     tied: np.ndarray  # negatives scored equal to it
     tied_positives: np.ndarray  # positives scored equal to it, itself included
-    nearest: np.ndarray  # int64 [Q, keep], gallery items from the most similar down; equals in gallery order
+    nearest: np.ndarray  # int64 [Q, keep], gallery items from the most similar down
     similarity: np.ndarray  # float32 [Q, keep], their cosines
 
 

@@ -54,6 +54,8 @@ class Retrieval:
         caption_text = texts.add(clean(caption) for row in rows for caption in row.captions)
         images = pick_images(data_uri, self.images, (row.name for row in rows), self.title)
         counts = {"images": len(rows), "captions": len(owners), "distinct_captions": len(texts.items)}
+        if self.max_captions_per_image:
+            counts["max_captions_per_image"] = self.max_captions_per_image
         return RetrievalTask(
             texts.items, images, caption_text, owners, self.ties, counts=counts, files={file.path: file.sha256}
         )
