@@ -1,10 +1,10 @@
-"""The scenes corpus: what captions claim is true, what hard negatives claim is false, and the split holds combinations out."""
+"""The scenes corpus: captions claim what is true, hard negatives what is false, the test split holds combinations out."""
 
 from __future__ import annotations
 
 import json
 import re
-from itertools import combinations, islice
+from itertools import combinations, islice, pairwise
 from pathlib import Path
 from random import Random
 
@@ -21,7 +21,7 @@ PHRASE = re.compile(rf"\b(?:({'|'.join(WORD_OF_SIZE)}) )?({'|'.join(COLOURS)}) (
 
 
 def is_true(caption: str, scene: Scene) -> bool:
-    """An independent reading of a caption: parse phrases and the relations between neighbours, look at the coordinates."""
+    """An independent reading of a caption: parse phrases and the relations between them, look at the coordinates."""
     objects = {(o.colour, o.shape): o for o in scene.objects}
     found = list(PHRASE.finditer(caption))
     for match in found:
@@ -29,7 +29,7 @@ def is_true(caption: str, scene: Scene) -> bool:
         thing = objects.get((colour, shape))
         if thing is None or (size and WORD_OF_SIZE[size] != thing.size):
             return False
-    for a, b in zip(found, found[1:], strict=False):
+    for a, b in pairwise(found):
         between = caption[a.end() : b.start()].strip().removeprefix("is ").removesuffix(" the").removesuffix(" an")
         between = between.removesuffix(" a").strip()
         if between in RELATION_OF:
@@ -51,9 +51,7 @@ def test_captions_are_true_and_the_reading_can_tell(sampled: list[tuple[Scene, R
         for caption in corpus.captions(scene, random):
             assert is_true(caption, scene), (caption, scene)
     # The control: captions of one scene are false of another (but for the rare scenes that share objects).
-    false = sum(
-        not is_true(corpus.captions(a, random)[0], b) for (a, random), (b, _) in zip(sampled, sampled[1:], strict=False)
-    )
+    false = sum(not is_true(corpus.captions(a, random)[0], b) for (a, random), (b, _) in pairwise(sampled))
     assert false > 0.95 * (len(sampled) - 1)
 
 
@@ -94,6 +92,25 @@ def test_no_training_scene_has_a_held_out_pair_and_every_test_scene_has_one(samp
 
     assert not any(held_out(scene) for scene, _ in sampled[:300])
     assert all(held_out(scene) for scene, _ in sampled[300:])
+
+
+def test_siblings_are_training_scenes_that_differ_in_one_thing(sampled: list) -> None:
+    kinds = {"moved": 0, "recoloured": 0, "resized": 0}
+    for scene, random in sampled[:300]:
+        for sibling in corpus.siblings(scene, random):
+            assert not any(
+                corpus.is_held_out((a.colour, a.shape), (b.colour, b.shape))
+                for a, b in combinations(sibling.objects, 2)
+            )
+            before, after = set(scene.objects), set(sibling.objects)
+            assert len(after - before) <= 2
+            fields = [{(o.shape, o.colour, o.size) for o in objects} for objects in (before, after)]
+            places = [{(o.x, o.y) for o in objects} for objects in (before, after)]
+            sizes = [sorted(o.size for o in objects) for objects in (before, after)]
+            assert places[0] == places[1]
+            kind = "moved" if fields[0] == fields[1] else "recoloured" if sizes[0] == sizes[1] else "resized"
+            kinds[kind] += 1
+    assert min(kinds.values()) > 50, kinds
 
 
 def test_short_captions_are_short_and_long_ones_long(sampled: list, tiny: str) -> None:

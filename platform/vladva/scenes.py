@@ -14,7 +14,7 @@ import io
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations, pairwise
 from random import Random
 from typing import TYPE_CHECKING
@@ -117,6 +117,35 @@ def random_scene(random: Random, split: str) -> Scene:
         for (colour, shape), size, (x, y), radius in zip(chosen, sizes, places, radii, strict=True)
     )
     return Scene(objects, random.choice(tuple(BACKGROUNDS)))
+
+
+def siblings(scene: Scene, random: Random) -> list[Scene]:
+    """Scenes that differ from this one in what is easily confused: two objects change places, colours, or one its size.
+
+    They stand beside it in the training shards, so that they meet in one batch as each other's hard negatives. Those
+    that would show a held-out pair, two objects of one kind or touching objects are left out.
+    """
+    a, b, *rest = random.sample(scene.objects, len(scene.objects))
+    size = "small" if a.size == "large" else "large"
+    candidates = (
+        (replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)),
+        (replace(a, colour=b.colour), replace(b, colour=a.colour)),
+        (replace(a, size=size, radius=round(random.uniform(*RADII[size]), 2)), b),
+    )
+    return [
+        Scene((*pair, *rest), scene.background) for pair in candidates if pair != (a, b) and is_possible((*pair, *rest))
+    ]
+
+
+def is_possible(objects: tuple[SceneObject, ...]) -> bool:
+    """Whether objects make a training scene: kinds differ, none of their pairs is held out, all inside and apart."""
+    kinds = [(o.colour, o.shape) for o in objects]
+    return (
+        len(set(kinds)) == len(kinds)
+        and not any(is_held_out(a, b) for a, b in combinations(kinds, 2))
+        and all(o.radius <= min(o.x, o.y, PICTURE_SIZE - o.x, PICTURE_SIZE - o.y) for o in objects)
+        and all(is_clear(*pair) for pair in combinations([((o.x, o.y), o.radius) for o in objects], 2))
+    )
 
 
 def is_clear(a: tuple[tuple[float, float], float], b: tuple[tuple[float, float], float]) -> bool:
@@ -259,9 +288,8 @@ def long_caption(scene: Scene, random: Random) -> str:
 
 
 def captions(scene: Scene, random: Random) -> list[str]:
-    """Four short captions (two complete, one without sizes, one without sizes and relations) and the long one."""
-    details = ({}, {}, {"sizes": False}, {"sizes": False, "relations": False})
-    short = [short_caption(claim_of(scene, random, **detail), random) for detail in details]
+    """Four short captions in different wordings, the last one without sizes, and the long one."""
+    short = [short_caption(claim_of(scene, random, sizes=number < 3), random) for number in range(4)]
     return [*short, long_caption(scene, random)]
 
 
@@ -337,6 +365,13 @@ def scenes(split: str, seed: int = 0) -> Iterator[tuple[Scene, Random]]:
         number += 1
 
 
+def training_scenes(seed: int = 0) -> Iterator[tuple[Scene, Random]]:
+    """Endless training scenes, each followed by its siblings."""
+    for scene, random in scenes("train", seed):
+        for member in (scene, *siblings(scene, random)):
+            yield member, random
+
+
 def pair_facts(scene: Scene) -> set[tuple[object, ...]]:
     """What a caption of two objects can state of the scene: two objects, with sizes, and their relation."""
     things = sorted(scene.objects, key=lambda o: (o.size, o.colour, o.shape))
@@ -381,7 +416,7 @@ def write_scenes(
 
     done = 0
     with ShardWriter(storage.join(uri, "train"), samples_per_shard) as shards:
-        for number, (scene, random) in zip(range(train), scenes("train", seed), strict=False):
+        for number, (scene, random) in zip(range(train), training_scenes(seed), strict=False):
             meta = {"captions": captions(scene, random), "scene": asdict(scene)}
             shards.write(f"{number:06d}", {"png": png(render(scene)), "json": json.dumps(meta).encode()})
             done += 1
