@@ -1,0 +1,86 @@
+#!/usr/bin/env python
+"""Embed a corpus: `jobs/embed.py RUN_OR_MODEL --data URI --out URI`.
+
+The corpus is a folder of WebDataset shards, of Parquet files or of pictures, or a text file with one text a line. The
+same command goes on with a table that was interrupted, and embeds what is new in a corpus that has grown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from vladva.config import user_errors
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Command-line arguments."""
+    parser = argparse.ArgumentParser(
+        prog="jobs/embed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="RUN_OR_MODEL", help="run or checkpoint folder, `tiny` or Hugging Face name")
+    parser.add_argument("--data", required=True, help="folder, file or s3://... of the corpus")
+    parser.add_argument("--out", required=True, help="folder or s3://... of the embeddings table")
+    parser.add_argument("--kinds", default="image,text", help="what to embed: image, text or image,text")
+    parser.add_argument("--no-adapter", action="store_true", help="embed with the base model, zero-shot")
+    parser.add_argument("--actors", default="2", help="processes that hold the model: a number, or LEAST,MOST")
+    parser.add_argument("--cpus-per-actor", type=int, default=1)
+    parser.add_argument("--gpus-per-actor", type=float, default=0)
+    parser.add_argument("--batch-size", type=int, default=64, help="items embedded at a time, at most")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model")
+    parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="stop when more of the items are bad")
+    options = parser.parse_args(arguments)
+    options.kinds = options.kinds.split(",")
+    options.actors = actors(options.actors)
+    return options
+
+
+def actors(argument: str) -> int | tuple[int, int]:
+    """`2`, or `1,8` for a pool that grows and shrinks."""
+    least, comma, most = argument.partition(",")
+    try:
+        return (int(least), int(most)) if comma else int(least)
+    except ValueError:
+        raise ValueError(f"--actors is {argument!r}; give a number, or the least and the most: 1,8") from None
+
+
+@user_errors
+def main() -> None:
+    options = parse(sys.argv[1:])
+
+    from vladva import cluster
+    from vladva.corpora import open_corpus
+    from vladva.encode import describe, encode
+    from vladva.windows import preprocessor_of
+
+    config, _ = describe(options.model, adapter=not options.no_adapter, dtype=options.dtype)
+    cluster.connect()
+    corpus = open_corpus(options.data, options.kinds, count_tokens=preprocessor_of(config).count_tokens)
+    summary = encode(
+        corpus.items,
+        options.model,
+        options.out,
+        adapter=not options.no_adapter,
+        actors=options.actors,
+        batch_size=options.batch_size,
+        dtype=options.dtype,
+        cpus_per_actor=options.cpus_per_actor,
+        gpus_per_actor=options.gpus_per_actor,
+        read_images=corpus.read_images,
+        corpus=corpus.uri,
+        total=corpus.num_items,
+        max_bad_fraction=options.max_bad_fraction,
+    )
+    print(
+        f"{options.out}: {summary.rows:,} embeddings of {summary.dimension} numbers by model {summary.fingerprint}; "
+        f"{summary.embedded:,} now, {summary.repeated:,} repeats, {summary.skipped:,} from before, "
+        f"{summary.quarantined:,} quarantined"
+    )
+    print(
+        f"{summary.items_per_s:,.1f} items/s and {summary.tokens_per_s:,.0f} tokens/s over {summary.seconds:.0f} s, "
+        f"{summary.padding:.1%} padding. Next: jobs/index.py {options.out} --out INDEX"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Embedding a corpus: items -> embeddings table, by a pool of actors that hold the model.
+
+    items --CPU tasks (windows.py)--> batches --actors (encoder.py)--> parts --driver (parts.py)--> table
+
+The actor that has embedded a batch writes it, so a killed driver, actor or node costs the batches under way. The next
+run with the same arguments leaves out every (id, kind) that has an embedding. Items of like length share a batch, so
+that little is padded; equal texts and pictures are embedded once, wherever in the corpus they are.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vladva import storage
+from vladva.config import ModelConfig
+from vladva.encoder import Encoder
+from vladva.parts import TableInProgress
+from vladva.progress import Progress
+from vladva.tables import read_embeddings
+from vladva.windows import WINDOW, Owners, WindowSettings, count_done, make_batches, preprocessor_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import ray.data
+
+__all__ = ["EncodeSummary", "encode", "read_embeddings"]
+
+MANY_BAD = 100  # bad items below which a run goes on, whatever fraction they are
+
+
+@dataclass(frozen=True)
+class EncodeSummary:
+    """What one run did: items = embedded + repeated + skipped + quarantined."""
+
+    items: int
+    embedded: int
+    repeated: int  # the same text or picture as another item, whose embedding they got
+    skipped: int  # had an embedding before
+    quarantined: int
+    rows: int  # in the table
+    tokens: int
+    padding: float  # fraction of the computed tokens that was padding
+    seconds: float
+    items_per_s: float  # embedded, from start to end
+    tokens_per_s: float
+    fingerprint: str
+    dimension: int
+
+
+def encode(
+    items: ray.data.Dataset,
+    model: str,
+    out_uri: str,
+    *,
+    adapter: bool = True,
+    actors: int | tuple[int, int] = 2,
+    batch_size: int = 64,
+    dtype: str = "float32",
+    cpus_per_actor: int = 1,
+    gpus_per_actor: float = 0,
+    read_images: Callable[[pa.Table], list[bytes]] | None = None,
+    corpus: str = "",
+    total: int | None = None,
+    max_bad_fraction: float = 0.05,
+) -> EncodeSummary:
+    """Embed `items` into the table at `out_uri`, or go on with it; needs a Ray cluster.
+
+    items: columns id, kind ("image" or "text"), image (bytes; null for texts), text (null for pictures); all but
+        `image` are carried into the table, which holds each (id, kind) once.
+    actors: how many hold the model, or the (least, most) of a pool that grows and shrinks with the load.
+    read_images: gives the bytes of pictures whose `image` is null.
+    corpus: noted in the table: where the pictures can be found again.
+    total: number of items, for the time left.
+
+    What cannot be embedded is in `_quarantine.parquet`, with the reason. Raises ValueError for more than
+    `max_bad_fraction` (and MANY_BAD) of that, and FingerprintMismatch where another model made the table.
+    """
+    import ray
+    from ray.data.dataset import MaterializedDataset
+
+    model, out_uri = pin(model), storage.absolute(out_uri)
+    config, description = describe(model, adapter=adapter, dtype=dtype)
+    table = TableInProgress(out_uri, description, corpus)
+    done = ray.put(table.done())
+    items.context.enable_progress_bars = False
+    run = Run(max_bad_fraction)
+    left = None
+    if table.begun:  # what is left is worth a look, before any model is loaded
+        run.counts["skipped"], left = count_done(items, done)
+    elif isinstance(items, MaterializedDataset):
+        total = items.count()
+    if left != 0:
+        settings = WindowSettings(
+            config, out_uri, batch_size, read_images, done, ray.remote(num_cpus=0)(Owners).remote()
+        )
+        load = {"model": model, "adapter": adapter, "merge": adapter, "dtype": dtype}
+        batches = items.map_batches(
+            make_batches, batch_size=WINDOW, batch_format="pyarrow", fn_kwargs={"settings": settings}
+        ).repartition(target_num_rows_per_block=1)
+        reports = batches.map_batches(
+            Encoder,
+            fn_constructor_args=(load, out_uri, description),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=pool(actors, cpus_per_actor),
+            num_cpus=cpus_per_actor,
+            num_gpus=gpus_per_actor,
+        )
+        with Progress("embedding", total if left is None else left) as progress:
+            for row in reports.iter_rows():
+                progress.advance(run.add(json.loads(row["report"])), run.figures)
+        ray.kill(settings.owners)
+    rows, quarantine = table.commit(run.bad)
+    if not rows:
+        raise ValueError(f"nothing was embedded: {quarantine[0]['reason'] if quarantine else 'there are no items'}")
+    return run.summary(rows, len(quarantine), description)
+
+
+def pin(model: str) -> str:
+    """The model as every process finds it: a path that is absolute, and of a run the newest checkpoint there is now."""
+    from vladva import checkpoint
+
+    model = storage.absolute(model) if storage.exists(model) else model
+    if storage.exists(storage.join(model, "checkpoints")):
+        return checkpoint.latest(model) or model
+    return model
+
+
+def describe(model: str, *, adapter: bool, dtype: str) -> tuple[ModelConfig, dict[str, Any]]:
+    """Configuration and description (`Embedder.description`) of a model, without its weights."""
+    from vladva.embedder import ADAPTER_NOTE, find_model, fingerprint_of
+
+    reference = find_model(model)
+    folder = reference.adapter if adapter else None
+    note = json.loads((folder / ADAPTER_NOTE).read_text()) if folder else None
+    config = ModelConfig(dtype=dtype, **(note or {"checkpoint": reference.checkpoint, "soft_prompts": False}))
+    preprocessor = preprocessor_of(config)
+    language_model = preprocessor.config.get_text_config()
+    layer, dimension = config.layer or language_model.num_hidden_layers, language_model.hidden_size
+    return config, {
+        "base_model": config.checkpoint,
+        "adapter": str(folder) if folder else None,
+        "image_prompt": config.image_prompt,
+        "text_prompt": config.text_prompt,
+        "soft_prompts": config.soft_prompts,
+        "layer": layer,
+        "dimension": dimension,
+        "dtype": config.dtype,
+        "fingerprint": fingerprint_of(config, folder, layer, dimension, preprocessor),
+    }
+
+
+def pool(actors: int | tuple[int, int], cpus_per_actor: int) -> ray.data.ActorPoolStrategy:
+    """The pool of actors. At its start a CPU is left for the tasks that feed it, or nothing would ever run."""
+    import ray.data
+
+    least, most = (actors, actors) if isinstance(actors, int) else actors
+    if not 1 <= least <= most:
+        raise ValueError(f"actors is {actors}; give a positive number, or the least and the most of them")
+    room = (int(ray.cluster_resources().get("CPU", 0)) - 1) // max(1, cpus_per_actor)
+    return ray.data.ActorPoolStrategy(min_size=max(1, min(least, room)), max_size=most, max_tasks_in_flight_per_actor=2)
+
+
+class Run:
+    """Counts of a run, from the reports of its batches."""
+
+    def __init__(self, max_bad_fraction: float) -> None:
+        self.counts = dict.fromkeys(("embedded", "repeated", "skipped", "tokens", "computed"), 0)
+        self.bad: list[dict[str, Any]] = []
+        self.max_bad_fraction = max_bad_fraction
+        self.began = time.monotonic()
+
+    def add(self, report: dict[str, Any]) -> int:
+        """Count a report; returns how many items it settles. Raises ValueError where too many are bad."""
+        before = self.items
+        for name in self.counts:
+            self.counts[name] += report.get(name, 0)
+        for bad in report.get("bad", []):
+            self.bad.append({**bad, "content": bytes.fromhex(bad["content"]) if bad["content"] else None})
+        if len(self.bad) > max(MANY_BAD, self.max_bad_fraction * self.items):
+            raise ValueError(
+                f"{len(self.bad):,} of {self.items:,} items cannot be embedded, more than max_bad_fraction "
+                f"{self.max_bad_fraction} allows; the last is {self.bad[-1]['id']}: {self.bad[-1]['reason']}"
+            )
+        return self.items - before
+
+    @property
+    def items(self) -> int:
+        """Items that are settled."""
+        return sum(self.counts[name] for name in ("embedded", "repeated", "skipped")) + len(self.bad)
+
+    @property
+    def figures(self) -> str:
+        """For the line of progress."""
+        speed = self.counts["tokens"] / (time.monotonic() - self.began)
+        return f"{speed:,.0f} tokens/s" + (f"  {len(self.bad)} quarantined" if self.bad else "")
+
+    def summary(self, rows: int, quarantined: int, description: dict[str, Any]) -> EncodeSummary:
+        """Of the whole run: repeats of bad items are bad too, which only the end shows."""
+        seconds = time.monotonic() - self.began
+        counts = self.counts
+        return EncodeSummary(
+            items=self.items,
+            embedded=counts["embedded"],
+            repeated=counts["repeated"] - (quarantined - len(self.bad)),
+            skipped=counts["skipped"],
+            quarantined=quarantined,
+            rows=rows,
+            tokens=counts["tokens"],
+            padding=1 - counts["tokens"] / counts["computed"] if counts["computed"] else 0.0,
+            seconds=seconds,
+            items_per_s=counts["embedded"] / seconds,
+            tokens_per_s=counts["tokens"] / seconds,
+            fingerprint=description["fingerprint"],
+            dimension=description["dimension"],
+        )

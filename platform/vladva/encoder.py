@@ -1,0 +1,82 @@
+"""Encoder: prepared batches -> parts of the embeddings table. The actor that holds the model."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from vladva.parts import write_part
+from vladva.tables import FingerprintMismatch
+from vladva.windows import Prepared
+
+
+class Encoder:
+    """Ray Data stage: a row of (batch, report) -> the batch's part in the table, and the report with what was done.
+
+    Ray starts a killed actor again and gives it the batches that it had.
+    """
+
+    def __init__(self, load: dict[str, Any], uri: str, description: dict[str, Any]) -> None:
+        import torch
+        from transformers.utils import logging
+
+        from vladva.embedder import load_embedder
+
+        logging.disable_progress_bar()  # of loading the weights, which the driver would show for every actor
+        self.embedder = load_embedder(**load, device="cuda" if torch.cuda.is_available() else "cpu")
+        self.uri, self.description = uri, description
+        if self.embedder.fingerprint != description["fingerprint"]:
+            hint = "the model has changed since the job began: run it again"
+            raise FingerprintMismatch(uri, description["fingerprint"], self.embedder.fingerprint, hint)
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """One row in, one row out: (report)."""
+        (row,) = rows.to_pylist()
+        report = json.loads(row["report"])
+        if row["batch"] is not None:
+            self.encode(pickle.loads(row["batch"]), report)
+        return pa.table({"report": [json.dumps(report)]})
+
+    def encode(self, batch: Prepared, report: dict[str, Any]) -> None:
+        """Embed a batch and write its part. If that fails, item by item: then only those that fail are left out."""
+        try:
+            embeddings_ND = self.forward(batch.prompts, batch.pixels)
+            reasons = [None] * len(batch.items)
+        except Exception:
+            embeddings_ND, reasons = self.one_by_one(batch)
+        finite = np.isfinite(embeddings_ND).all(axis=1)
+        reasons = [r or (None if ok else "the embedding is not finite") for r, ok in zip(reasons, finite, strict=True)]
+        good = np.array([reason is None for reason in reasons])
+        if good.any():
+            write_part(self.uri, batch.items.filter(pa.array(good)), embeddings_ND[good], self.description)
+        ids = batch.items.select(["id", "kind", "content"]).to_pylist()
+        bad = [{**i, "content": i["content"].hex(), "reason": r} for i, r in zip(ids, reasons, strict=True) if r]
+        lengths = [len(prompt) for prompt in batch.prompts]
+        report["bad"] = report.get("bad", []) + bad
+        report |= {"embedded": int(good.sum()), "tokens": sum(lengths), "computed": max(lengths) * len(lengths)}
+
+    def forward(self, prompts: list[list[int]], pixels: list[np.ndarray] | None) -> np.ndarray:
+        """Embeddings [N, D] of prepared items."""
+        import torch
+
+        from vladva.embedder import as_tensors
+
+        tokens = as_tensors(self.embedder.preprocessor.pad([(prompt, []) for prompt in prompts]), self.embedder.device)
+        stacked = None if pixels is None else torch.from_numpy(np.stack(pixels)).to(self.embedder.device)
+        with torch.inference_mode():
+            return self.embedder.model(tokens, stacked)[0].cpu().numpy()
+
+    def one_by_one(self, batch: Prepared) -> tuple[np.ndarray, list[str | None]]:
+        """Embeddings [N, D], and why an item has none (its row is then not a number)."""
+        embeddings_ND = np.full((len(batch.items), self.embedder.dimension), np.nan, np.float32)
+        reasons: list[str | None] = [None] * len(batch.items)
+        for i, prompt in enumerate(batch.prompts):
+            try:
+                embeddings_ND[i] = self.forward([prompt], batch.pixels and [batch.pixels[i]])[0]
+            except Exception as error:
+                reasons[i] = f"the model failed on it: {type(error).__name__}: {error}"
+        return embeddings_ND, reasons

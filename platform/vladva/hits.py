@@ -1,0 +1,170 @@
+"""Hits: what a search gives, what can be searched, and the slow exact twin of whatever is fast."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from vladva.tables import FingerprintMismatch, keys_of
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A neighbour: cosine similarity, and the columns that its row carries (all but id and embedding)."""
+
+    id: str
+    score: float
+    columns: dict[str, Any]
+
+
+class VectorStore(Protocol):
+    """Embeddings of one model that can be searched and changed. A row is known by its (id, kind)."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model that made the embeddings."""
+        ...
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that can be found."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Grows with every change."""
+        ...
+
+    def search(self, vector: np.ndarray, k: int, filter: str | None = None) -> list[Hit]:  # noqa: A002
+        """The k rows nearest to a vector [D] among those for which the SQL condition holds, best first.
+
+        Raises ValueError for a vector of another dimension, k below 1, or a condition that cannot be evaluated.
+        """
+        ...
+
+    def upsert(self, rows: pa.Table) -> None:
+        """Add rows (an embeddings table), in place of those with the same (id, kind). Raises FingerprintMismatch."""
+        ...
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Remove the rows with these ids; returns how many there were."""
+        ...
+
+    def optimize(self) -> None:
+        """Make searches as fast as they were before the changes."""
+        ...
+
+
+class ExactStore:
+    """Every row compared with the query, in numpy; conditions evaluated by SQLite. Small, in memory, and right."""
+
+    def __init__(self, rows: pa.Table, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+        self.version = 1
+        self._set(rows)
+
+    def _set(self, rows: pa.Table) -> None:
+        self.rows = rows.combine_chunks()
+        self.matrix_ND = matrix_of(self.rows)
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return self.matrix_ND.shape[1]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that can be found."""
+        return len(self.rows)
+
+    def search(self, vector: np.ndarray, k: int, filter: str | None = None) -> list[Hit]:  # noqa: A002
+        """See VectorStore."""
+        query_D = check_query(vector, k, self.dimension)
+        allowed = np.arange(self.num_rows) if filter is None else self._where(filter)
+        scores = self.matrix_ND[allowed] @ query_D
+        best = np.argsort(-scores, kind="stable")[:k]
+        columns = self.rows.drop_columns(["embedding"]).take(allowed[best]).to_pylist()
+        return [hit_of(row, float(score)) for row, score in zip(columns, scores[best], strict=True)]
+
+    def upsert(self, rows: pa.Table) -> None:
+        """See VectorStore."""
+        check_rows(rows, self.fingerprint, "this store")
+        new = set(keys_of(rows))
+        kept = self.rows.filter(pa.array([key not in new for key in keys_of(self.rows)], pa.bool_()))
+        self._set(pa.concat_tables([kept, rows.select(kept.column_names).cast(kept.schema)]))
+        self.version += 1
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """See VectorStore."""
+        gone = set(ids)
+        before = self.num_rows
+        self._set(self.rows.filter(pa.array([one not in gone for one in self.rows["id"].to_pylist()], pa.bool_())))
+        self.version += 1
+        return before - self.num_rows
+
+    def optimize(self) -> None:
+        """See VectorStore; there is nothing to do."""
+
+    def _where(self, condition: str) -> np.ndarray:
+        """Numbers of the rows for which the condition holds."""
+        names = [name for name in self.rows.column_names if name != "embedding"]
+        with sqlite3.connect(":memory:") as database:
+            database.execute(f"CREATE TABLE rows ({', '.join(_quoted(name) for name in names)})")
+            values = zip(*(self.rows[name].to_pylist() for name in names), strict=True)
+            database.executemany(f"INSERT INTO rows VALUES ({', '.join('?' * len(names))})", values)
+            try:
+                found = database.execute(f"SELECT rowid - 1 FROM rows WHERE ({condition}) ORDER BY rowid").fetchall()
+            except sqlite3.Error as error:
+                raise ValueError(f"filter {condition!r} cannot be evaluated: {error}") from None
+        return np.array([row for (row,) in found], np.int64)
+
+
+def matrix_of(rows: pa.Table) -> np.ndarray:
+    """The embeddings of rows, float32 [N, D]."""
+    embedding = rows["embedding"].combine_chunks()
+    values = embedding.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(rows), embedding.type.list_size).astype(np.float32, copy=False)
+
+
+def hit_of(row: dict[str, Any], score: float) -> Hit:
+    """A row without its embedding, as a hit."""
+    return Hit(row["id"], score, {name: value for name, value in row.items() if name != "id"})
+
+
+def check_query(vector: np.ndarray, k: int, dimension: int) -> np.ndarray:
+    """The query as a unit vector [D], float32. Raises ValueError."""
+    query_D = np.asarray(vector, np.float32)
+    if query_D.shape != (dimension,):
+        raise ValueError(f"the query has the shape {query_D.shape}; the index holds vectors of {dimension} numbers")
+    if k < 1:
+        raise ValueError(f"k is {k}; it must be at least 1")
+    length = float(np.linalg.norm(query_D))
+    if not np.isfinite(length) or length == 0:
+        raise ValueError("the query is zero or not finite; it has no direction")
+    return query_D / np.float32(length)
+
+
+def check_rows(rows: pa.Table, fingerprint: str, place: str) -> None:
+    """Raises FingerprintMismatch for rows of another model, ValueError for rows that do not say of which."""
+    import json
+
+    note = (rows.schema.metadata or {}).get(b"vladva")
+    if note is None:
+        raise ValueError("the rows do not say which model made them; take them from read_embeddings")
+    found = json.loads(note)["fingerprint"]
+    if found != fingerprint:
+        raise FingerprintMismatch(place, fingerprint, found, "embed the rows with the model of the index")
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'

@@ -1,0 +1,98 @@
+"""Recall: how much of the exact answer an index finds, and the cheapest settings that find enough of it.
+
+A hit counts when it is at least as near as the exact k-th neighbour: rows that are equal may stand in for each other.
+
+N rows, Q queries, D width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vladva.hits import Hit
+
+TOLERANCE = 1e-5  # between two ways to compute a cosine in float32
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Vectors [Q, D] to try an index with; `keys` are the (id, kind) of each, for it is not a neighbour of itself."""
+
+    vectors_QD: np.ndarray
+    keys: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Recall at k, and milliseconds per search."""
+
+    recall: float
+    p50_ms: float
+    p99_ms: float
+
+
+def exact_thresholds(
+    blocks: Iterable[tuple[np.ndarray, list[tuple[str, str]]]], queries: Queries, k: int
+) -> np.ndarray:
+    """Score [Q] of each query's exact k-th neighbour; `blocks` are embeddings [N, D] and the keys of their rows."""
+    best_Qk = np.full((len(queries.keys), k), -np.inf, np.float32)
+    position = {key: i for i, key in enumerate(queries.keys)}
+    for embeddings_ND, keys in blocks:
+        scores_QN = queries.vectors_QD @ embeddings_ND.T
+        for column, key in enumerate(keys):
+            if key in position:
+                scores_QN[position[key], column] = -np.inf
+        both = np.concatenate([best_Qk, scores_QN], axis=1)
+        best_Qk = -np.partition(-both, k - 1, axis=1)[:, :k]
+    return best_Qk.min(axis=1)
+
+
+def measure(
+    search: Callable[[np.ndarray, int], list[Hit]], queries: Queries, thresholds: np.ndarray, k: int
+) -> Measured:
+    """Recall at k and latency of a search, one query at a time."""
+    found, expected, times = 0, 0, []
+    for vector, key, threshold in zip(queries.vectors_QD, queries.keys, thresholds, strict=True):
+        began = time.perf_counter()
+        hits = search(vector, k + 1)
+        times.append(1e3 * (time.perf_counter() - began))
+        others = [hit for hit in hits if (hit.id, hit.columns["kind"]) != key][:k]
+        found += sum(hit.score >= float(threshold) - TOLERANCE for hit in others)
+        expected += k
+    return Measured(found / expected, float(np.median(times)), float(np.percentile(times, 99)))
+
+
+def ladder(partitions: int) -> list[int]:
+    """Numbers of partitions to search, each half as many again as the one before, up to all of them."""
+    steps = [1]
+    while steps[-1] < partitions:
+        steps.append(min(partitions, max(steps[-1] + 1, steps[-1] * 3 // 2)))
+    return steps
+
+
+def cheapest(
+    partitions: int, efforts: Sequence[int], try_out: Callable[[int, int], Measured], wanted: float
+) -> tuple[int, int, Measured]:
+    """(partitions, effort, measured) that find enough, at the least of effort, then of partitions.
+
+    Recall grows with both, so halving finds the step. Where nothing is enough, the most that there is.
+    """
+    steps = ladder(partitions)
+    for effort in efforts:
+        best = try_out(steps[-1], effort)
+        if best.recall < wanted and effort != efforts[-1]:
+            continue
+        low, high = 0, len(steps) - 1
+        while low < high and best.recall >= wanted:
+            middle = (low + high) // 2
+            tried = try_out(steps[middle], effort)
+            if tried.recall >= wanted:
+                high, best = middle, tried
+            else:
+                low = middle + 1
+        return steps[high], effort, best
+    raise AssertionError("efforts is empty")

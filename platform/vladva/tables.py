@@ -1,0 +1,153 @@
+"""Embeddings tables: Parquet files of one model's embeddings, each (id, kind) once.
+
+    <uri>/embeddings-<hash>.parquet   rows: id, kind, embedding (fixed_size_list<float32>[D]), content, carried columns
+    <uri>/_table.json                 the model, and the files that make up the table; a file not listed is not in it
+    <uri>/_quarantine.parquet         id, kind, content, reason of what the last run could not embed
+
+`content` is a digest: equal where the pictures or texts are equal. `_table.json` is written last, and atomically, so
+readers see the table as it was completed, whatever is being added to it (parts.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vladva import storage
+from vladva.storage import join
+
+GROUP_ROWS = 4096  # rows of one Parquet row group
+CONTENT = pa.binary(16)
+
+
+class FingerprintMismatch(ValueError):  # noqa: N818
+    """Embeddings of one model meet those of another."""
+
+    def __init__(self, place: str, found: str, wanted: str, hint: str) -> None:
+        super().__init__(f"{place} holds embeddings of model {found}, not of model {wanted}; {hint}")
+
+
+def digest(*parts: str | bytes) -> bytes:
+    """16 bytes that stand for the parts, in order."""
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, "little") + data)
+    return state.digest()
+
+
+def keys_of(rows: pa.Table) -> list[bytes]:
+    """The digest of each row's (id, kind)."""
+    return [digest(*pair) for pair in zip(rows["id"].to_pylist(), rows["kind"].to_pylist(), strict=True)]
+
+
+@dataclass(frozen=True)
+class TableNote:
+    """What `_table.json` says: the model's description with its fingerprint, the corpus, and the table's files."""
+
+    model: dict[str, Any]
+    corpus: str
+    complete: bool
+    num_rows: int
+    files: list[str]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model that made the embeddings."""
+        return self.model["fingerprint"]
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return self.model["dimension"]
+
+
+def find_note(uri: str) -> TableNote | None:
+    """The note of the table at `uri`, complete or not; None where there is no table."""
+    note = join(uri, "_table.json")
+    return TableNote(**storage.read_json(note)) if storage.exists(note) else None
+
+
+def open_table(uri: str) -> TableNote:
+    """The note of a complete table. Raises ValueError where there is none, or it is still being made."""
+    note = find_note(uri)
+    if note is None:
+        raise ValueError(f"{uri} holds no embeddings table; make one with jobs/embed.py")
+    if not note.complete:
+        raise ValueError(f"the embeddings table {uri} is not complete; run its embedding job again and it goes on")
+    return note
+
+
+def read_embeddings(uri: str) -> pa.Table:
+    """The rows of a complete table in the order of (kind, id); the schema's metadata (`vladva`) describe the model."""
+    note = open_table(uri)
+    rows = concat([read_rows(join(uri, file)) for file in note.files] or [no_rows(note.model)])
+    return rows.sort_by([("kind", "ascending"), ("id", "ascending")])
+
+
+def stream_rows(uri: str, kind: str) -> pa.RecordBatchReader:
+    """The rows of one kind (or "all") of a complete table, without `content`, a file at a time."""
+    files = [join(uri, file) for file in open_table(uri).files]
+    schemas = [pq.read_schema(storage.RangedFile(file)) for file in files] or [no_rows(open_table(uri).model).schema]
+    whole = pa.unify_schemas(schemas, promote_options="permissive")
+    fields = [field for field in whole if field.name != "content" and not pa.types.is_null(field.type)]
+    schema = pa.schema(fields, whole.metadata)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for file in files:
+            rows = read_rows(file)
+            if kind != "all":
+                rows = rows.filter(pc.equal(rows["kind"], kind))
+            missing = [field for field in fields if field.name not in rows.column_names]
+            for field in missing:
+                rows = rows.append_column(field, pa.nulls(len(rows), field.type))
+            yield from rows.select(schema.names).cast(schema).to_batches(max_chunksize=GROUP_ROWS)
+
+    return pa.RecordBatchReader.from_batches(schema, batches())
+
+
+def sample_rows(uri: str, count: int, seed: int) -> pa.Table:
+    """About `count` rows (id, kind, embedding) of a complete table, from a few places in its files."""
+    choice = random.Random(seed)
+    files = open_table(uri).files
+    tables = []
+    for name in choice.sample(files, min(4, len(files))):
+        file = pq.ParquetFile(storage.RangedFile(join(uri, name)))
+        groups = choice.sample(range(file.num_row_groups), min(4, file.num_row_groups))
+        tables += [file.read_row_group(group, ["id", "kind", "embedding"]) for group in groups]
+    table = pa.concat_tables(tables)
+    return table.take(sorted(choice.sample(range(len(table)), min(count, len(table)))))
+
+
+def read_rows(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """One Parquet file."""
+    return pq.read_table(pa.BufferReader(storage.read_bytes(uri)), columns=columns)
+
+
+def write_rows(uri: str, rows: pa.Table) -> None:
+    """Write one Parquet file, atomically."""
+    sink = pa.BufferOutputStream()
+    # Only texts get a dictionary: one of floats costs time and saves nothing.
+    texts = [field.name for field in rows.schema if pa.types.is_string(field.type)]
+    pq.write_table(rows, sink, row_group_size=GROUP_ROWS, use_dictionary=texts, compression="lz4")
+    storage.write_bytes_atomically(uri, sink.getvalue().to_pybytes())
+
+
+def concat(tables: list[pa.Table]) -> pa.Table:
+    """One table of many. A carried column may be all null, and so of no type, in some of them."""
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def no_rows(model: dict[str, Any]) -> pa.Table:
+    """The empty table of a model."""
+    embedding = pa.list_(pa.float32(), model["dimension"])
+    fields = [("id", pa.string()), ("kind", pa.string()), ("embedding", embedding), ("content", CONTENT)]
+    return pa.schema(fields, {b"vladva": json.dumps(model).encode()}).empty_table()

@@ -1,0 +1,247 @@
+"""Windows: some thousand items of a corpus -> batches ready for the model, on CPUs.
+
+    leave out what is done -> find equal contents -> tokenise -> sort by length -> cut -> decode
+
+A task makes the batches of one window, one after the other, while actors embed the first of them (encode.py).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vladva.config import ModelConfig
+from vladva.parts import contains, write_repeats
+from vladva.tables import CONTENT, digest, keys_of
+
+if TYPE_CHECKING:
+    import ray.data
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+
+    from vladva.batches import Preprocessor
+
+WINDOW = 2048  # items that are sorted by length together
+PICTURES = 256  # of them, pictures that are in memory together
+BATCH_TOKENS = 32_768  # in one batch, padding included; long items come in smaller batches
+
+
+@dataclass(frozen=True)
+class WindowSettings:
+    """What the tasks of one run share."""
+
+    config: ModelConfig
+    uri: str  # of the table
+    batch_size: int
+    read_images: Callable[[pa.Table], list[bytes]] | None
+    done: ObjectRef  # of the pair that TableInProgress.done gives
+    owners: ActorHandle
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch of one kind: items (without `image`, with `content`), their prompts, and pixels (uint8) of pictures."""
+
+    items: pa.Table
+    prompts: list[list[int]]
+    pixels: list[np.ndarray] | None
+
+
+class Owners:
+    """Actor: which item embeds a content for all others that have the same."""
+
+    def __init__(self) -> None:
+        self.owners: dict[bytes, bytes] = {}
+
+    def claim(self, contents: list[bytes], keys: list[bytes]) -> list[bool]:
+        """Whether each item, by the key of its (id, kind), is the first with its content. Asking again is harmless."""
+        return [self.owners.setdefault(content, key) == key for content, key in zip(contents, keys, strict=True)]
+
+
+@lru_cache(maxsize=2)
+def preprocessor_of(config: ModelConfig) -> Preprocessor:
+    """The model's preprocessor: one a process."""
+    from vladva.batches import Preprocessor
+
+    prompts = {name: getattr(config, name) for name in ("image_prompt", "text_prompt", "soft_prompts")}
+    return Preprocessor(config.checkpoint, **prompts)
+
+
+def count_done(items: ray.data.Dataset, done: ObjectRef) -> tuple[int, int]:
+    """How many of the items have an embedding, and how many have none; `done` holds what TableInProgress.done gives."""
+    counts = items.map_batches(_count_done, batch_size=WINDOW, batch_format="pyarrow", fn_kwargs={"done": done})
+    rows = counts.take_all()
+    return sum(row["done"] for row in rows), sum(row["left"] for row in rows)
+
+
+def _count_done(items: pa.Table, *, done: ObjectRef) -> pa.Table:
+    import ray
+
+    found = int(contains(ray.get(done)[0], keys_of(items)).sum())
+    return pa.table({"done": [found], "left": [len(items) - found]})
+
+
+def make_batches(items: pa.Table, *, settings: WindowSettings) -> Iterator[pa.Table]:
+    """One window: rows of (batch: a pickled Prepared or null, report: JSON of what happened to other items)."""
+    import ray
+
+    keys, contents = ray.get(settings.done)
+    if "image" not in items.column_names:
+        items = items.append_column("image", pa.nulls(len(items), pa.binary()))
+    fresh = items.filter(pa.array(~contains(keys, keys_of(items))))
+    for kind, size, prepare in ("text", WINDOW, _texts), ("image", PICTURES, _pictures):
+        rows = fresh.filter(pc.equal(fresh["kind"], kind))
+        for first in range(0, len(rows), size):
+            yield from prepare(rows.slice(first, size), contents, settings)
+    strange = fresh.filter(pc.invert(pc.is_in(fresh["kind"], pa.array(["text", "image"]))))
+    if len(strange):
+        yield _row(None, bad=[_bad(item, "kind is neither image nor text") for item in strange.to_pylist()])
+
+
+def _texts(rows: pa.Table, done: np.ndarray, settings: WindowSettings) -> Iterator[pa.Table]:
+    preprocessor = preprocessor_of(settings.config)
+    texts = rows["text"].to_pylist()
+    rows, texts, bad = _without(
+        rows.drop_columns(["image"]), texts, [None if text else "the text is empty" for text in texts]
+    )
+    rows, texts, repeated = _first_of_content(rows, texts, done, settings)
+    prompts, reasons = _attempt(preprocessor.text_prompt, texts)
+    limit = preprocessor.config.get_text_config().max_position_embeddings
+    for i, prompt in enumerate(prompts):
+        if prompt and len(prompt) > limit:
+            reasons[i] = f"the text has {len(prompt)} tokens with its prompt; the model takes {limit}"
+    rows, prompts, more = _without(rows, prompts, reasons)
+    yield _row(None, bad=bad + more, repeated=repeated)
+    for chosen in cut([len(prompt) for prompt in prompts], settings.batch_size):
+        yield _row(Prepared(rows.take(chosen), [prompts[i] for i in chosen], None))
+
+
+def _pictures(rows: pa.Table, done: np.ndarray, settings: WindowSettings) -> Iterator[pa.Table]:
+    preprocessor = preprocessor_of(settings.config)
+    pictures, reasons = _read(rows, settings.read_images)
+    rows, pictures, bad = _without(rows.drop_columns(["image"]), pictures, reasons)
+    rows, pictures, repeated = _first_of_content(rows, pictures, done, settings)
+    sizes, reasons = _attempt(_size, pictures)
+    prompts = [preprocessor.image_prompt(size) if size else [] for size in sizes]
+    rows, pairs, more = _without(rows, list(zip(pictures, prompts, strict=True)), reasons)
+    yield _row(None, bad=bad + more, repeated=repeated)
+    for chosen in cut([len(prompt) for _, prompt in pairs], settings.batch_size):
+        pixels, reasons = _attempt(lambda picture: _pixels(preprocessor, picture), [pairs[i][0] for i in chosen])
+        decoded = list(zip(pixels, [pairs[i][1] for i in chosen], strict=True))
+        batch, decoded, bad = _without(rows.take(chosen), decoded, reasons)
+        prepared = Prepared(batch, [prompt for _, prompt in decoded], [pixel for pixel, _ in decoded])
+        yield _row(prepared if decoded else None, bad=bad)
+
+
+def cut(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Positions of the items of each batch: like lengths together, longest first so that the biggest fails first."""
+    batch: list[int] = []
+    for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[batch[0]] > BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(position)
+    if batch:
+        yield batch
+
+
+def _first_of_content(
+    rows: pa.Table, payloads: list[Any], done: np.ndarray, settings: WindowSettings
+) -> tuple[pa.Table, list[Any], int]:
+    """The rows that are to be embedded, with the column `content`; rows that another serves are noted and counted."""
+    import ray
+
+    contents = [digest(kind, payload) for kind, payload in zip(rows["kind"].to_pylist(), payloads, strict=True)]
+    rows = rows.append_column("content", pa.array(contents, CONTENT))
+    embedded = contains(done, contents)
+    # Contents that have an embedding are not claimed: nobody is going to embed them.
+    first = ~embedded
+    first[~embedded] = ray.get(
+        settings.owners.claim.remote(
+            [content for content, found in zip(contents, embedded, strict=True) if not found],
+            [key for key, found in zip(keys_of(rows), embedded, strict=True) if not found],
+        )
+    )
+    repeats = rows.filter(pa.array(~first))
+    if len(repeats):
+        write_repeats(settings.uri, repeats)
+    return rows.filter(pa.array(first)), [payloads[i] for i in np.flatnonzero(first)], len(repeats)
+
+
+def _read(rows: pa.Table, read_images: Callable[[pa.Table], list[bytes]] | None) -> tuple[list[Any], list[str | None]]:
+    """The bytes of each picture, and why there are none."""
+    pictures = rows["image"].to_pylist()
+    away = [i for i, picture in enumerate(pictures) if picture is None]
+    if not away or read_images is None:
+        return pictures, [None if picture else "there are no bytes" for picture in pictures]
+    try:
+        bodies, reasons = read_images(rows.take(away)), [None] * len(away)
+    except (OSError, ValueError):  # one of them: find out which
+        bodies, reasons = _attempt(lambda i: read_images(rows.slice(i, 1))[0], away)
+    every: list[str | None] = [None] * len(pictures)
+    for i, body, reason in zip(away, bodies, reasons, strict=True):
+        pictures[i], every[i] = body, reason
+    return pictures, every
+
+
+def _size(picture: bytes) -> tuple[int, int]:
+    """(width, height) from the picture's header."""
+    from PIL import Image
+
+    from vladva.examples import FORMATS, decode_image
+
+    try:
+        return Image.open(io.BytesIO(picture), formats=FORMATS).size
+    except Exception:
+        return decode_image(picture).size  # says what is wrong
+
+
+def _pixels(preprocessor: Preprocessor, picture: bytes) -> np.ndarray:
+    from vladva.examples import decode_image
+
+    return preprocessor.pixels([decode_image(picture)])[0]
+
+
+def _attempt(function: Callable[[Any], Any], values: Sequence[Any]) -> tuple[list[Any], list[str | None]]:
+    """`function` of each value, and why there is none; one bad value does not spoil the others."""
+    results: list[Any] = []
+    reasons: list[str | None] = []
+    for value in values:
+        try:
+            result, reason = function(value), None
+        except ValueError as error:
+            result, reason = None, str(error)
+        except Exception as error:
+            result, reason = None, f"{type(error).__name__}: {error}"
+        results.append(result)
+        reasons.append(reason)
+    return results, reasons
+
+
+def _without(
+    rows: pa.Table, values: list[Any], reasons: Sequence[str | None]
+) -> tuple[pa.Table, list[Any], list[dict[str, Any]]]:
+    """Rows and values for which there is no reason against, and the others as quarantine entries."""
+    good = [reason is None for reason in reasons]
+    items = rows.select([name for name in ("id", "kind", "content") if name in rows.column_names])
+    bad = [_bad(items.slice(i, 1).to_pylist()[0], reason) for i, reason in enumerate(reasons) if reason]
+    return rows.filter(pa.array(good, pa.bool_())), [v for v, ok in zip(values, good, strict=True) if ok], bad
+
+
+def _bad(item: dict[str, Any], reason: str) -> dict[str, Any]:
+    content = item.get("content")
+    return {"id": item["id"], "kind": item["kind"], "content": content.hex() if content else None, "reason": reason}
+
+
+def _row(batch: Prepared | None, **report: Any) -> pa.Table:
+    data = None if batch is None else pickle.dumps(batch, protocol=5)
+    return pa.table({"batch": pa.array([data], pa.large_binary()), "report": [json.dumps(report)]})
