@@ -120,17 +120,15 @@ def random_scene(random: Random, split: str) -> Scene:
 
 
 def siblings(scene: Scene, random: Random) -> list[Scene]:
-    """Scenes that differ from this one in what is easily confused: two objects change places, colours, or one its size.
+    """Scenes that differ from this one in what is easily confused: two objects change places, or their colours.
 
     They stand beside it in the training shards, so that they meet in one batch as each other's hard negatives. Those
     that would show a held-out pair, two objects of one kind or touching objects are left out.
     """
     a, b, *rest = random.sample(scene.objects, len(scene.objects))
-    size = "small" if a.size == "large" else "large"
     candidates = (
         (replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)),
         (replace(a, colour=b.colour), replace(b, colour=a.colour)),
-        (replace(a, size=size, radius=round(random.uniform(*RADII[size]), 2)), b),
     )
     return [
         Scene((*pair, *rest), scene.background) for pair in candidates if pair != (a, b) and is_possible((*pair, *rest))

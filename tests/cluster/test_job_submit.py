@@ -151,7 +151,7 @@ def test_the_real_job_trains(head: Head, scenes: Path, tmp_path: Path) -> None:
     job = head.submit("python", "jobs/train.py", "tiny", *run, *size)
     assert job.returncode == 0, job.stdout + job.stderr
     metrics = (tmp_path / "submitted/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in metrics][-1] == 2
+    assert [json.loads(line)["step"] for line in metrics] == [0, 1]
     assert (tmp_path / "submitted/checkpoints").is_dir()
 
 
