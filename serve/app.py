@@ -77,7 +77,9 @@ def build(args: ServeArgs) -> Application:
         max_queued_requests=256,
         autoscaling_config={**autoscaling, "target_ongoing_requests": 4},
     ).bind(args)
-    ingress = Ingress.options(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=INGRESS_REQUESTS)
+    ingress = Ingress.options(
+        ray_actor_options={"num_cpus": 0}, max_ongoing_requests=INGRESS_REQUESTS, max_queued_requests=INGRESS_REQUESTS
+    )
     return ingress.bind(args, [digest(key) for key in api_keys()], discriminative, generative)
 
 
@@ -94,6 +96,8 @@ def start(args: ServeArgs, host: str = "127.0.0.1", port: int = 8000) -> str:
     if not api_keys() and not ip_address(host).is_loopback:
         raise ValueError(f"host is {host} and no API key is configured: set {API_KEYS}, or serve on 127.0.0.1")
     check_port(host, port)
+    if serve.status().proxies:
+        raise ValueError("Serve already runs on this Ray cluster, on another port: stop it with `serve shutdown`")
     serve.start(
         http_options={"host": host, "port": port},
         logging_config={"log_level": "WARNING"},

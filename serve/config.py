@@ -15,6 +15,7 @@ class ServeArgs(BaseModel):
 
     model: str = Field("tiny", description="run folder, checkpoint folder, `tiny`, or a Hugging Face name or path")
     index: str | None = Field(None, description="index folder that /v1/search searches; none: no search")
+    index_version: int | str | None = Field(None, description="version or tag of the index; default: the newest")
     name: str | None = Field(None, description="what clients call the adapter; default: the name of the run folder")
     dtype: Literal["float32", "bfloat16"] = "float32"
     num_cpus: float = Field(1, ge=0, description="CPUs of a replica")
@@ -37,7 +38,7 @@ class ServeArgs(BaseModel):
         """Local paths made absolute: replicas do not run in the folder of whoever starts them."""
         if place is not None and "://" not in place:
             path = Path(place).expanduser()
-            if path.exists():
+            if path.exists() and place != "tiny":
                 return str(path.resolve())
             if place.startswith(("/", ".", "~")):
                 raise ValueError(f"there is no {place}; give an existing folder, or a URI such as s3://bucket/run")

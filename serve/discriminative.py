@@ -9,15 +9,20 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic_core import to_jsonable_python
 from ray import serve
 
 from serve.admission import TokenBudget
 from serve.config import ServeArgs
 from serve.errors import INTERNAL, Failure
 from serve.items import Item
+
+if TYPE_CHECKING:
+    from vladva.index import Hit, VectorStore
 
 logger = logging.getLogger("ray.serve")
 
@@ -66,10 +71,11 @@ class Discriminative:
         self.embedder = load_embedder(args.model, dtype=args.dtype, device=args.device)
         self.context: int = self.embedder.preprocessor.config.get_text_config().max_position_embeddings
         self.budget = TokenBudget(args.max_queued_tokens)
-        # The model works in one thread and tokens are counted in another, so that the event loop always answers.
+        # The event loop only hands out work, so that it always answers.
         self.model_thread = ThreadPoolExecutor(1)
         self.token_thread = ThreadPoolExecutor(1)
-        self.indexes: dict[int | str | None, Any] = {}
+        self.search_thread = ThreadPoolExecutor(1)
+        self.version = lru_cache(maxsize=8)(self.open_version)  # a version that is open stays as it is
         self.embed_batched.set_max_batch_size(args.max_batch_tokens)
         self.embed_batched.set_batch_wait_timeout_s(args.batch_wait_s)
         self.embedder.embed_texts(["ready"])
@@ -107,11 +113,9 @@ class Discriminative:
         elif len(query) != self.embedder.dimension:
             message = f"the vector has {len(query)} numbers; the model's have {self.embedder.dimension}"
             return Failure(422, message, "invalid_value").at("query")
-        search = asyncio.get_running_loop().run_in_executor(
-            self.model_thread, self.search_index, vector, k, where, version
+        return await asyncio.get_running_loop().run_in_executor(
+            self.search_thread, self.search_index, vector, tokens, k, where, version
         )
-        found = await search
-        return found if isinstance(found, Failure) else Found(*found, tokens)
 
     def count(self, items: Sequence[Item]) -> list[Work | Failure]:
         """What each item costs; a `Failure` where the model cannot take it."""
@@ -165,20 +169,30 @@ class Discriminative:
         return results
 
     def search_index(
-        self, vector: np.ndarray, k: int, where: str | None, version: int | str | None
-    ) -> tuple[list[dict[str, Any]], int | str] | Failure:
-        """Hits and the version they are from. Versions stay open once they have been asked for."""
-        from vladva.index import FingerprintMismatch, open_index
+        self, vector: np.ndarray, tokens: int, k: int, where: str | None, version: int | str | None
+    ) -> Found | Failure:
+        """Hits for a vector, and the version they are from."""
+        from vladva.index import FingerprintMismatch
 
         try:
-            if version not in self.indexes:
-                self.indexes[version] = open_index(
-                    self.args.index, version=version, fingerprint=self.embedder.fingerprint
-                )
-            index = self.indexes[version]
+            index = self.version(self.args.index_version if version is None else version)
             hits = index.search(vector, k, filter=where)
-        except FingerprintMismatch as error:
-            return Failure(409, str(error), "fingerprint_mismatch")
-        except ValueError as error:
-            return Failure(422, str(error), "invalid_value")
-        return [{"id": hit.id, "score": float(hit.score), "columns": hit.columns} for hit in hits], index.version
+        except (FingerprintMismatch, ValueError) as error:
+            message = str(error).replace(self.args.index, self.args.index_name)  # where it lies is nobody's business
+            if isinstance(error, FingerprintMismatch):
+                return Failure(409, message, "fingerprint_mismatch")
+            return Failure(422, message, "invalid_value")
+        return Found([as_object(hit) for hit in hits], index.version, tokens)
+
+    def open_version(self, version: int | str | None) -> "VectorStore":
+        """The index at a version or tag; None is the version that is the newest when it is first searched."""
+        from vladva.index import open_index
+
+        return open_index(self.args.index, version=version, fingerprint=self.embedder.fingerprint)
+
+
+def as_object(hit: "Hit") -> dict[str, Any]:
+    """A hit with the columns that JSON can hold."""
+    columns = {name: value for name, value in hit.columns.items() if not isinstance(value, bytes)}
+    columns = to_jsonable_python(columns, inf_nan_mode="null")
+    return {"id": hit.id, "score": float(hit.score), "columns": columns}

@@ -1,6 +1,5 @@
 """Search: POST /v1/search, over the index that the application was started with."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -46,8 +45,12 @@ def parse_query(value: JsonValue, limits: Limits, modality: str) -> Item | np.nd
     """A text, a picture, or a vector [D], which is given unit norm."""
     if not isinstance(value, list):
         return parse_item(value, "query", limits, modality)
-    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in value)
-    if not numbers or not any(value):
+    numbers = value if all(isinstance(x, int | float) and not isinstance(x, bool) for x in value) else []
+    try:
+        vector = np.array(numbers, np.float64)
+    except OverflowError:  # JSON has integers that no float can hold
+        vector = np.zeros(0)
+    length = np.linalg.norm(vector)
+    if not 0 < length < np.inf:
         raise ApiError(422, "query: a vector is a list of finite numbers, not all 0", "invalid_value", "query")
-    vector = np.asarray(value, np.float64)
-    return (vector / np.linalg.norm(vector)).astype(np.float32)
+    return (vector / length).astype(np.float32)

@@ -94,9 +94,8 @@ def encode(
     elif isinstance(items, MaterializedDataset):
         total = items.count()
     if left != 0:
-        settings = WindowSettings(
-            config, out_uri, batch_size, read_images, done, ray.remote(num_cpus=0)(Owners).remote()
-        )
+        owners = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Owners).remote()
+        settings = WindowSettings(config, out_uri, batch_size, read_images, done, owners)
         load = {"model": model, "adapter": adapter, "merge": adapter, "dtype": dtype}
         batches = items.map_batches(
             make_batches, batch_size=WINDOW, batch_format="pyarrow", fn_kwargs={"settings": settings}
@@ -113,7 +112,7 @@ def encode(
         with Progress("embedding", total if left is None else left) as progress:
             for row in reports.iter_rows():
                 progress.advance(run.add(json.loads(row["report"])), run.figures)
-        ray.kill(settings.owners)
+        ray.kill(owners)
     rows, quarantine = table.commit(run.bad)
     if not rows:
         raise ValueError(f"nothing was embedded: {quarantine[0]['reason'] if quarantine else 'there are no items'}")

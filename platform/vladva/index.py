@@ -21,6 +21,7 @@ import pyarrow as pa
 from vladva import storage
 from vladva.hits import Hit, VectorStore, check_rows
 from vladva.searches import (
+    EFFORTS,
     EXACT,
     EXACT_BELOW,
     NUM_QUERIES,
@@ -87,6 +88,8 @@ def build_index(
     Raises FingerprintMismatch, and ValueError for a table without rows of the kind or with unknown columns.
     """
     began = time.monotonic()
+    if index_type not in ("exact", *EFFORTS):
+        raise ValueError(f"index_type is {index_type!r}; use one of exact, {', '.join(EFFORTS)}")
     note = open_table(table_uri)
     if storage.exists(join(index_uri, "_versions")) and not replace:
         open_index(index_uri, fingerprint=note.fingerprint)
@@ -138,6 +141,9 @@ class VectorIndex:
     """A version of an index. Searches see that version; changes are made to the newest, and seen from then on."""
 
     def __init__(self, dataset: lance.LanceDataset) -> None:
+        self._see(dataset)
+
+    def _see(self, dataset: lance.LanceDataset) -> None:
         self.dataset = dataset
         self.settings = SearchSettings.of(dataset)
         self.model: dict[str, Any] = json.loads(dataset.schema.metadata[b"vladva"])
@@ -212,9 +218,6 @@ class VectorIndex:
         tags = self.dataset.tags
         (tags.update if name in tags.list() else tags.create)(name, self.version)
         return name
-
-    def _see(self, dataset: lance.LanceDataset) -> None:
-        self.__init__(dataset)
 
 
 def _open(uri: str, version: int | str | None = None) -> lance.LanceDataset:

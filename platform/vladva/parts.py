@@ -27,7 +27,7 @@ from vladva.tables import (
     digest,
     find_note,
     keys_of,
-    read_rows,
+    read_each,
     write_rows,
 )
 
@@ -82,8 +82,7 @@ class TableInProgress:
     def done(self) -> tuple[np.ndarray, np.ndarray]:
         """Ordered digests of the (id, kind) that have an embedding, and of the contents that have one."""
         keys, contents = [np.zeros(0, "S16")], [np.zeros(0, "S16")]
-        for uri in [*self._files(), *self._parts()]:
-            rows = read_rows(uri, ["id", "kind", "content"])
+        for rows in read_each([*self._files(), *self._parts()], ["id", "kind", "content"]):
             keys.append(np.array(keys_of(rows), "S16"))
             contents.append(np.array(rows["content"].to_pylist(), "S16"))
         return np.unique(np.concatenate(keys)), np.unique(np.concatenate(contents))
@@ -94,8 +93,8 @@ class TableInProgress:
         Returns the number of rows, and the quarantine with those items added whose content is that of a bad one.
         """
         parts = self._parts()
-        repeats = Repeats([read_rows(uri) for uri in storage.list_files(join(self.uri, "_repeats"), ".parquet")])
-        seen = {key for uri in self._files() for key in keys_of(read_rows(uri, ["id", "kind"]))}
+        repeats = Repeats(list(read_each(storage.list_files(join(self.uri, "_repeats"), ".parquet"))))
+        seen = {key for rows in read_each(self._files(), ["id", "kind"]) for key in keys_of(rows)}
         files = list(self.note.files)
         for rows in self._merged(parts, repeats, seen):
             files.append(f"embeddings-{digest(*keys_of(rows)).hex()}.parquet")
@@ -109,19 +108,24 @@ class TableInProgress:
         return len(seen), quarantine
 
     def _merged(self, parts: list[str], repeats: Repeats, seen: set[bytes]) -> Iterator[pa.Table]:
-        """New rows, in tables of about FILE_BYTES: those of the parts, and the repeats of any row."""
+        """New rows, in tables of about FILE_BYTES; keys that were seen are left out."""
         group: list[pa.Table] = []
-        for uri in [*parts, *self._files()]:
-            if uri not in parts and not repeats.waiting:
-                break
-            rows = read_rows(uri)
-            for table in ([rows] if uri in parts else []), repeats.served_by(rows):
-                group += [one.filter(pa.array(_first_seen(keys_of(one), seen), pa.bool_())) for one in table]
+        for rows in self._rows(parts, repeats):
+            group.append(rows.filter(pa.array(_first_seen(keys_of(rows), seen), pa.bool_())))
             if sum(map(len, group)) * self.note.dimension * 4 >= FILE_BYTES:
                 yield concat(group)
                 group = []
         if sum(map(len, group)):
             yield concat(group)
+
+    def _rows(self, parts: list[str], repeats: Repeats) -> Iterator[pa.Table]:
+        """The rows of the parts, and the repeats of any row."""
+        for rows in read_each(parts):
+            yield rows
+            yield from repeats.served_by(rows)
+        if repeats.waiting:
+            for rows in read_each(self._files()):
+                yield from repeats.served_by(rows)
 
     def _files(self) -> list[str]:
         return [join(self.uri, file) for file in self.note.files]

@@ -111,7 +111,7 @@ def plain_errors(where: str | None) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        reason = re.sub(r",? /\S+\.rs:\d+:\d+", "", str(error)).strip()
+        reason = " ".join(re.sub(r",? /\S+\.rs:\d+:\d+", "", str(error)).split())
         raise ValueError(f"filter {where!r}: {reason}" if where is not None else reason) from None
 
 
@@ -120,8 +120,6 @@ def plain_errors(where: str | None) -> Iterator[None]:
 
 def partition(dataset: lance.LanceDataset, index_type: IndexType, workers: int) -> int:
     """Partition and quantise the vectors, with several workers on the cluster; returns the number of partitions."""
-    if index_type not in EFFORTS:
-        raise ValueError(f"index_type is {index_type!r}; use one of exact, {', '.join(EFFORTS)}")
     rows = GRAPH_ROWS if index_type == "IVF_HNSW_SQ" else PARTITION_ROWS
     options: dict[str, Any] = {"metric": "cosine", "replace": True, "name": VECTORS}
     if index_type == "IVF_PQ":

@@ -13,8 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +28,7 @@ from vladva import storage
 from vladva.storage import join
 
 GROUP_ROWS = 4096  # rows of one Parquet row group
+READERS = 16
 CONTENT = pa.binary(16)
 
 
@@ -128,8 +132,18 @@ def sample_rows(uri: str, count: int, seed: int) -> pa.Table:
 
 
 def read_rows(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """One Parquet file."""
-    return pq.read_table(pa.BufferReader(storage.read_bytes(uri)), columns=columns)
+    """One Parquet file; with `columns`, no more than these is fetched."""
+    return pq.read_table(
+        storage.RangedFile(uri) if columns else pa.BufferReader(storage.read_bytes(uri)), columns=columns
+    )
+
+
+def read_each(uris: Iterable[str], columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """Parquet files one after the other, READERS of them fetched at a time."""
+    remaining = iter(uris)
+    with ThreadPoolExecutor(READERS) as pool:
+        while group := list(islice(remaining, READERS)):
+            yield from pool.map(partial(read_rows, columns=columns), group)
 
 
 def write_rows(uri: str, rows: pa.Table) -> None:

@@ -57,7 +57,10 @@ class Prepared:
 
 
 class Owners:
-    """Actor: which item embeds a content for all others that have the same."""
+    """Actor: which item embeds a content for all others that have the same.
+
+    One that had to be started again has forgotten; then some contents are embedded twice, and the table is the same.
+    """
 
     def __init__(self) -> None:
         self.owners: dict[bytes, bytes] = {}

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import httpx
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from tests.serve.wire import ADAPTER, KEY, OTHER_KEY, STRICT
+from tests.serve.wire import ADAPTER, CAPTIONS, KEY, OTHER_KEY, SIZES, STRICT, picture
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -51,8 +54,45 @@ def embedder(adapter: str) -> Embedder:
     return load_embedder(adapter)
 
 
+def write_index(folder: Path, model: dict[str, Any], vectors_ND: np.ndarray) -> str:
+    """An index `gallery` of the pictures `CAPTIONS`, with a second version in which the first has another caption."""
+    from vladva.index import build_index, open_index
+    from vladva.parts import TableInProgress, write_part
+    from vladva.tables import digest, read_embeddings
+
+    ids = [f"g#{i}" for i in range(len(CAPTIONS))]
+    content = pa.array([digest(one) for one in ids], pa.binary(16))
+    columns = {"id": ids, "kind": ["image"] * len(ids), "content": content, "caption": CAPTIONS, "size": SIZES}
+    table = TableInProgress(str(folder / "embeddings"), model, "tests")
+    write_part(str(folder / "embeddings"), pa.table(columns), vectors_ND, model)
+    table.commit([])
+    uri = str(folder / "gallery")
+    build_index(str(folder / "embeddings"), uri, tag="first")
+    rows = read_embeddings(str(folder / "embeddings"))
+    [row] = [i for i, one in enumerate(rows["id"].to_pylist()) if one == ids[0]]
+    changed = rows.slice(row, 1)
+    changed = changed.set_column(changed.schema.get_field_index("caption"), "caption", pa.array(["changed"]))
+    open_index(uri).upsert(changed)
+    return uri
+
+
 @pytest.fixture(scope="session")
-def server(ray_cluster: None, adapter: str) -> Iterator[str]:
+def index(tmp_path_factory: pytest.TempPathFactory, embedder: Embedder) -> str:
+    """Folder of an index made with the server's model."""
+    images = [picture(i) for i in range(len(CAPTIONS))]
+    return write_index(tmp_path_factory.mktemp("index"), embedder.description(), embedder.embed_images(images))
+
+
+@pytest.fixture(scope="session")
+def foreign_index(tmp_path_factory: pytest.TempPathFactory, embedder: Embedder) -> str:
+    """Folder of an index made with another model."""
+    model = embedder.description() | {"fingerprint": "0123456789abcdef"}
+    images = [picture(i) for i in range(len(CAPTIONS))]
+    return write_index(tmp_path_factory.mktemp("foreign"), model, embedder.embed_images(images))
+
+
+@pytest.fixture(scope="session")
+def server(ray_cluster: None, adapter: str, index: str, foreign_index: str) -> Iterator[str]:
     """Base URL of a running server; under /strict a second application."""
     from ray import serve
 
@@ -61,9 +101,10 @@ def server(ray_cluster: None, adapter: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    url = start(ServeArgs(model=adapter, **SMALL), port=port)
+    url = start(ServeArgs(model=adapter, index=index, **SMALL), port=port)
     os.environ[API_KEYS] = f"{KEY}, {OTHER_KEY}"
-    strict = ServeArgs(max_queued_tokens=60_000, max_body_bytes=2_000_000, max_items=400, deadline_s=1.0, **SMALL)
+    limits = {"max_queued_tokens": 60_000, "max_body_bytes": 2_000_000, "max_items": 400, "deadline_s": 3.0}
+    strict = ServeArgs(index=foreign_index, **limits, **SMALL)
     serve.run(build(strict), name=STRICT, route_prefix=f"/{STRICT}", logging_config={"log_level": "WARNING"})
     del os.environ[API_KEYS]
     yield url

@@ -12,6 +12,8 @@ from PIL import Image
 
 KEY, OTHER_KEY = "key-one", "key-two"
 ADAPTER, STRICT = "seaside", "strict"
+CAPTIONS = [f"picture number {i}" for i in range(8)]
+SIZES = [float(i) if i else float("nan") for i in range(8)]
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

@@ -1,0 +1,427 @@
+"""Embedding a corpus: against the plain embedder, through kills of what can be killed, from every kind of corpus."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from vladva.corpora import open_corpus, read_pictures
+from vladva.encode import describe, encode, read_embeddings
+from vladva.hits import matrix_of
+from vladva.parts import TableInProgress, contains, write_part, write_repeats
+from vladva.progress import Progress
+from vladva.tables import FingerprintMismatch, digest, find_note, keys_of, open_table
+from vladva.windows import BATCH_TOKENS, Owners, cut
+
+ROOT = Path(__file__).parents[1]
+MODEL = {"fingerprint": "0123456789abcdef", "dimension": 4}
+WORDS = "red green blue yellow big small circle square triangle star above below left right of the a and".split()  # noqa: SIM905
+
+
+def picture(number: int, size: tuple[int, int] = (64, 64)) -> bytes:
+    """A picture of noise, PNG."""
+    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    body = io.BytesIO()
+    Image.fromarray(pixels).save(body, "PNG")
+    return body.getvalue()
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Different texts of 3 to 30 words."""
+    random = np.random.default_rng(seed)
+    return [f"{number} " + " ".join(random.choice(WORDS, random.integers(2, 30))) for number in range(count)]
+
+
+def item_table(texts: list[str | None], images: list[bytes | None]) -> pa.Table:
+    """Items t0, t1, ... and p0, p1, ..., with a column to be carried."""
+    return pa.table(
+        {
+            "id": [f"t{i}" for i in range(len(texts))] + [f"p{i}" for i in range(len(images))],
+            "kind": ["text"] * len(texts) + ["image"] * len(images),
+            "text": pa.array([*texts, *[None] * len(images)], pa.string()),
+            "image": pa.array([*[None] * len(texts), *images], pa.binary()),
+            "number": list(range(len(texts) + len(images))),
+        }
+    )
+
+
+def quarantine(uri: Path) -> dict[str, str]:
+    """id -> reason."""
+    rows = pq.read_table(uri / "_quarantine.parquet").to_pylist()
+    return {row["id"]: row["reason"] for row in rows}
+
+
+# --- the job ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_holds_what_the_embedder_gives(tmp_path: Path, ray_cluster: None, tiny: str) -> None:
+    import ray.data
+
+    from vladva.embedder import load_embedder
+
+    texts = [*sentences(150), *sentences(20), "", "look at this <image> here"]  # 20 repeats, 2 bad
+    small = Image.new("RGB", (1, 1), "red")
+    body = io.BytesIO()
+    small.save(body, "PNG")
+    images = [picture(i, (60 + i, 64)) for i in range(30)]
+    images += [images[3], body.getvalue(), b"no picture", images[0][:500], b"no picture", None]
+    items = item_table(texts, images)
+    summary = encode(ray.data.from_arrow(items), tiny, str(tmp_path / "table"), batch_size=16, actors=1)
+
+    bad = {"t170", "t171", "p32", "p33", "p34", "p35"}
+    assert set(quarantine(tmp_path / "table")) == bad
+    assert quarantine(tmp_path / "table")["t171"] == "the text contains the image token '<image>'"
+    assert quarantine(tmp_path / "table")["p34"] == quarantine(tmp_path / "table")["p32"]
+    assert (summary.items, summary.embedded, summary.skipped, summary.quarantined) == (208, 181, 0, 6)
+    assert (summary.repeated, summary.rows) == (21, 202)
+    assert summary.tokens > 0
+    assert summary.padding < 0.1
+
+    table = read_embeddings(str(tmp_path / "table"))
+    assert sorted(table["id"].to_pylist()) == sorted(set(items["id"].to_pylist()) - bad)
+    assert dict(zip(table["id"].to_pylist(), table["number"].to_pylist(), strict=True))["p4"] == 176
+    embedder = load_embedder(tiny)
+    assert json.loads(table.schema.metadata[b"vladva"]) == embedder.description()
+    assert open_table(str(tmp_path / "table")).fingerprint == embedder.fingerprint == summary.fingerprint
+    row = {one: i for i, one in enumerate(table["id"].to_pylist())}
+    embeddings_ND = matrix_of(table)
+    np.testing.assert_allclose(np.linalg.norm(embeddings_ND, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(
+        embeddings_ND[[row[f"t{i}"] for i in range(170)]], embedder.embed_texts(texts[:170]), atol=1e-5
+    )
+    good = [Image.open(io.BytesIO(images[i])) for i in range(32)]
+    np.testing.assert_allclose(embeddings_ND[[row[f"p{i}"] for i in range(32)]], embedder.embed_images(good), atol=1e-5)
+    assert not np.allclose(embeddings_ND[row["p0"]], embeddings_ND[row["p1"]], atol=1e-3)  # what equality is worth
+
+    # A second run embeds what is new, and nothing else; another model is refused.
+    more = item_table([*texts[:170], "a new one", texts[0]], [])
+    again = encode(ray.data.from_arrow(more), tiny, str(tmp_path / "table"), actors=1)
+    assert (again.embedded, again.repeated, again.skipped, again.rows) == (1, 1, 170, 204)
+    same = encode(ray.data.from_arrow(more), tiny, str(tmp_path / "table"), actors=1)
+    assert (same.embedded, same.skipped, same.rows) == (0, 172, 204)
+    refuse_another_model(tmp_path / "table", items, tiny)
+
+
+def refuse_another_model(uri: Path, items: pa.Table, tiny: str) -> None:
+    """The table says that another model made it: the job names both, and changes nothing."""
+    import ray.data
+
+    note = json.loads((uri / "_table.json").read_text())
+    ours = note["model"]["fingerprint"]
+    note["model"]["fingerprint"] = "another"
+    (uri / "_table.json").write_text(json.dumps(note))
+    with pytest.raises(FingerprintMismatch, match=f"model another, not of model {ours}"):
+        encode(ray.data.from_arrow(items), tiny, str(uri))
+    assert len(read_embeddings(str(uri))) == 204
+
+
+DRIVER = """
+import sys, ray, pyarrow as pa, pyarrow.feather as feather
+ray.init(address=sys.argv[1], logging_level="ERROR")
+import ray.data
+from vladva.encode import encode
+encode(ray.data.from_arrow(feather.read_table(sys.argv[2])), sys.argv[3], sys.argv[4], batch_size=4, actors=2)
+"""
+
+
+def test_kills_of_driver_and_actors_cost_nothing_but_time(tmp_path: Path, ray_cluster: None, tiny: str) -> None:
+    import pyarrow.feather as feather
+    import ray
+    import ray.data
+
+    from vladva.embedder import load_embedder
+
+    texts = sentences(700)
+    items = item_table(texts, [])
+    feather.write_feather(items, str(tmp_path / "items"))
+    uri = tmp_path / "table"
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-c", DRIVER, address, str(tmp_path / "items"), tiny, str(uri)]
+    driver = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    wait_until(lambda: num_parts(uri) >= 5 or driver.poll() is not None)
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL, "the driver had ended before it could be killed"
+    with pytest.raises(ValueError, match="not complete"):
+        read_embeddings(str(uri))
+
+    killed: list[int] = []
+    begun = num_parts(uri)
+    killer = threading.Thread(target=kill_an_actor, args=(lambda: num_parts(uri) >= begun + 5, killed))
+    killer.start()
+    summary = encode(ray.data.from_arrow(items), tiny, str(uri), batch_size=4, actors=2)
+    killer.join()
+    assert killed
+    assert summary.skipped >= 20
+    assert (summary.items, summary.quarantined, summary.rows) == (700, 0, 700)
+    table = read_embeddings(str(uri))
+    assert sorted(table["id"].to_pylist()) == sorted(items["id"].to_pylist())
+    row = {one: i for i, one in enumerate(table["id"].to_pylist())}
+    undisturbed = load_embedder(tiny).embed_texts(texts)
+    np.testing.assert_allclose(matrix_of(table)[[row[f"t{i}"] for i in range(700)]], undisturbed, atol=1e-5)
+
+
+def num_parts(uri: Path) -> int:
+    """Batches that have been written and not yet been merged."""
+    return len(list((uri / "_parts").glob("*.parquet")))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
+    """Returns when the condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def kill_an_actor(when: Callable[[], bool], killed: list[int]) -> None:
+    """SIGKILL one of the processes of this test's own Ray that hold the model."""
+    wait_until(when)
+    lines = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    processes = {int(pid): (int(parent), args) for pid, parent, args in (x.split(None, 2) for x in lines.splitlines())}
+
+    def is_ours(pid: int) -> bool:
+        return pid == os.getpid() or (pid in processes and is_ours(processes[pid][0]))
+
+    pid = next(pid for pid, (_, args) in processes.items() if "MapBatches(Encoder)" in args and is_ours(pid))
+    os.kill(pid, signal.SIGKILL)
+    killed.append(pid)
+
+
+def test_too_many_bad_items_stop_the_job(tmp_path: Path, ray_cluster: None, tiny: str) -> None:
+    import ray.data
+
+    items = item_table([f"<image> {i}" for i in range(150)], [])
+    with pytest.raises(ValueError, match=r"150 of 150 items cannot be embedded.*<image>"):
+        encode(ray.data.from_arrow(items), tiny, str(tmp_path / "many"), actors=1)
+    with pytest.raises(ValueError, match="nothing was embedded: the text is empty"):
+        encode(ray.data.from_arrow(item_table([""], [])), tiny, str(tmp_path / "few"), actors=1)
+    with pytest.raises(ValueError, match="actors is 0"):
+        encode(ray.data.from_arrow(item_table(["a"], [])), tiny, str(tmp_path / "none"), actors=0)
+
+
+def test_the_description_needs_no_weights(tiny: str) -> None:
+    from vladva.embedder import load_embedder
+
+    assert describe(tiny, adapter=True, dtype="float32")[1] == load_embedder(tiny).description()
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_batches_hold_like_lengths_and_everything_once() -> None:
+    lengths = [int(n) for n in np.random.default_rng(0).gamma(4, 8, 2000) + 3]
+    batches = list(cut(lengths, 64))
+    assert sorted(position for batch in batches for position in batch) == list(range(2000))
+    computed = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
+    assert 1 - sum(lengths) / computed < 0.05
+    unsorted = sum(max(lengths[i : i + 64]) * len(lengths[i : i + 64]) for i in range(0, 2000, 64))
+    assert 1 - sum(lengths) / unsorted > 0.4  # what sorting is worth
+
+
+def test_long_items_come_in_small_batches() -> None:
+    batches = list(cut([BATCH_TOKENS // 4] * 8 + [BATCH_TOKENS * 2, 1], 64))
+    assert [len(batch) for batch in batches] == [1, 4, 4, 1]
+
+
+def test_one_item_owns_a_content_whoever_asks_how_often() -> None:
+    owners = Owners()
+    assert owners.claim([b"x", b"y", b"x"], [b"1", b"2", b"3"]) == [True, True, False]
+    assert owners.claim([b"x", b"y", b"x"], [b"1", b"2", b"3"]) == [True, True, False]  # a task that is run again
+    assert owners.claim([b"y"], [b"1"]) == [False]
+
+
+def test_digests_are_found_whatever_bytes_they_end_with() -> None:
+    digests = [digest(str(i)) for i in range(1000)] + [b"\0" * 16, b"a" + b"\0" * 15]
+    ordered = np.unique(np.array(digests[::2], "S16"))
+    assert contains(ordered, digests).tolist() == [True, False] * 501
+    assert contains(ordered[:0], digests).sum() == 0
+    assert digest("ab", "c") != digest("a", "bc")
+
+
+# --- the table while it is made --------------------------------------------------------------------------------------
+
+
+def made(ids: list[str], contents: list[str] | None = None) -> pa.Table:
+    """Items as they come out of a window."""
+    digests = [digest(content) for content in contents or ids]
+    return pa.table({"id": ids, "kind": ["text"] * len(ids), "content": pa.array(digests, pa.binary(16))})
+
+
+def rows(*numbers: float) -> np.ndarray:
+    """One row [4] per number."""
+    return np.array(numbers, np.float32)[:, None] * np.ones(4, np.float32)
+
+
+def test_whatever_was_cut_short_each_id_is_there_once(tmp_path: Path) -> None:
+    uri = str(tmp_path)
+    TableInProgress(uri, MODEL, "")
+    write_part(uri, made(["a", "b"]), rows(1, 2), MODEL)
+    write_part(uri, made(["a", "b"]), rows(1, 2), MODEL)  # a batch that was run again
+    write_part(uri, made(["b", "c"]), rows(2, 3), MODEL)  # what a driver wrote that was thought dead
+    (tmp_path / "embeddings-half-merged.parquet").write_bytes(b"a commit that was cut short")
+    table = TableInProgress(uri, MODEL, "")
+    assert contains(table.done()[0], keys_of(made(["a", "b", "c", "d"]))).tolist() == [True, True, True, False]
+    assert table.commit([])[0] == 3
+    assert read_embeddings(uri)["id"].to_pylist() == ["a", "b", "c"]
+    assert {file.name for file in tmp_path.glob("*.parquet")} == {*open_table(uri).files, "_quarantine.parquet"}
+
+    write_part(uri, made(["c", "d"]), rows(9, 4), MODEL)  # too late, and new
+    assert len(read_embeddings(uri)) == 3  # readers see the table as it was completed
+    assert TableInProgress(uri, MODEL, "").commit([])[0] == 4
+    assert matrix_of(read_embeddings(uri))[:, 0].tolist() == [1, 2, 3, 4]
+
+
+def test_repeats_get_the_embedding_or_the_fate_of_their_twin(tmp_path: Path) -> None:
+    uri = str(tmp_path)
+    table = TableInProgress(uri, MODEL, "")
+    write_part(uri, made(["a", "b"]), rows(1, 2), MODEL)
+    table.commit([])
+    table = TableInProgress(uri, MODEL, "")
+    write_part(uri, made(["c"]), rows(3), MODEL)
+    write_repeats(uri, made(["d", "e", "f"], contents=["c", "a", "bad"]))
+    bad = {"id": "g", "kind": "text", "content": digest("bad"), "reason": "it is bad"}
+    number, entries = table.commit([bad])
+    assert number == 5
+    assert [(entry["id"], entry["reason"]) for entry in entries] == [("g", "it is bad"), ("f", "it is bad")]
+    assert matrix_of(read_embeddings(uri))[:, 0].tolist() == [1, 2, 3, 3, 1]
+
+
+def test_another_model_cannot_go_on_with_a_table(tmp_path: Path) -> None:
+    TableInProgress(str(tmp_path), MODEL, "")
+    with pytest.raises(FingerprintMismatch, match="model 0123456789abcdef, not of model fedc"):
+        TableInProgress(str(tmp_path), MODEL | {"fingerprint": "fedc"}, "")
+    note = find_note(str(tmp_path))
+    assert note is not None
+    assert note.fingerprint == MODEL["fingerprint"]
+
+
+# --- corpora ---------------------------------------------------------------------------------------------------------
+
+
+def items_of(uri: str, kinds: list[str]) -> dict[tuple[str, str], dict]:
+    """(id, kind) -> item, as many as were announced."""
+    corpus = open_corpus(uri, kinds)
+    found = {(item["id"], item["kind"]): item for item in corpus.items.take_all()}
+    assert len(found) == corpus.num_items
+    return found
+
+
+def test_a_text_file_has_a_text_per_line(tmp_path: Path, ray_cluster: None) -> None:
+    (tmp_path / "captions.txt").write_text("a red circle\n\n  a blue square  \n")
+    items = items_of(str(tmp_path / "captions.txt"), ["text"])
+    assert {key: item["text"] for key, item in items.items()} == {
+        ("captions.txt#0", "text"): "a red circle",
+        ("captions.txt#2", "text"): "a blue square",
+    }
+
+
+def test_a_folder_of_pictures_may_have_captions(tmp_path: Path, ray_cluster: None) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "one.png").write_bytes(picture(1))
+    (tmp_path / "deep" / "two.JPG").write_bytes(picture(2))
+    (tmp_path / "one.txt").write_text("first\nsecond\n")
+    (tmp_path / "readme.md").write_text("not a picture")
+    items = items_of(str(tmp_path), ["image", "text"])
+    pictures = [items["one.png", "image"], items["deep/two.JPG", "image"]]
+    assert len(items) == 4
+    assert items["one.png#1", "text"]["text"] == "second"
+    assert [item["caption"] for item in pictures] == ["first", None]
+    assert read_pictures(str(tmp_path), pictures) == [picture(1), picture(2)]
+
+
+@pytest.mark.parametrize("as_struct", [False, True])
+def test_parquet_files_are_read_by_the_usual_columns(tmp_path: Path, ray_cluster: None, as_struct: bool) -> None:
+    bodies = [picture(i) for i in range(5)]
+    images = [{"bytes": body, "path": "x.png"} for body in bodies] if as_struct else bodies
+    table = pa.table({"image": images, "caption": [f"picture {i}" for i in range(5)]})
+    pq.write_table(table, tmp_path / "part.parquet", row_group_size=2)
+    items = items_of(str(tmp_path), ["image", "text"])
+    assert [items[f"part.parquet#{i}", "image"]["image"] for i in range(5)] == bodies
+    assert items["part.parquet#3#0", "text"]["text"] == "picture 3"
+    assert items["part.parquet#3", "image"]["caption"] == "picture 3"
+    assert read_pictures(str(tmp_path), [items["part.parquet#3", "image"]]) == [bodies[3]]
+    assert len(items_of(str(tmp_path), ["text"])) == 5
+
+
+def test_what_is_no_corpus_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no \.tar shards, no \.parquet files and no pictures"):
+        open_corpus(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        open_corpus(str(tmp_path / "nothing.txt"))
+    with pytest.raises(ValueError, match="kinds: audio is unknown"):
+        open_corpus(str(tmp_path), ["audio"])
+    pq.write_table(pa.table({"colour": ["red"]}), tmp_path / "odd.parquet")
+    with pytest.raises(ValueError, match=r"odd\.parquet has the columns colour; one of image"):
+        open_corpus(str(tmp_path))
+
+
+# --- the jobs --------------------------------------------------------------------------------------------------------
+
+
+def job(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a job as a user does."""
+    return subprocess.run(arguments, check=False, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_shards_are_embedded_indexed_and_searched_by_the_jobs(tmp_path: Path, scenes: Path) -> None:
+    table, index, page = str(tmp_path / "table"), str(tmp_path / "index"), tmp_path / "hits.html"
+    done = job(sys.executable, "jobs/embed.py", "tiny", "--data", str(scenes / "test"), "--out", table, "--actors", "1")
+    assert done.returncode == 0, done.stderr
+    assert ", 0 quarantined" in done.stdout
+    assert "embedding  " in done.stderr  # the line of progress
+    embeddings = read_embeddings(table)
+    kinds = embeddings["kind"].to_pylist()
+    assert kinds.count("image") == 64
+    done = job(sys.executable, "jobs/index.py", table, "--out", index)
+    assert done.returncode == 0, done.stderr
+    assert "64 rows" in done.stdout
+    assert "recall@10 1.000" in done.stdout
+
+    first = kinds.index("image")
+    name, shard = embeddings["id"][first].as_py(), embeddings.slice(first, 1).to_pylist()[0]
+    (tmp_path / "query.png").write_bytes(read_pictures(open_table(table).corpus, [shard])[0])
+    search = [sys.executable, "jobs/search.py", index, "--model", "tiny"]
+    done = job(*search, "--image", str(tmp_path / "query.png"), "-k", "3", "--html", str(page))
+    assert done.returncode == 0, done.stderr
+    assert "1.0000" in done.stdout.splitlines()[1]
+    assert name in done.stdout.splitlines()[1]
+    assert page.read_text().count("data:image/png;base64,") == 3
+    done = job(*search, "a red circle", "--filter", "colour = 1")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "colour" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["embed", "index", "search"])
+def test_jobs_explain_themselves(name: str) -> None:
+    assert os.access(ROOT / "jobs" / f"{name}.py", os.X_OK)
+    done = job(sys.executable, f"jobs/{name}.py", "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"usage: jobs/{name}.py" in done.stdout
+
+
+def test_progress_tells_what_is_left() -> None:
+    from rich.console import Console
+
+    text = io.StringIO()
+    with Progress("embedding", 100, console=Console(file=text)) as progress:
+        progress.advance(10)
+        time.sleep(0.1)
+        progress.advance(40, "7 tokens/s")
+    assert text.getvalue().startswith("embedding  50/100  ")
+    assert "items/s" in text.getvalue()
+    assert text.getvalue().rstrip().endswith("7 tokens/s")

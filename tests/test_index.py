@@ -1,0 +1,350 @@
+"""The index: one contract for Lance and its exact numpy twin, recall against brute force, versions, writers, builds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from vladva import searches
+from vladva.hits import ExactStore, VectorStore
+from vladva.index import FingerprintMismatch, build_index, open_index
+from vladva.parts import TableInProgress, write_part
+from vladva.recall import Measured, Queries, cheapest, exact_thresholds, ladder, measure
+from vladva.tables import digest, read_embeddings
+
+MODEL = {"fingerprint": "0123456789abcdef", "dimension": 8}
+OTHER = MODEL | {"fingerprint": "fedcba9876543210"}
+
+
+def write_table(uri: Path, vectors_ND: np.ndarray, *, kinds: list[str] | None = None, model: dict | None = None) -> str:
+    """A complete embeddings table: ids r0, r1, ..., a carried column `number`, and one that is always null."""
+    model = (model or MODEL) | {"dimension": vectors_ND.shape[1]}
+    ids = [f"r{i}" for i in range(len(vectors_ND))]
+    items = pa.table(
+        {
+            "id": ids,
+            "kind": kinds or ["image"] * len(ids),
+            "content": pa.array([digest(one) for one in ids], pa.binary(16)),
+            "number": pa.array(range(len(ids)), pa.int64()),
+            "nothing": pa.nulls(len(ids)),
+        }
+    )
+    table = TableInProgress(str(uri), model, "a corpus")
+    for first in range(0, len(ids), 1000):
+        write_part(str(uri), items.slice(first, 1000), vectors_ND[first : first + 1000], model)
+    table.commit([])
+    return str(uri)
+
+
+def rows_of(vectors_ND: np.ndarray, numbers: list[int], model: dict | None = None) -> pa.Table:
+    """Rows to upsert, with the ids r<number>."""
+    import json
+
+    embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.astype(np.float32).ravel()), vectors_ND.shape[1])
+    columns = {"id": [f"r{n}" for n in numbers], "kind": ["image"] * len(numbers), "embedding": embedding}
+    table = pa.table(columns | {"number": pa.array(numbers, pa.int64())})
+    return table.replace_schema_metadata({"vladva": json.dumps(model or MODEL)})
+
+
+def fan(count: int) -> np.ndarray:
+    """Unit vectors [count, 8] in one plane, a degree apart: the cosine of rows i and j is that of |i - j| degrees."""
+    angles = np.radians(np.arange(count))
+    vectors_ND = np.zeros((count, 8), np.float32)
+    vectors_ND[:, 0], vectors_ND[:, 1] = np.cos(angles), np.sin(angles)
+    return vectors_ND
+
+
+def clustered(count: int, dimension: int = 32, seed: int = 0) -> np.ndarray:
+    """Unit vectors [count, dimension] in clusters of about thirty, as embeddings of like pictures are."""
+    random = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(100, dimension))
+    vectors_ND = centres[random.integers(0, 100, count)] + 0.5 * random.normal(size=(count, dimension))
+    return (vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True)).astype(np.float32)
+
+
+# --- the contract ----------------------------------------------------------------------------------------------------
+
+
+def exact_twin(vectors_ND: np.ndarray, folder: Path) -> VectorStore:
+    return ExactStore(rows_of(vectors_ND, list(range(len(vectors_ND)))), MODEL["fingerprint"])
+
+
+def lance_exact(vectors_ND: np.ndarray, folder: Path) -> VectorStore:
+    build_index(write_table(folder / "table", vectors_ND), str(folder / "index"))
+    return open_index(str(folder / "index"))
+
+
+def lance_partitioned(vectors_ND: np.ndarray, folder: Path) -> VectorStore:
+    build_index(write_table(folder / "table", vectors_ND), str(folder / "index"), exact_below=10)
+    return open_index(str(folder / "index"))
+
+
+@pytest.fixture(params=[exact_twin, lance_exact, lance_partitioned], ids=lambda maker: maker.__name__)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> VectorStore:
+    """Each kind of store, with 60 rows a degree apart."""
+    make: Callable[[np.ndarray, Path], VectorStore] = request.param
+    return make(fan(60), tmp_path)
+
+
+def test_nearest_rows_come_first_with_their_cosines(store: VectorStore) -> None:
+    hits = store.search(3 * fan(60)[0], 4)  # a query's length does not matter
+    assert [hit.id for hit in hits] == ["r0", "r1", "r2", "r3"]
+    assert [hit.score for hit in hits] == pytest.approx([math.cos(math.radians(d)) for d in range(4)], abs=1e-5)
+    assert hits[1].columns == {"kind": "image", "number": 1}
+    assert (store.num_rows, store.dimension, store.fingerprint) == (60, 8, MODEL["fingerprint"])
+
+
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [
+        ("number >= 20 AND number < 40", [20, 21, 22]),
+        ("number IN (50, 7) OR id = 'r9'", [7, 9, 50]),
+        ("kind = 'text'", []),
+        ("number > 57", [58, 59]),
+    ],
+)
+def test_a_condition_holds_for_every_hit(store: VectorStore, condition: str, expected: list[int]) -> None:
+    assert [hit.columns["number"] for hit in store.search(fan(60)[0], 3, filter=condition)] == expected
+
+
+def test_upserts_add_and_replace(store: VectorStore) -> None:
+    before = store.version
+    axis = np.eye(8, dtype=np.float32)
+    store.upsert(rows_of(axis[[5, 6]], [3, 1000]))  # r3 moves, r1000 is new
+    assert store.num_rows == 61
+    assert [hit.id for hit in store.search(axis[6], 1)] == ["r1000"]
+    assert [hit.id for hit in store.search(axis[5], 1)] == ["r3"]
+    assert [hit.id for hit in store.search(fan(60)[3], 2)] == ["r2", "r4"]
+    assert store.version > before
+
+
+def test_deleted_rows_are_gone(store: VectorStore) -> None:
+    assert store.delete(["r0", "r2", "nobody", "it's"]) == 2
+    assert [hit.id for hit in store.search(fan(60)[0], 3)] == ["r1", "r3", "r4"]
+    assert store.num_rows == 58
+
+
+def test_optimizing_changes_no_answer(store: VectorStore) -> None:
+    store.upsert(rows_of(np.eye(8, dtype=np.float32)[[5]], [7]))
+    store.delete(["r5"])
+    before = store.search(fan(60)[6], 10)
+    store.optimize()
+    after = store.search(fan(60)[6], 10)
+    assert [hit.id for hit in after] == [hit.id for hit in before]
+    assert store.num_rows == 59
+
+
+def test_more_than_there_is_gives_all(store: VectorStore) -> None:
+    assert len(store.search(fan(60)[0], 100)) == 60
+
+
+def test_what_cannot_be_searched_is_said(store: VectorStore) -> None:
+    with pytest.raises(ValueError, match="vectors of 8 numbers"):
+        store.search(np.ones(9), 3)
+    with pytest.raises(ValueError, match="k is 0"):
+        store.search(np.ones(8), 0)
+    with pytest.raises(ValueError, match="zero or not finite"):
+        store.search(np.zeros(8), 3)
+    for condition in ("colour = 3", "number >", "1; DROP TABLE rows"):
+        with pytest.raises(ValueError, match="filter") as caught:
+            store.search(np.ones(8), 3, filter=condition)
+        assert "\n" not in str(caught.value)
+        assert ".rs:" not in str(caught.value)
+
+
+def test_rows_of_another_model_are_refused(store: VectorStore) -> None:
+    with pytest.raises(FingerprintMismatch) as caught:
+        store.upsert(rows_of(fan(1), [1], OTHER))
+    assert MODEL["fingerprint"] in str(caught.value)
+    assert OTHER["fingerprint"] in str(caught.value)
+    with pytest.raises(ValueError, match="do not say which model"):
+        store.upsert(rows_of(fan(1), [1]).replace_schema_metadata(None))
+
+
+# --- recall ----------------------------------------------------------------------------------------------------------
+
+
+def test_thresholds_are_those_of_a_sort_without_the_query_itself() -> None:
+    vectors_ND = clustered(300)
+    keys = [(f"r{i}", "image") for i in range(300)]
+    queries = Queries(vectors_ND[:20], keys[:20])
+    blocks = ((vectors_ND[first : first + 70], keys[first : first + 70]) for first in range(0, 300, 70))
+    scores = np.sort(vectors_ND[:20] @ vectors_ND.T, axis=1)[:, ::-1]
+    np.testing.assert_allclose(exact_thresholds(blocks, queries, 10), scores[:, 10], atol=1e-6)
+
+
+def test_recall_is_the_fraction_found() -> None:
+    vectors_ND = clustered(300)
+    keys = [(f"r{i}", "image") for i in range(300)]
+    queries = Queries(vectors_ND[:20], keys[:20])
+    thresholds = exact_thresholds([(vectors_ND, keys)], queries, 10)
+    twin = ExactStore(rows_of(vectors_ND, list(range(300))), MODEL["fingerprint"])
+    assert measure(twin.search, queries, thresholds, 10).recall == 1.0
+    # One that misses the best six and gives worse ones instead has four of ten right.
+    assert measure(lambda v, k: twin.search(v, k + 6)[7:], queries, thresholds, 10).recall == pytest.approx(0.4)
+
+
+def test_the_least_that_suffices_is_chosen() -> None:
+    tried: list[tuple[int, int]] = []
+
+    def recall(nprobes: int, effort: int) -> Measured:
+        tried.append((nprobes, effort))
+        return Measured(min(nprobes / 40, effort / 10), 1.0, 2.0)
+
+    steps = ladder(195)
+    assert (steps[0], steps[-1]) == (1, 195)
+    nprobes, effort, found = cheapest(195, (3, 10), recall, 0.9)
+    assert (nprobes, effort) == (next(step for step in steps if step >= 36), 10)
+    assert found.recall >= 0.9
+    assert len(tried) < 8
+    assert cheapest(195, (3, 5), recall, 0.9)[:2] == (195, 5)  # nothing suffices: the most there is
+
+
+@pytest.mark.parametrize("index_type", ["IVF_SQ", "IVF_PQ", "IVF_HNSW_SQ"])
+def test_built_indexes_find_what_brute_force_finds(
+    tmp_path: Path, index_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors_ND = clustered(3200)
+    table = write_table(tmp_path / "table", vectors_ND[:3000])
+    summary = build_index(table, str(tmp_path / "index"), index_type=index_type, exact_below=1000)
+    assert summary.settings.index_type == index_type
+    assert summary.settings.recall_at_10 >= 0.98
+    index = open_index(str(tmp_path / "index"))
+    found = 0
+    for query_D in vectors_ND[3000:]:  # never seen by the build
+        scores = vectors_ND[:3000] @ query_D
+        hits = index.search(query_D, 10)
+        for hit in hits:
+            assert hit.score == pytest.approx(scores[hit.columns["number"]], abs=1e-5)
+        found += len({hit.columns["number"] for hit in hits} & set(np.argsort(-scores)[:10].tolist()))
+    assert found / 2000 >= 0.97
+    # With a condition: exactly where it leaves few rows, else in so many more partitions as it leaves fewer rows.
+    for few, least in (1000, 1.0), (0, 0.95):
+        monkeypatch.setattr(searches, "EXACT_BELOW", few)
+        found = 0
+        for query_D in vectors_ND[3000:3050]:
+            scores = np.where(np.arange(3000) % 5 == 0, vectors_ND[:3000] @ query_D, -1)
+            hits = index.search(query_D, 10, filter="number % 5 = 0")
+            found += len({hit.columns["number"] for hit in hits} & set(np.argsort(-scores)[:10].tolist()))
+        assert found / 500 >= least
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+def test_texts_and_pictures_can_be_indexed_together_or_apart(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "table", fan(60), kinds=["image", "text"] * 30)
+    assert build_index(table, str(tmp_path / "images")).num_rows == 30
+    summary = build_index(table, str(tmp_path / "all"), kind="all", filter_columns=["number"], tag="first")
+    assert (summary.num_rows, summary.dimension, summary.settings.recall_at_10) == (60, 8, 1.0)
+    index = open_index(str(tmp_path / "all"), version="first", fingerprint=MODEL["fingerprint"])
+    assert index.corpus == "a corpus"
+    assert [hit.id for hit in index.search(fan(60)[0], 2, filter="kind = 'text'")] == ["r1", "r3"]
+
+
+def test_bad_builds_are_refused(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "table", fan(30))
+    index = str(tmp_path / "index")
+    with pytest.raises(ValueError, match="no rows of kind text"):
+        build_index(table, index, kind="text")
+    with pytest.raises(ValueError, match=r"filter_columns: colour .* it has id, kind, embedding, number"):
+        build_index(table, index, filter_columns=["colour"])
+    with pytest.raises(ValueError, match="IVF_SQ, IVF_PQ, IVF_HNSW_SQ"):
+        build_index(table, index, index_type="HNSW", exact_below=1)
+    with pytest.raises(ValueError, match="holds no embeddings table"):
+        build_index(str(tmp_path / "nowhere"), index)
+    TableInProgress(str(tmp_path / "begun"), MODEL, "")
+    with pytest.raises(ValueError, match="not complete"):
+        build_index(str(tmp_path / "begun"), index)
+    with pytest.raises(ValueError, match="holds no index"):
+        open_index(str(tmp_path / "nowhere"))
+
+
+def test_an_index_of_another_model_is_neither_opened_nor_replaced_unasked(tmp_path: Path) -> None:
+    index = str(tmp_path / "index")
+    build_index(write_table(tmp_path / "table", fan(30)), index)
+    other = write_table(tmp_path / "other", fan(20), model=OTHER)
+    for refused in (lambda: open_index(index, fingerprint=OTHER["fingerprint"]), lambda: build_index(other, index)):
+        with pytest.raises(FingerprintMismatch) as caught:
+            refused()
+        assert MODEL["fingerprint"] in str(caught.value)
+        assert OTHER["fingerprint"] in str(caught.value)
+    assert build_index(other, index, replace=True).num_rows == 20
+    assert open_index(index, fingerprint=OTHER["fingerprint"]).num_rows == 20
+
+
+def test_versions_and_tags_stay_as_they_were(tmp_path: Path) -> None:
+    index = str(tmp_path / "index")
+    table = write_table(tmp_path / "table", fan(30))
+    first = build_index(table, index)
+    pinned, by_number = open_index(index, version=first.tag), open_index(index, version=first.version)
+    writer = open_index(index)
+    writer.delete([f"r{i}" for i in range(10)])
+    assert writer.tag("ten-less") == "ten-less"
+    build_index(table, index, tag="again")
+    for reader in (pinned, by_number, open_index(index, version=first.tag), open_index(index, version="again")):
+        assert [hit.id for hit in reader.search(fan(30)[0], 2)] == ["r0", "r1"]
+    assert open_index(index, version="ten-less").search(fan(30)[0], 1)[0].id == "r10"
+    with pytest.raises(ValueError, match="nothing"):
+        open_index(index, version="nothing")
+
+
+def test_a_thousand_upserts_are_seen_at_once_and_stay_after_optimizing(tmp_path: Path) -> None:
+    vectors_ND = clustered(4000)
+    build_index(write_table(tmp_path / "table", vectors_ND[:3000]), str(tmp_path / "index"), exact_below=1000)
+    index = open_index(str(tmp_path / "index"))
+    partitions = index.settings.partitions
+    index.upsert(rows_of(vectors_ND[3000:], list(range(3000, 4000))))
+    for _ in range(2):
+        hits = [index.search(vector, 1)[0] for vector in vectors_ND[3000:3100]]
+        assert [hit.columns["number"] for hit in hits] == list(range(3000, 3100))
+        index.optimize()
+    assert index.settings.recall_at_10 >= 0.98
+    assert index.settings.partitions >= partitions > 1
+
+
+def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
+    uri = str(tmp_path / "index")
+    build_index(write_table(tmp_path / "table", clustered(200)), uri)
+    vectors_ND = clustered(300, seed=1)
+
+    def write(worker: int) -> None:
+        for first in range(worker * 100, worker * 100 + 100, 20):
+            numbers = list(range(1000 + first, 1020 + first))
+            open_index(uri).upsert(rows_of(vectors_ND[first : first + 20], numbers))
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, range(3)))
+    index = open_index(uri)
+    assert index.num_rows == 500
+    assert {index.search(vector, 1)[0].columns["number"] for vector in vectors_ND} == set(range(1000, 1300))
+
+
+def test_a_build_by_ray_workers_gives_the_same_answers(tmp_path: Path, ray_cluster: None) -> None:
+    vectors_ND = clustered(3000)
+    table = write_table(tmp_path / "table", vectors_ND)
+    summary = build_index(table, str(tmp_path / "index"), exact_below=1000, workers=2)
+    assert summary.settings.recall_at_10 >= 0.98
+    index = open_index(str(tmp_path / "index"))
+    assert len(index.dataset.get_fragments()) == 2
+    for number in range(0, 3000, 150):
+        scores = vectors_ND @ vectors_ND[number]
+        hits = index.search(vectors_ND[number], 5)
+        assert hits[0].columns["number"] == number
+        assert hits[4].score == pytest.approx(np.sort(scores)[-5], abs=0.05)
+    index.upsert(rows_of(clustered(500, seed=2), list(range(3000, 3500))))
+    index.optimize()
+    assert index.num_rows == 3500
+    assert index.settings.partitions > 1
+
+
+def test_the_table_reads_in_order_and_says_which_model(tmp_path: Path) -> None:
+    rows = read_embeddings(write_table(tmp_path / "table", fan(12)))
+    assert rows["id"].to_pylist() == sorted(f"r{i}" for i in range(12))
+    assert b"0123456789abcdef" in rows.schema.metadata[b"vladva"]
