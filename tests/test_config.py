@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,7 @@ from vladva.recipes import RECIPES, tiny
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_a_recipe_survives_json(recipe) -> None:
+def test_a_recipe_survives_json(recipe: Callable[[], RunConfig]) -> None:
     config = recipe()
     assert RunConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
@@ -54,7 +56,9 @@ def test_nothing_to_train_is_refused() -> None:
         (["tiny", "--data.uri", "/nowhere/at/all"], "/nowhere/at/all"),
     ],
 )
-def test_the_command_line_says_what_is_wrong_without_a_traceback(arguments: list[str], message: str, tmp_path) -> None:
+def test_the_command_line_says_what_is_wrong_without_a_traceback(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
     command = [
         sys.executable,
         "jobs/train.py",

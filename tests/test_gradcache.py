@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def reference(checkpoint: str) -> dict:
     """Two optimizer steps of plain PyTorch."""
-    model, chunks = worker.build(worker.config_of(checkpoint, 1))
+    model, _ = worker.build(worker.config_of(checkpoint, 1))
     model.train()
     whole = model.preprocessor.collate(0, worker.examples())
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}

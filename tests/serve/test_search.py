@@ -97,7 +97,7 @@ def test_filters_are_applied_before_the_search(client: httpx.Client) -> None:
         ({"version": "no such tag"}, 422, "invalid_value"),
         ({"index": "other"}, 404, "index_not_found"),
         ({"model": "gpt"}, 404, "model_not_found"),
-        ({"fliter": "x"}, 422, "invalid_value"),
+        ({"filters": "x"}, 422, "invalid_value"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(
