@@ -170,7 +170,7 @@ def serve_and_call(run: str, options: argparse.Namespace) -> dict[str, Any]:
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
         written = {"base model": "".join(base.generate(messages, [render(scene)], max_tokens=96))}
-        for label, name in zip(("served, adapter off", "served, adapter on"), names, strict=True):
+        for label, name in zip(("served, adapter on", "served, adapter off"), names, strict=True):
             written[label] = caption(url, name, picture, prompt)
         captions.append({"number": number, "prompt": prompt, "captions": written})
     if options.keep_serving:

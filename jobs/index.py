@@ -8,6 +8,7 @@ the exact ten neighbours, which is measured at the end. Readers of an older vers
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from vladva.config import user_errors
@@ -33,6 +34,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 @user_errors
 def main() -> None:
     options = parse(sys.argv[1:])
+    os.environ.setdefault("LANCE_LOG", "error")
 
     from vladva import cluster
     from vladva.index import PARALLEL_FROM, build_index

@@ -7,6 +7,7 @@ Prints the hits with their scores and captions; --html writes a page that also s
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,7 @@ def print_hits(hits: list[Hit]) -> None:
 @user_errors
 def main() -> None:
     options = parse(sys.argv[1:])
+    os.environ.setdefault("LANCE_LOG", "error")
 
     from vladva.embedder import load_embedder
     from vladva.index import open_index

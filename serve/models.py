@@ -22,7 +22,10 @@ class Served:
         base = Path(checkpoint).name if Path(checkpoint).is_absolute() else checkpoint
         if description["adapter"] is None:
             return cls(name or base, None, description)
-        return cls(base, name or adapter_name(model), description)
+        adapter = name or adapter_name(model)
+        if adapter == base:  # by this name clients would get either
+            adapter = f"{adapter}-adapter"
+        return cls(base, adapter, description)
 
     @property
     def embedding_model(self) -> str:

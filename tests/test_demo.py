@@ -38,7 +38,7 @@ def wait_for(path: Path, demo: subprocess.Popen) -> None:
 
 def test_interrupted_it_leaves_nothing_running_and_then_goes_on(tmp_path: Path, port: int) -> None:
     demo = subprocess.Popen(command(tmp_path, port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(tmp_path / "tiny" / "config.json", demo)
+    wait_for(tmp_path / "tiny-vladva" / "config.json", demo)
     started = psutil.Process(demo.pid).children(recursive=True)
     assert any("raylet" in process.name() for process in started)
     demo.send_signal(signal.SIGINT)
@@ -60,7 +60,7 @@ def test_interrupted_it_leaves_nothing_running_and_then_goes_on(tmp_path: Path, 
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "<svg" in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace(f"http://127.0.0.1:{port}", "")
-    assert len((tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "tiny-vladva" / "metrics.jsonl").read_text().splitlines()) == 4
 
     again = subprocess.run(command(tmp_path, port), capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stdout + again.stderr

@@ -20,6 +20,7 @@ def connect() -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("LANCE_LOG", "error")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level="WARNING")
         return

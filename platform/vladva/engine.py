@@ -116,18 +116,23 @@ class Engine:
         """Restore what `optimizer_state` gave after `step` optimizer steps."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
+        inner = self.optimizer if self.stage == 0 else self.optimizer.optimizer
+        for part in self.optimizer_parts():
+            # Before the first step there is no state; the count of steps sets AdamW's bias correction.
+            inner.state[part] = {moment: torch.zeros_like(part) for moment in MOMENTS}
+            inner.state[part]["step"] = torch.tensor(float(step))
         for name, parameter in self.trainable.items():
             for moment in MOMENTS:
                 value = state[f"{name}.{moment}"].to(self.device)
                 if self.stage == 0:
-                    self.optimizer.state[parameter][moment] = value
+                    inner.state[parameter][moment].copy_(value)
                 else:
                     safe_set_full_optimizer_state(parameter, value, moment)
-        self.set_adam_step(step)
 
-    def set_adam_step(self, step: int) -> None:
-        """Set AdamW's count of steps, on which its bias correction depends."""
-        inner = self.optimizer if self.stage == 0 else self.optimizer.optimizer
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                inner.state[parameter]["step"] = torch.tensor(float(step))
+    def optimizer_parts(self) -> list[Tensor]:
+        """The tensors that AdamW keeps state for: under ZeRO, flat parts of many parameters."""
+        if self.stage == 0:
+            return list(self.trainable.values())
+        if self.stage == 3:
+            return self.optimizer.fp32_partitioned_groups_flat
+        return [part for group in self.optimizer.optimizer.param_groups for part in group["params"]]

@@ -12,7 +12,7 @@ from vladva.config import ClusterConfig, DataConfig, LossConfig, ModelConfig, Op
 def tiny() -> RunConfig:
     """The packaged tiny LVLM on generated scenes: two CPU workers, a few minutes."""
     return RunConfig(
-        name="tiny",
+        name="tiny-vladva",  # not the name of its base model: clients ask for either
         storage=".vladva",
         model=ModelConfig(checkpoint="tiny"),
         data=DataConfig(uri=".vladva/scenes/train"),

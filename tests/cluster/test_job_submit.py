@@ -147,7 +147,7 @@ def test_the_working_directory_alone_is_not_enough(head: Head) -> None:
 
 def test_the_real_job_trains(head: Head, scenes: Path, tmp_path: Path) -> None:
     run = ("--name", "submitted", "--storage", str(tmp_path), "--data.uri", str(scenes / "train"))
-    size = ("--train.steps", "2", "--train.global-batch", "8", "--train.chunk-size", "4")
+    size = ("--train.steps", "2", "--train.global-batch", "16", "--train.chunk-size", "8")
     job = head.submit("python", "jobs/train.py", "tiny", *run, *size)
     assert job.returncode == 0, job.stdout + job.stderr
     metrics = (tmp_path / "submitted/metrics.jsonl").read_text().splitlines()
