@@ -133,6 +133,11 @@ class RunConfig:
                 f"train.global_batch {train.global_batch} is not a multiple of train.chunk_size {train.chunk_size}; "
                 f"use {train.global_batch // train.chunk_size * train.chunk_size or train.chunk_size}"
             )
+        if train.chunk_size % self.data.run_length:
+            raise ValueError(
+                f"data.run_length {self.data.run_length} does not divide train.chunk_size {train.chunk_size}; "
+                f"a chunk is made of whole runs"
+            )
         if self.chunks_per_batch % workers:
             options = [str(w) for w in range(1, self.chunks_per_batch + 1) if self.chunks_per_batch % w == 0]
             raise ValueError(

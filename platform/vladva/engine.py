@@ -7,6 +7,7 @@ stage or on the number of workers.
 from __future__ import annotations
 
 import math
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -47,8 +48,11 @@ class Engine:
 
     def __init__(self, model: nn.Module, config: RunConfig) -> None:
         import deepspeed
+        import ninja
         from deepspeed.utils import logger
 
+        # DeepSpeed compiles an op at its first start and looks for ninja on PATH.
+        os.environ["PATH"] = f"{ninja.BIN_DIR}{os.pathsep}{os.environ['PATH']}"
         logger.setLevel("WARNING")
         self.config = config
         self.stage = config.train.zero_stage

@@ -1,0 +1,1 @@
+"""vladva: turns a generative vision-language model into a retriever on a Ray cluster, and keeps the generator."""
