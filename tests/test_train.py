@@ -102,7 +102,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_with_other_workers_and_stage
 
 def test_another_recipe_in_the_same_folder_is_refused(finished: RunConfig) -> None:
     other = replace(finished, optim=replace(finished.optim, lr=5.0))
-    with pytest.raises(ValueError, match=r"optim\.lr was 0\.01, is 5\.0; choose another --name"):
+    with pytest.raises(ValueError, match=r"optim\.lr was 0\.01, is 5\.0\); choose another --name"):
         train(other)
 
 
