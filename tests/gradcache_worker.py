@@ -33,7 +33,7 @@ def config_of(checkpoint: str, workers: int) -> RunConfig:
         name="test",
         storage="unused",
         model=ModelConfig(checkpoint=checkpoint, lora_rank=4),
-        data=DataConfig(uri="unused"),
+        data=DataConfig(uri="unused", run_length=1),
         train=TrainConfig(steps=STEPS, global_batch=CHUNKS * PAIRS, chunk_size=PAIRS),
         cluster=ClusterConfig(workers=workers),
     )

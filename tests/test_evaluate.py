@@ -105,6 +105,17 @@ def test_every_column_of_every_table_finds_its_number_in_the_paper() -> None:
         assert {name for name in absent if not name.endswith("R@5")} == set(), layout.title
 
 
+def test_numbers_are_whole_on_a_narrow_terminal() -> None:
+    from rich.console import Console
+
+    [table] = score_tables(scores_of("scenes_compositionality", dict.fromkeys((*KINDS, "add_attribute"), 1.0)))
+    console = Console(width=80, record=True)
+    console.print(as_rich(table))
+    text = console.export_text()
+    assert text.count("100.0") == 7
+    assert all(value in text for value in ("98.1", "92.1", "86.8", "79.0", "82.9", "95.2", "95.8"))
+
+
 def test_table_for_the_terminal() -> None:
     from rich.console import Console
 

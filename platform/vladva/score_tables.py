@@ -179,11 +179,11 @@ def as_rich(table: ScoreTable) -> "RenderableType":
 
     drawn = Table(title=table.title, caption=table.note or None, box=box.SIMPLE_HEAD, padding=(0, 1))
     drawn.title_justify = drawn.caption_justify = "left"
-    drawn.add_column("percent", no_wrap=True)
+    drawn.add_column("percent", min_width=16)  # names may wrap on a narrow terminal, numbers never
     previous: tuple[str, ...] = ()
     for heading in table.headings:
         shown = [part if heading[: level + 1] != previous[: level + 1] else "" for level, part in enumerate(heading)]
-        drawn.add_column("\n".join(shown), justify="right", no_wrap=True)
+        drawn.add_column("\n".join(shown), justify="right", no_wrap=True, min_width=5)
         previous = heading
     ours = [row for row in table.rows if not row.reported]
     for row in table.rows:
