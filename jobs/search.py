@@ -34,7 +34,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--filter", help="SQL condition on the columns: \"kind = 'image' AND length < 5000\"")
     parser.add_argument("--version", help="tag or number of the version; the newest by default")
     parser.add_argument("--html", help="page to write, with pictures")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if (options.query is None) == (options.image is None):
         raise ValueError("give one query: a text, or --image PICTURE")
     return options

@@ -148,6 +148,17 @@ def test_line_chart_maps_values_to_pixels() -> None:
     assert "nan" not in flat
 
 
+def test_ticks_are_told_apart() -> None:
+    for line, ticks in {
+        (62.9, 63.0): ["62.9", "62.95", "63"],
+        (0.0, 4.0): ["0", "1", "2", "3", "4"],
+        (0.0, 2e-3): ["0", "5e-4", "0.001", "0.0015", "0.002"],
+        (1000, 1004): ["1000", "1001", "1002", "1003", "1004"],
+    }.items():
+        figure = line_chart({"run": list(enumerate(line))}, label="x")
+        assert re.findall(r'text-anchor="end">([^<]+)<', figure) == ticks
+
+
 def test_bars_show_values_and_chance() -> None:
     figure = bar_chart({"swap\nobject": {"a": 0.5, "b": 1.0}}, chance={"swap\nobject": 0.5}, label="x")
     heights = [float(height) for height in re.findall(r'<rect [^>]*height="([\d.]+)"', figure)]

@@ -24,6 +24,11 @@ class Scale(NamedTuple):
     end: float
     ticks: tuple[float, ...]
 
+    @property
+    def step(self) -> float:
+        """Between two ticks."""
+        return self.ticks[1] - self.ticks[0]
+
     def __call__(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
@@ -41,9 +46,10 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, label: st
     points = [point for line in series.values() for point in line]
     x = _scale([step for step, _ in points], LEFT, WIDTH - RIGHT, num_ticks=4)
     y = _scale([value for _, value in points], HEIGHT - BOTTOM, TOP, num_ticks=4)
-    parts = [_grid_line(LEFT, y(tick), WIDTH - RIGHT, _number(tick)) for tick in y.ticks]
+    parts = [_grid_line(LEFT, y(tick), WIDTH - RIGHT, _number(tick, y.step)) for tick in y.ticks]
     parts += [
-        f'<text x="{x(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{_number(tick)}</text>' for tick in x.ticks
+        f'<text x="{x(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{_number(tick, x.step)}</text>'
+        for tick in x.ticks
     ]
     for number, (name, line) in enumerate(series.items()):
         stroke = colour(number, len(series))
@@ -139,10 +145,13 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def _number(value: float) -> str:
-    """A tick or value in few characters."""
+def _number(value: float, step: float = 0.0) -> str:
+    """A value in few characters, or a tick in as many as tell it from its neighbours `step` away."""
     if value == 0:
         return "0"
-    if abs(value) >= 10_000:
+    if max(abs(value), step) < 1e-3:
+        return f"{value:.0e}".replace("e-0", "e-")
+    if abs(value) >= 10_000 and step >= 100:
         return f"{value / 1000:.4g}k"
-    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
+    digits = 3 if step == 0 else 1 + math.floor(math.log10(abs(value)) + 1e-9) - math.floor(math.log10(step) + 1e-9)
+    return f"{value:.{max(3, digits)}g}"

@@ -4,6 +4,8 @@ Our rows come first, with the paper's number and the difference in each cell tha
 `ScoreTable` is drawn for the terminal here, and as HTML by `report.py`.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
 
 SUGAR_CREPE_KINDS = (
     ("Replace", "Object"),
@@ -24,6 +26,7 @@ SUGAR_CREPE_KINDS = (
 )
 RETRIEVAL_SETS = {"flickr30k": "Flickr30K", "coco": "COCO", "nocaps": "nocaps"}
 WAYS = {"t2i": ("image retrieval", "image_retrieval"), "i2t": ("text retrieval", "text_retrieval")}
+SHORT = {"Object": "obj", "Attribute": "att", "Relation": "rel", "image retrieval": "image", "text retrieval": "text"}
 
 
 class Column(NamedTuple):
@@ -172,24 +175,45 @@ def _reported(name: str, columns: tuple[Column, ...], layout: Layout, reported: 
     return Row(f"{name}, {layout.other_data}" if layout.other_data else name, cells, reported=True)
 
 
-def as_rich(table: ScoreTable) -> "RenderableType":
+class _Terminal:
+    """A table as wide as the terminal: cut between its groups of columns where it does not fit."""
+
+    def __init__(self, table: ScoreTable) -> None:
+        self.table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        num_columns = len(self.table.headings)
+        whole = _draw(self.table, range(num_columns))
+        if console.measure(whole).minimum <= options.max_width:
+            yield whole
+            return
+        starts = sorted(self.table.group_starts)
+        for first, after in zip(starts, [*starts[1:], num_columns], strict=True):
+            yield _draw(self.table, range(first, after))
+
+
+def as_rich(table: ScoreTable) -> RenderableType:
     """The table for a terminal. Below a score, where there is one: the paper's, and ours minus the paper's."""
+    return _Terminal(table)
+
+
+def _draw(table: ScoreTable, columns: range) -> RenderableType:
     from rich import box
     from rich.table import Table
 
-    drawn = Table(title=table.title, caption=table.note or None, box=box.SIMPLE_HEAD, padding=(0, 1))
+    drawn = Table(title=table.title, caption=table.note or None, box=box.SIMPLE_HEAD, pad_edge=False)
     drawn.title_justify = drawn.caption_justify = "left"
-    drawn.add_column("percent", min_width=16)  # names may wrap on a narrow terminal, numbers never
+    drawn.add_column("percent", min_width=18)  # names may wrap on a narrow terminal, numbers never
     previous: tuple[str, ...] = ()
-    for heading in table.headings:
+    for heading in (table.headings[column] for column in columns):
         shown = [part if heading[: level + 1] != previous[: level + 1] else "" for level, part in enumerate(heading)]
-        drawn.add_column("\n".join(shown), justify="right", no_wrap=True, min_width=5)
+        drawn.add_column("\n".join(SHORT.get(part, part) for part in shown), justify="right", no_wrap=True, min_width=5)
         previous = heading
     ours = [row for row in table.rows if not row.reported]
     for row in table.rows:
         name = f"paper: {row.label}" if row.reported else row.label
-        style = "dim" if row.reported else "bold"
-        drawn.add_row(name, *(_cell_text(cell) for cell in row.cells), style=style, end_section=row is ours[-1])
+        cells = [_cell_text(row.cells[column]) for column in columns]
+        drawn.add_row(name, *cells, style="dim" if row.reported else "bold", end_section=row is ours[-1])
     return drawn
 
 
