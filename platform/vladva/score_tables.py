@@ -184,7 +184,8 @@ class _Terminal:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         num_columns = len(self.table.headings)
         whole = _draw(self.table, range(num_columns))
-        if console.measure(whole).minimum <= options.max_width:
+        # Measured with room to spare: rich never reports a width beyond the one it is given.
+        if console.measure(whole, options=options.update(width=1000)).minimum <= options.max_width:
             yield whole
             return
         starts = sorted(self.table.group_starts)
