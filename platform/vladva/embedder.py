@@ -191,14 +191,25 @@ def find_model(model: str) -> ModelReference:
 
 
 def load_embedder(
-    model: str, *, adapter: bool = True, merge: bool = False, dtype: str = "float32", device: str = "cpu"
+    model: str,
+    *,
+    adapter: bool = True,
+    merge: bool = False,
+    dtype: str = "float32",
+    device: str = "cpu",
+    layer: int | None = None,
 ) -> Embedder:
-    """Load what `find_model` resolves. `adapter=False` is the base model, zero-shot; `merge` folds the adapter in."""
+    """Load what `find_model` resolves. `adapter=False` is the base model, zero-shot; `merge` folds the adapter in.
+
+    `layer` embeds from another layer than the model's own.
+    """
     reference = find_model(model)
     note: dict[str, Any] = {"checkpoint": reference.checkpoint, "soft_prompts": False}
     folder = reference.adapter if adapter else None
     if folder:
         note = json.loads((folder / ADAPTER_NOTE).read_text())
+    if layer is not None:
+        note["layer"] = layer
     config = ModelConfig(dtype=dtype, **note)  # type: ignore[arg-type]
     preprocessor = Preprocessor(
         config.checkpoint,

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from vladva import storage
 from vladva.config import ModelConfig
@@ -54,7 +57,7 @@ class EncodeSummary:
 def encode(
     items: ray.data.Dataset,
     model: str,
-    out_uri: str,
+    out_uri: str | Mapping[int, str],
     *,
     adapter: bool = True,
     actors: int | tuple[int, int] = 2,
@@ -69,6 +72,7 @@ def encode(
 ) -> EncodeSummary:
     """Embed `items` into the table at `out_uri`, or go on with it; needs a Ray cluster.
 
+    out_uri: the table; or layer -> its table, for several layers of the model in one pass.
     items: columns id, kind ("image" or "text"), image (bytes; null for texts), text (null for pictures); all but
         `image` are carried into the table, which holds each (id, kind) once.
     actors: how many hold the model, or the (least, most) of a pool that grows and shrinks with the load.
@@ -82,27 +86,33 @@ def encode(
     import ray
     from ray.data.dataset import MaterializedDataset
 
-    model, out_uri = pin(model), storage.absolute(out_uri)
-    config, description = describe(model, adapter=adapter, dtype=dtype)
-    table = TableInProgress(out_uri, description, corpus)
-    done = ray.put(table.done())
+    model = pin(model)
+    uris = {None: out_uri} if isinstance(out_uri, str) else dict(out_uri)
+    described = {layer: describe(model, adapter=adapter, dtype=dtype, layer=layer) for layer in uris}
+    tables = {layer: TableInProgress(storage.absolute(uris[layer]), described[layer][1], corpus) for layer in uris}
     items.context.enable_progress_bars = False
+    unfinished = lacking(items, tables) if len(tables) > 1 else tables
+    done = ray.put(done_in_all((unfinished or tables).values()))
     run = Run(max_bad_fraction)
     left = None
-    if table.begun:  # what is left is worth a look, before any model is loaded
+    if all(table.begun for table in tables.values()):  # what is left is worth a look, before any model is loaded
         run.counts["skipped"], left = count_done(items, done)
     elif isinstance(items, MaterializedDataset):
         total = items.count()
     if left != 0:
         owners = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Owners).remote()
-        settings = WindowSettings(config, out_uri, batch_size, read_images, done, owners)
+        places = {layer: (table.uri, described[layer][1]) for layer, table in unfinished.items()}
+        config = next(iter(described.values()))[0]
+        settings = WindowSettings(
+            config, tuple(uri for uri, _ in places.values()), batch_size, read_images, done, owners
+        )
         load = {"model": model, "adapter": adapter, "merge": adapter, "dtype": dtype}
         batches = items.map_batches(
             make_batches, batch_size=WINDOW, batch_format="pyarrow", fn_kwargs={"settings": settings}
         ).repartition(target_num_rows_per_block=1)
         reports = batches.map_batches(
-            Encoder,
-            fn_constructor_args=(load, out_uri, description),
+            encoder_for(places),
+            fn_constructor_args=(load, *places.get(None, (places,))),
             batch_size=1,
             batch_format="pyarrow",
             compute=pool(actors, cpus_per_actor),
@@ -113,10 +123,37 @@ def encode(
             for row in reports.iter_rows():
                 progress.advance(run.add(json.loads(row["report"])), run.figures)
         ray.kill(owners)
-    rows, quarantine = table.commit(run.bad)
-    if not rows:
-        raise ValueError(f"nothing was embedded: {quarantine[0]['reason'] if quarantine else 'there are no items'}")
-    return run.summary(rows, len(quarantine), description)
+    for layer, table in tables.items():
+        rows, quarantine = table.commit(run.bad if layer in unfinished else [])
+        if not rows:
+            raise ValueError(f"nothing was embedded: {quarantine[0]['reason'] if quarantine else 'there are no items'}")
+    return run.summary(rows, len(quarantine), described[layer][1])
+
+
+def encoder_for(places: Mapping[int | None, Any]) -> type[Encoder]:
+    """The stage that fills one table, or one for each layer."""
+    if None in places:
+        return Encoder
+    from vladva.layers import LayersEncoder
+
+    return LayersEncoder
+
+
+def lacking(items: ray.data.Dataset, tables: Mapping[int | None, TableInProgress]) -> dict[int | None, TableInProgress]:
+    """The tables that do not have all items yet: a layer that is complete need not be computed again."""
+    import ray
+
+    return {
+        layer: table
+        for layer, table in tables.items()
+        if not table.begun or count_done(items, ray.put(table.done()))[1]
+    }
+
+
+def done_in_all(tables: Iterable[TableInProgress]) -> tuple[np.ndarray, np.ndarray]:
+    """What `TableInProgress.done` gives, of the items that every one of the tables has."""
+    keys, contents = zip(*(table.done() for table in tables), strict=True)
+    return reduce(np.intersect1d, keys), reduce(np.intersect1d, contents)
 
 
 def pin(model: str) -> str:
@@ -129,8 +166,11 @@ def pin(model: str) -> str:
     return model
 
 
-def describe(model: str, *, adapter: bool, dtype: str) -> tuple[ModelConfig, dict[str, Any]]:
-    """Configuration and description (`Embedder.description`) of a model, without its weights."""
+def describe(model: str, *, adapter: bool, dtype: str, layer: int | None = None) -> tuple[ModelConfig, dict[str, Any]]:
+    """Configuration and description (`Embedder.description`) of a model, without its weights.
+
+    `layer`: as if it embedded from there. Raises ValueError where the model has no such layer.
+    """
     from vladva.embedder import ADAPTER_NOTE, find_model, fingerprint_of
 
     reference = find_model(model)
@@ -139,7 +179,10 @@ def describe(model: str, *, adapter: bool, dtype: str) -> tuple[ModelConfig, dic
     config = ModelConfig(dtype=dtype, **(note or {"checkpoint": reference.checkpoint, "soft_prompts": False}))
     preprocessor = preprocessor_of(config)
     language_model = preprocessor.config.get_text_config()
-    layer, dimension = config.layer or language_model.num_hidden_layers, language_model.hidden_size
+    layers, dimension = language_model.num_hidden_layers, language_model.hidden_size
+    if layer is not None and not 1 <= layer <= layers:
+        raise ValueError(f"layers: there is no layer {layer} in {model}; its language model has layers 1 to {layers}")
+    layer = layer or config.layer or layers
     return config, {
         "base_model": config.checkpoint,
         "adapter": str(folder) if folder else None,

@@ -29,6 +29,7 @@ class Encoder:
         logging.disable_progress_bar()  # of loading the weights, which the driver would show for every actor
         self.embedder = load_embedder(**load, device="cuda" if torch.cuda.is_available() else "cpu")
         self.uri, self.description = uri, description
+        self.width = self.embedder.dimension
         if self.embedder.fingerprint != description["fingerprint"]:
             hint = "the model has changed since the job began: run it again"
             raise FingerprintMismatch(uri, description["fingerprint"], self.embedder.fingerprint, hint)
@@ -52,12 +53,16 @@ class Encoder:
         reasons = [r or (None if ok else "the embedding is not finite") for r, ok in zip(reasons, finite, strict=True)]
         good = np.array([reason is None for reason in reasons])
         if good.any():
-            write_part(self.uri, batch.items.filter(pa.array(good)), embeddings_ND[good], self.description)
+            self.write(batch.items.filter(pa.array(good)), embeddings_ND[good])
         ids = batch.items.select(["id", "kind", "content"]).to_pylist()
         bad = [{**i, "content": i["content"].hex(), "reason": r} for i, r in zip(ids, reasons, strict=True) if r]
         lengths = [len(prompt) for prompt in batch.prompts]
         report["bad"] = report.get("bad", []) + bad
         report |= {"embedded": int(good.sum()), "tokens": sum(lengths), "computed": max(lengths) * len(lengths)}
+
+    def write(self, items: pa.Table, embeddings_ND: np.ndarray) -> None:
+        """Write the batch's part."""
+        write_part(self.uri, items, embeddings_ND, self.description)
 
     def forward(self, prompts: list[list[int]], pixels: list[np.ndarray] | None) -> np.ndarray:
         """Embeddings [N, D] of prepared items."""
@@ -72,7 +77,7 @@ class Encoder:
 
     def one_by_one(self, batch: Prepared) -> tuple[np.ndarray, list[str | None]]:
         """Embeddings [N, D], and why an item has none (its row is then not a number)."""
-        embeddings_ND = np.full((len(batch.items), self.embedder.dimension), np.nan, np.float32)
+        embeddings_ND = np.full((len(batch.items), self.width), np.nan, np.float32)
         reasons: list[str | None] = [None] * len(batch.items)
         for i, prompt in enumerate(batch.prompts):
             try:

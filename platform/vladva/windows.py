@@ -40,7 +40,7 @@ class WindowSettings:
     """What the tasks of one run share."""
 
     config: ModelConfig
-    uri: str  # of the table
+    uris: tuple[str, ...]  # of the tables
     batch_size: int
     read_images: Callable[[pa.Table], list[bytes]] | None
     done: ObjectRef  # of the pair that TableInProgress.done gives
@@ -176,7 +176,8 @@ def _first_of_content(
     )
     repeats = rows.filter(pa.array(~first))
     if len(repeats):
-        write_repeats(settings.uri, repeats)
+        for uri in settings.uris:
+            write_repeats(uri, repeats)
     return rows.filter(pa.array(first)), [payloads[i] for i in np.flatnonzero(first)], len(repeats)
 
 

@@ -15,6 +15,7 @@ from vladva.benchmarks.kinds.matching import Matching
 from vladva.benchmarks.kinds.retrieval import Retrieval
 from vladva.benchmarks.kinds.subsets import Subset
 from vladva.benchmarks.kinds.two_captions import TwoCaptions
+from vladva.bootstrap import means
 
 ABOUT = {"source": "written by this test", "licence": "none"}
 WIDTH = 64
@@ -93,6 +94,7 @@ def test_retrieval_outcomes_give_the_scores_again(tmp_path: Path) -> None:
         assert len(ranks) == {"t2i": task.counts["captions"], "i2t": 30}[way]
         for k in (1, 5, 10):
             assert np.mean(np.array(ranks) <= k) == pytest.approx(result.scores[f"{way}_r{k}"], abs=0.02)
+    assert means(result.samples, result.averages) == pytest.approx(result.scores)
     for row in rows:
         if row["rank"] <= 10 and not row["tied"]:
             assert row["right"].index(True) == row["rank"] - 1
@@ -161,6 +163,7 @@ def test_caption_choice_scores_and_averages(tmp_path: Path) -> None:
     assert result.scores["swap_macro"] == 3 / 4
     assert result.scores["average_macro"] == pytest.approx((3 / 4 + 1 / 2) / 2)
     assert result.scores["average_micro"] == pytest.approx(4 / 6)
+    assert means(result.samples, result.averages) == pytest.approx(result.scores)
     assert result.outcomes.filter(pa.array([task == "add_object" for task in result.outcomes["task"].to_pylist()]))[
         "sample"
     ].to_pylist() == ["0", "5"]
@@ -216,6 +219,7 @@ def test_two_captions_against_one(tmp_path: Path) -> None:
     # Row 1: the second caption is as near to the picture as the negative is, mirrored; a tie fails.
     assert result.scores["swap_object_p2"] == pytest.approx(2 / 3)
     assert result.scores["itt_macro"] == result.scores["swap_object_itt"]
+    assert means(result.samples, result.averages) == pytest.approx(result.scores)
     assert set(task.chance) == set(result.scores)
     constant_result = task.score(*constant(task))
     assert set(constant_result.scores.values()) == {0.0}
@@ -242,7 +246,9 @@ def test_matching_tells_text_from_image(tmp_path: Path) -> None:
 
     def score(cosines: dict[str, tuple[float, float]]) -> dict[str, float]:
         texts = [[x, y, (1 - x * x - y * y) ** 0.5] for x, y in (cosines[text] for text in task.texts)]
-        return task.score(np.array(texts, np.float32), images).scores
+        result = task.score(np.array(texts, np.float32), images)
+        assert means(result.samples, result.averages) == pytest.approx(result.scores)
+        return result.scores
 
     right = {"0 a": (0.9, 0.1), "0 b": (0.2, 0.8)}
     assert score(right | {"1 a": (0.3, 0.35), "1 b": (0.25, 0.45)}) == {"text": 1.0, "image": 0.5, "group": 0.5}
@@ -273,6 +279,7 @@ def test_classification_with_two_classes_of_one_name(tmp_path: Path) -> None:
     texts = np.stack([by_text[text] for text in task.texts])
     images = np.stack([unique[name] for name in names])
     result = task.score(texts, images)
+    assert means(result.samples, result.averages) == pytest.approx(result.scores)
     # missile (657, 744) and sunglasses (836, 837): half of four pictures.
     assert {name for name in names if names.count(name) == 2} == {"missile", "sunglasses"}
     for suffix in ("", "_seven", "_single"):

@@ -9,13 +9,14 @@ embed, and a `score` that turns their embeddings into numbers without any model 
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from vladva.benchmarks.readers.images import ImageRef
+from vladva.bootstrap import Averages, Samples
 from vladva.metrics import Outcomes, Ties
 
 
@@ -24,12 +25,14 @@ class Result:
     """What one model reached in one benchmark.
 
     `scores` and `tie_rates` are fractions in [0, 1] by metric; `outcomes` has one row per sample, enough to compute
-    every score again.
+    every score again. `samples` and `averages` are what the scores are means of, for `bootstrap.py`.
     """
 
     scores: dict[str, float]
     tie_rates: dict[str, float]
     outcomes: pa.Table
+    samples: Samples
+    averages: Averages = field(default_factory=dict)
 
 
 class Task(Protocol):

@@ -90,7 +90,11 @@ class CaptionChoiceTask:
         for values in (scores, tie_rates):
             values |= {name: float(np.mean([values[metric] for metric in of])) for name, of in averages.items()}
         scores["average_micro"], tie_rates["average_micro"] = pooled.mean(self.ties), pooled.tie_rate
-        return Result(scores, tie_rates, pa.concat_tables(tables))
+        samples = {metric: {metric: of.under(self.ties)} for metric, of in outcomes.items()}
+        weights = {name: dict.fromkeys(of, 1 / len(of)) for name, of in averages.items()}
+        rows = len(pooled.strict)
+        weights["average_micro"] = {metric: len(of.strict) / rows for metric, of in outcomes.items()}
+        return Result(scores, tie_rates, pa.concat_tables(tables), samples, weights)
 
 
 def _table(metric: str, rows: list[Row], right: np.ndarray, wrong: np.ndarray, outcome: np.ndarray) -> pa.Table:

@@ -96,4 +96,5 @@ class ClassificationTask:
                 "similarity": in_lists(ranks.similarity),
             }
             tables.append(pa.table(columns))
-        return Result(*summarise(outcomes, self.ties), pa.concat_tables(tables))
+        samples = {"pictures": {metric: of.under(self.ties) for metric, of in outcomes.items()}}
+        return Result(*summarise(outcomes, self.ties), pa.concat_tables(tables), samples)

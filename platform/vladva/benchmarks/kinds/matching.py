@@ -79,4 +79,5 @@ class MatchingTask:
             **{f"cosine_c{c}_i{i}": cosine[:, c, i] for c in (0, 1) for i in (0, 1)},
             **{metric: samples.under(self.ties) for metric, samples in outcomes.items()},
         }
-        return Result(*summarise(outcomes, self.ties), pa.table(columns))
+        samples = {"examples": {metric: of.under(self.ties) for metric, of in outcomes.items()}}
+        return Result(*summarise(outcomes, self.ties), pa.table(columns), samples)

@@ -92,7 +92,8 @@ class RetrievalTask:
         to_text = rank(images, captions, numbers, self.caption_image, keep=NEAREST)
         ways = {"t2i": to_image, "i2t": to_text}
         hits = {f"{way}_r{k}": hits_at(ranks, k) for way, ranks in ways.items() for k in CUTOFFS}
-        return Result(*summarise(hits, self.ties), self._outcomes(to_image, to_text))
+        samples = {way: {f"{way}_r{k}": hits[f"{way}_r{k}"].under(self.ties) for k in CUTOFFS} for way in ways}
+        return Result(*summarise(hits, self.ties), self._outcomes(to_image, to_text), samples)
 
     def _outcomes(self, to_image: Ranks, to_text: Ranks) -> pa.Table:
         """One row per query. `rank` counts from 1 and is the worst place the best positive can take among its ties."""

@@ -100,7 +100,13 @@ class TwoCaptionsTask:
         for values in (scores, tie_rates):
             for score in ("itt", "tot"):
                 values[f"{score}_macro"] = float(np.mean([values[f"{subset}_{score}"] for subset in self.quadruples]))
-        return Result(scores, tie_rates, pa.concat_tables(tables))
+        samples = {
+            subset: {f"{subset}_{score}": outcomes[f"{subset}_{score}"].under(self.ties) for score in CHANCE}
+            for subset in self.quadruples
+        }
+        share = 1 / len(self.quadruples)
+        averages = {f"{score}_macro": {f"{s}_{score}": share for s in self.quadruples} for score in ("itt", "tot")}
+        return Result(scores, tie_rates, pa.concat_tables(tables), samples, averages)
 
 
 def _table(

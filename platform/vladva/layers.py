@@ -1,0 +1,69 @@
+"""Layers: the embeddings of several layers from one pass over the model.
+
+A hook on a decoder layer keeps its output at the summary token, and the final norm is put on each: the embedding from
+layer k is that of the model cut off after k layers, which is how a single layer is run (`embedder.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from vladva.embedder import EmbeddingModel, as_tensors
+from vladva.encoder import Encoder
+from vladva.parts import write_part
+
+
+def embed_layers(
+    model: EmbeddingModel, tokens: dict[str, torch.Tensor], pixels: torch.Tensor | None, layers: Sequence[int]
+) -> torch.Tensor:
+    """Embeddings [L, B, D] (float32, unit norm) from each of the layers, counted from 1, in one pass to the deepest."""
+    language = model.base.model.language_model
+    rows = torch.arange(len(tokens["ids"]), device=tokens["ids"].device)
+    summaries: dict[int, torch.Tensor] = {}
+
+    def keep(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            hidden_BTD = output[0] if isinstance(output, tuple) else output
+            summaries[layer] = hidden_BTD[rows, tokens["prompt_lengths"] - 1]
+
+        return hook
+
+    hooks = [language.layers[layer - 1].register_forward_hook(keep(layer)) for layer in set(layers)]
+    try:
+        model.backbone.hidden_states(model.base, model.inputs(tokens, pixels), max(layers))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([normalize(language.norm(summaries[layer]).float(), dim=-1) for layer in layers])
+
+
+class LayersEncoder(Encoder):
+    """Ray Data stage: as Encoder, but with a table for each of several layers, all filled in the same pass."""
+
+    def __init__(self, load: dict[str, Any], tables: Mapping[int, tuple[str, dict[str, Any]]]) -> None:
+        """`tables`: layer -> place of its table and description of the model at that layer."""
+        deepest = max(tables)
+        super().__init__({**load, "layer": deepest}, *tables[deepest])
+        self.tables = tables
+        self.width = len(tables) * self.embedder.dimension
+
+    def forward(self, prompts: list[list[int]], pixels: list[np.ndarray] | None) -> np.ndarray:
+        """Embeddings [N, L * D] of prepared items, the layers side by side."""
+        tokens = as_tensors(self.embedder.preprocessor.pad([(prompt, []) for prompt in prompts]), self.embedder.device)
+        stacked = None if pixels is None else torch.from_numpy(np.stack(pixels)).to(self.embedder.device)
+        with torch.inference_mode():
+            embeddings_LND = embed_layers(self.embedder.model, tokens, stacked, list(self.tables))
+        return embeddings_LND.transpose(0, 1).flatten(1).cpu().numpy()
+
+    def write(self, items: pa.Table, embeddings: np.ndarray) -> None:
+        """Write the batch's part in every layer's table."""
+        parts = np.split(embeddings, len(self.tables), axis=1)
+        for (uri, description), embeddings_ND in zip(self.tables.values(), parts, strict=True):
+            write_part(uri, items, embeddings_ND, description)
