@@ -134,7 +134,7 @@ def check_adapter(run: str) -> dict[str, Any]:
     pictures, texts = [render(scene) for scene, _, _ in held_out], [worded[0] for _, worded, _ in held_out]
     base, trained, merged = load_embedder("tiny"), load_embedder(run), load_embedder(run, merge=True)
     tokens = as_tensors(base.preprocessor.images([p.size for p in pictures], texts), "cpu")
-    inputs = base.model.inputs(tokens, torch.from_numpy(base.preprocessor.pixels(pictures)))
+    inputs = base.model.inputs(tokens, as_tensors(base.preprocessor.pixels(pictures), "cpu"))
     with torch.inference_mode(), trained.model.lvlm.disable_adapter():
         off = (trained.model.base(**inputs).logits - base.model.base(**inputs).logits).abs().max().item()
     differences = [

@@ -124,7 +124,10 @@ class Discriminative:
     def count_one(self, item: Item) -> Work | Failure:
         """What an item costs."""
         if item.text is None:
-            tokens = self.embedder.num_image_tokens(*item.size)
+            try:
+                tokens = self.embedder.num_image_tokens(*item.size)
+            except ValueError as error:
+                return Failure(422, str(error), "invalid_image")
             return Work(item, tokens, max(tokens, item.pixels // PIXELS_PER_TOKEN))
         try:
             [tokens] = self.embedder.count_text_tokens([item.text])

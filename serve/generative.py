@@ -117,7 +117,10 @@ class Generative:
             if any(preprocessor.image_token in part.get("text", "") for part in message["content"]):
                 text = f"a text contains the image token {preprocessor.image_token!r}"
                 return Failure(422, text, "invalid_value").at("messages")
-        prompt_tokens = len(preprocessor.render(conversation.messages, conversation.sizes))
+        try:
+            prompt_tokens = len(preprocessor.render(conversation.messages, conversation.sizes))
+        except ValueError as error:
+            return Failure(422, str(error), "invalid_image").at("messages")
         room = self.context - prompt_tokens
         if max_tokens is None:
             max_tokens = min(self.args.max_tokens, max(room, 1))

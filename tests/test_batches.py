@@ -37,7 +37,7 @@ def test_parity_with_the_hugging_face_processor(preprocessor: Preprocessor, tiny
     tokens = preprocessor.images([image.size], [None])
     assert tokens.ids[0].tolist() == expected.input_ids[0].tolist()
     model = EmbeddingModel(ModelConfig(checkpoint=tiny), preprocessor)
-    inputs = model.inputs(as_tensors(tokens, "cpu"), torch.from_numpy(preprocessor.pixels([image])))
+    inputs = model.inputs(as_tensors(tokens, "cpu"), as_tensors(preprocessor.pixels([image]), "cpu"))
     torch.testing.assert_close(inputs["pixel_values"], expected.pixel_values, atol=1e-3, rtol=0)
 
 
@@ -83,8 +83,9 @@ def test_a_batch_survives_the_object_store(ray_cluster: None, preprocessor: Prep
     back = Batch.from_row(row)
     assert back.number == 7
     assert list(back.ids) == ["a#0", "a#1"]
-    assert back.pixels.dtype == np.uint8
-    assert (back.pixels == batch.pixels).all()
+    assert back.pixels.values.dtype == np.uint8
+    assert (back.pixels.values == batch.pixels.values).all()
+    assert back.pixels.sizes.tolist() == [[64, 64], [64, 80]]
     assert (back.image.ids == batch.image.ids).all()
     assert back.has_short.tolist() == [True, False]
     assert back.image_keys[0] != back.image_keys[1]

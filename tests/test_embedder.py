@@ -76,7 +76,7 @@ def test_adapter_off_is_the_base_model_bit_for_bit(checkpoint: str, tmp_path: Pa
     embedder = load_embedder(adapted(checkpoint, tmp_path / "adapter"))
     base = load_embedder(checkpoint)
     tokens = base.preprocessor.images([p.size for p in pictures], [None] * 3)
-    pixels = torch.from_numpy(base.preprocessor.pixels(pictures))
+    pixels = as_tensors(base.preprocessor.pixels(pictures), "cpu")
     inputs = base.model.inputs(as_tensors(tokens, "cpu"), pixels)
     with torch.inference_mode():
         expected = base.model.base(**inputs).logits
@@ -107,7 +107,7 @@ def test_a_new_adapter_changes_nothing_yet(checkpoint: str, pictures: list) -> N
 
 def test_the_summary_token_does_not_see_the_caption(checkpoint: str, pictures: list) -> None:
     model = EmbeddingModel(ModelConfig(checkpoint=checkpoint), Preprocessor(checkpoint)).eval()
-    pixels = torch.from_numpy(model.preprocessor.pixels(pictures))
+    pixels = as_tensors(model.preprocessor.pixels(pictures), "cpu")
     sizes = [p.size for p in pictures]
     worded = [captions(scene, random)[-1] for scene, random in islice(scenes("train"), 3)]
     with torch.inference_mode():
@@ -150,7 +150,7 @@ def test_generation_equals_transformers_own(checkpoint: str, tmp_path: Path, pic
     messages = [{"role": "user", "content": content}]
     preprocessor = embedder.preprocessor
     tokens = as_tensors(preprocessor.pad([(preprocessor.render(messages, [(64, 64)]), [])]), "cpu")
-    inputs = embedder.model.inputs(tokens, torch.from_numpy(preprocessor.pixels(pictures[:1])))
+    inputs = embedder.model.inputs(tokens, as_tensors(preprocessor.pixels(pictures[:1]), "cpu"))
     for adapter in (False, True):
         base = load_embedder(checkpoint).model.base if not adapter else embedder.model.base
         ids = base.generate(**inputs, do_sample=False, max_new_tokens=12)[0, tokens["ids"].shape[1] :]

@@ -41,7 +41,7 @@ def reference(checkpoint: str) -> dict:
     losses, norms, gradients = [], [], {}
     for _ in range(worker.STEPS):
         hidden = model.base.model(
-            **model.inputs(prompts_only(whole.image, torch.device("cpu")), torch.tensor(whole.pixels))
+            **model.inputs(prompts_only(whole.image, torch.device("cpu")), as_tensors(whole.pixels, "cpu"))
         ).last_hidden_state
         images = normalize(hidden[torch.arange(len(hidden)), torch.tensor(whole.image.prompt_lengths) - 1], dim=-1)
         hidden = model.base.model(**model.inputs(as_tensors(whole.text, "cpu"), None)).last_hidden_state
@@ -54,7 +54,7 @@ def reference(checkpoint: str) -> dict:
         contrastive = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
 
         tokens = as_tensors(whole.image, "cpu")
-        inputs = model.inputs(tokens, torch.tensor(whole.pixels))
+        inputs = model.inputs(tokens, as_tensors(whole.pixels, "cpu"))
         caption = model.base(**inputs, labels=caption_labels(tokens)).loss
         (contrastive + WEIGHT * caption).backward()
         gradients = gradients or {name: p.grad.clone() for name, p in trainable.items()}

@@ -24,7 +24,7 @@ def in_one_pass(embedder: Embedder, kind: str) -> np.ndarray:
     if kind == "image":
         pictures = [render(scene) for scene, _, _ in held_out_scenes(3)]
         tokens = preprocessor.images([picture.size for picture in pictures], [None] * 3)
-        pixels = torch.from_numpy(preprocessor.pixels(pictures))
+        pixels = as_tensors(preprocessor.pixels(pictures), "cpu")
     with torch.inference_mode():
         return embed_layers(embedder.model, as_tensors(tokens, "cpu"), pixels, LAYERS).numpy()
 

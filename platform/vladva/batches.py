@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -35,12 +34,29 @@ class Tokens:
 
 
 @dataclass
+class Pixels:
+    """Pictures as the model takes them, uint8 until they are on the device.
+
+    A picture has one row of `values` (LLaVA: all of it) or several (LLaVA-Next: tiles; Qwen: patches). Pictures are put
+    together by concatenation, and never taken apart again.
+    """
+
+    values: np.ndarray  # uint8 [R, 3, h, w]
+    sizes: np.ndarray  # int64 [B, 2]; (height, width) of each picture: in patches (Qwen), before resizing (the others)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Pixels]) -> Pixels:
+        """The pictures of all parts, in order."""
+        return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+
+@dataclass
 class Batch:
     """One chunk of image-text pairs, collated; never sliced afterwards."""
 
     number: int
     ids: list[str]
-    pixels: np.ndarray  # uint8 [B, 3, H, W]
+    pixels: Pixels
     image: Tokens  # prompt, then the long caption where there is one
     text: Tokens
     has_short: np.ndarray  # bool [B]; pairs without a short caption take no part in the contrastive loss
@@ -49,20 +65,23 @@ class Batch:
 
     def to_row(self) -> dict[str, Any]:
         """The batch as one row of a Ray data set."""
-        row = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("image", "text")}
-        for side in ("image", "text"):
-            tokens: Tokens = getattr(self, side)
-            row |= {f"{side}.{f.name}": getattr(tokens, f.name) for f in fields(tokens)}
+        row = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in RECORDS}
+        for name, kind in RECORDS.items():
+            row |= {f"{name}.{f.name}": getattr(getattr(self, name), f.name) for f in fields(kind)}
         return row
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Batch:
         """The batch that `to_row` gave."""
-        sides = {
-            side: Tokens(**{f.name: row[f"{side}.{f.name}"] for f in fields(Tokens)}) for side in ("image", "text")
+        records = {
+            name: kind(**{f.name: row[f"{name}.{f.name}"] for f in fields(kind)}) for name, kind in RECORDS.items()
         }
-        names = [f.name for f in fields(cls) if f.name not in sides]
-        return cls(**{name: row[name] for name in names}, **sides)
+        names = [f.name for f in fields(cls) if f.name not in RECORDS]
+        return cls(**{name: row[name] for name in names}, **records)
+
+
+RECORDS: dict[str, type[Pixels] | type[Tokens]] = {"pixels": Pixels, "image": Tokens, "text": Tokens}
+"""The fields of a batch that are records themselves: in a row, one column for each of their fields."""
 
 
 def key_of(data: bytes) -> int:
@@ -92,6 +111,7 @@ class Preprocessor:
         self.image_processor = AutoImageProcessor.from_pretrained(folder)
         self.image_token: str = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
         self.prompts = {"image": image_prompt, "text": text_prompt}
+        self.image_prompts: dict[int, list[int]] = {}  # by number of image tokens
         self.soft_ids: dict[str, list[int]] = {"image": [], "text": []}
         self.prompt_ids: dict[str, list[int]] = {side: self._prompt_in_context(side) for side in ("image", "text")}
         if soft_prompts:
@@ -124,19 +144,22 @@ class Preprocessor:
         assert len(pieces) == len(sizes) + 1, (len(pieces) - 1, len(sizes))
         expanded = pieces[0]
         for piece, size in zip(pieces[1:], sizes, strict=True):
-            expanded += self.image_token * self.backbone.num_image_tokens(self.config, size) + piece
+            expanded += self.image_token * self.num_image_tokens(size) + piece
         # A template that writes the beginning-of-sequence token itself must not get a second one.
         bos = self.tokenizer.bos_token
         return self.tokenizer(expanded, add_special_tokens=bos is None or not expanded.startswith(bos)).input_ids
 
+    def num_image_tokens(self, size: tuple[int, int]) -> int:
+        """Image tokens of a picture of (width, height). Raises ValueError for a shape that the model does not take."""
+        return self.backbone.num_image_tokens(self.config, self.image_processor, size)
+
     def image_prompt(self, size: tuple[int, int]) -> list[int]:
         """Token ids that ask for the summary of a picture of (width, height)."""
-        return self._image_prompt(self.backbone.num_image_tokens(self.config, size), size)
-
-    @lru_cache(maxsize=4096)  # noqa: B019  (a preprocessor lives as long as its process)
-    def _image_prompt(self, _: int, size: tuple[int, int]) -> list[int]:
-        content = [{"type": "image"}, {"type": "text", "text": self.prompts["image"]}]
-        return self.render([{"role": "user", "content": content}], [size])
+        count = self.num_image_tokens(size)
+        if count not in self.image_prompts:
+            content = [{"type": "image"}, {"type": "text", "text": self.prompts["image"]}]
+            self.image_prompts[count] = self.render([{"role": "user", "content": content}], [size])
+        return self.image_prompts[count]
 
     def text_prompt(self, text: str) -> list[int]:
         """Token ids that ask for the summary of a text."""
@@ -145,11 +168,15 @@ class Preprocessor:
         content = [{"type": "text", "text": f"{text.strip()}\n{self.prompts['text']}"}]
         return self.render([{"role": "user", "content": content}])
 
-    def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Pictures resized and cropped as the model wants them, uint8 [B, 3, H, W]."""
-        processed = self.image_processor(images=list(images), do_rescale=False, do_normalize=False, return_tensors="np")
-        pixels = np.asarray(processed["pixel_values"])
-        return pixels if pixels.dtype == np.uint8 else np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    def pixels(self, images: Sequence[Image.Image]) -> Pixels:
+        """Pictures resized and cut up as the model wants them."""
+        parts = []
+        for image in images:
+            values, size = self.backbone.pixels(self.image_processor, image)
+            if values.dtype != np.uint8:
+                values = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+            parts.append(Pixels(values, np.array([size], np.int64)))
+        return Pixels.concatenate(parts)
 
     def pixel_statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation per channel, on the scale of 0 to 255."""

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from vladva.backbones import resolve
-from vladva.batches import Preprocessor, Tokens
+from vladva.batches import Pixels, Preprocessor, Tokens
 from vladva.config import ModelConfig
 from vladva.losses.next_token import next_token
 
@@ -59,18 +59,24 @@ class EmbeddingModel(nn.Module):
 
         return self.lvlm.get_base_model() if isinstance(self.lvlm, PeftModel) else self.lvlm
 
-    def inputs(self, tokens: dict[str, torch.Tensor], pixels: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """What the Hugging Face model takes; uint8 pixels [B, 3, H, W] are normalised here, on the device."""
+    def inputs(
+        self, tokens: dict[str, torch.Tensor], pixels: dict[str, torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        """What the Hugging Face model takes; uint8 pixels [R, 3, h, w] are normalised here, on the device."""
         ids = tokens["ids"]
         positions = torch.arange(ids.shape[1], device=ids.device)
         inputs = {"input_ids": ids, "attention_mask": (positions < tokens["lengths"][:, None]).long()}
-        if pixels is not None:
-            pixels = (pixels.float() - self.pixel_mean) / self.pixel_std
-            inputs["pixel_values"] = pixels.to(self.base.dtype)
-        return inputs
+        if pixels is None:
+            return self.backbone.model_inputs(self.base.config, inputs, None, None)
+        values = ((pixels["values"].float() - self.pixel_mean) / self.pixel_std).to(self.base.dtype)
+        return self.backbone.model_inputs(self.base.config, inputs, values, pixels["sizes"])
 
     def forward(
-        self, tokens: dict[str, torch.Tensor], pixels: torch.Tensor | None = None, *, caption_tokens: int | None = None
+        self,
+        tokens: dict[str, torch.Tensor],
+        pixels: dict[str, torch.Tensor] | None = None,
+        *,
+        caption_tokens: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Embeddings [B, D] (float32, unit norm), next-token loss of the captions that follow, and the log scale.
 
@@ -98,10 +104,9 @@ def caption_labels(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
     return tokens["ids"].masked_fill(~caption, -100)
 
 
-def as_tensors(tokens: Tokens, device: torch.device | str) -> dict[str, torch.Tensor]:
-    """Tokens on the device."""
-    names = ("ids", "prompt_lengths", "lengths")
-    return {name: torch.tensor(getattr(tokens, name), device=device) for name in names}
+def as_tensors(record: Tokens | Pixels, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """The record's fields, on the device."""
+    return {f.name: torch.tensor(getattr(record, f.name), device=device) for f in fields(record)}
 
 
 def add_adapter(model: EmbeddingModel, config: ModelConfig) -> None:
@@ -279,7 +284,7 @@ class Embedder:
         for first in range(0, len(images), batch_size):
             batch = images[first : first + batch_size]
             tokens = self.preprocessor.images([image.size for image in batch], [None] * len(batch))
-            pixels = torch.from_numpy(self.preprocessor.pixels(batch)).to(self.device)
+            pixels = as_tensors(self.preprocessor.pixels(batch), self.device)
             parts.append(self.model(as_tensors(tokens, self.device), pixels)[0].cpu().numpy())
         return np.concatenate(parts)
 
@@ -311,7 +316,7 @@ class Embedder:
             torch.manual_seed(seed)
         ids = self.preprocessor.render(messages, [image.size for image in images])
         tokens = as_tensors(self.preprocessor.pad([(ids, [])]), self.device)
-        pixels = torch.from_numpy(self.preprocessor.pixels(images)).to(self.device) if images else None
+        pixels = as_tensors(self.preprocessor.pixels(images), self.device) if images else None
         inputs = self.model.inputs(tokens, pixels)
         off = self.adapter is not None and not adapter and not self.merged
         tokenizer = self.preprocessor.tokenizer
@@ -348,11 +353,13 @@ class Embedder:
             if token in ends:
                 return
             yield token
-            mask = inputs["attention_mask"]
+            mask, positions = inputs["attention_mask"], inputs.get("position_ids")
             inputs = {
                 "input_ids": torch.tensor([[token]], device=mask.device),
                 "attention_mask": torch.cat([mask, mask.new_ones(1, 1)], dim=1),
             }
+            if positions is not None:  # [3, 1, T]: where a picture takes fewer positions than it has tokens
+                inputs["position_ids"] = positions.amax().expand(3, 1, 1) + 1
 
 
 def choose_token(logits: torch.Tensor, temperature: float, top_p: float) -> int:

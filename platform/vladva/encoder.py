@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,9 @@ import pyarrow as pa
 from vladva.parts import write_part
 from vladva.tables import FingerprintMismatch
 from vladva.windows import Prepared
+
+if TYPE_CHECKING:
+    from vladva.batches import Pixels
 
 
 class Encoder:
@@ -64,16 +67,17 @@ class Encoder:
         """Write the batch's part."""
         write_part(self.uri, items, embeddings_ND, self.description)
 
-    def forward(self, prompts: list[list[int]], pixels: list[np.ndarray] | None) -> np.ndarray:
+    def forward(self, prompts: list[list[int]], pixels: list[Pixels] | None) -> np.ndarray:
         """Embeddings [N, D] of prepared items."""
         import torch
 
+        from vladva.batches import Pixels
         from vladva.embedder import as_tensors
 
         tokens = as_tensors(self.embedder.preprocessor.pad([(prompt, []) for prompt in prompts]), self.embedder.device)
-        stacked = None if pixels is None else torch.from_numpy(np.stack(pixels)).to(self.embedder.device)
+        pictures = None if pixels is None else as_tensors(Pixels.concatenate(pixels), self.embedder.device)
         with torch.inference_mode():
-            return self.embedder.model(tokens, stacked)[0].cpu().numpy()
+            return self.embedder.model(tokens, pictures)[0].cpu().numpy()
 
     def one_by_one(self, batch: Prepared) -> tuple[np.ndarray, list[str | None]]:
         """Embeddings [N, D], and why an item has none (its row is then not a number)."""

@@ -40,7 +40,7 @@ class Backward(Protocol):
     device: torch.device
 
     def __call__(
-        self, tokens: dict[str, Tensor], pixels: Tensor | None = None, *, caption_tokens: int | None = None
+        self, tokens: dict[str, Tensor], pixels: dict[str, Tensor] | None = None, *, caption_tokens: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
@@ -104,11 +104,6 @@ def count_caption_tokens(chunks: Sequence[Batch], device: torch.device) -> int:
     return int(total(torch.tensor(own, device=device)))
 
 
-def pixels_of(chunk: Batch, device: torch.device) -> Tensor:
-    """uint8 [b, 3, H, W] on the device."""
-    return torch.tensor(chunk.pixels, device=device)
-
-
 def prompts_only(tokens: Tokens, device: torch.device) -> dict[str, Tensor]:
     """The tokens without the captions that follow the prompt: all that an embedding needs, as attention is causal."""
     width = int(tokens.prompt_lengths.max())
@@ -126,7 +121,8 @@ def single_pass(
     for chunk in chunks:
         image_side = chunk.image if tokens else None
         inputs = as_tensors(chunk.image, engine.device) if image_side else prompts_only(chunk.image, engine.device)
-        embedding, caption_loss, _ = engine(inputs, pixels_of(chunk, engine.device), caption_tokens=tokens or None)
+        pixels = as_tensors(chunk.pixels, engine.device)
+        embedding, caption_loss, _ = engine(inputs, pixels, caption_tokens=tokens or None)
         images.append(embedding)
         captions.append(caption_loss)
         embedding, _, log_scale = engine(as_tensors(chunk.text, engine.device))
@@ -152,7 +148,7 @@ def cached(
     with torch.no_grad():
         for chunk in chunks:
             states.append(rng_state(device))
-            images.append(engine(prompts_only(chunk.image, device), pixels_of(chunk, device))[0])
+            images.append(engine(prompts_only(chunk.image, device), as_tensors(chunk.pixels, device))[0])
             embedding, _, log_scale = engine(as_tensors(chunk.text, device))
             texts.append(embedding)
     after = rng_state(device)
@@ -171,7 +167,7 @@ def cached(
     for i, chunk in enumerate(chunks):
         set_rng_state(states[i], device)  # the same dropout as in step 1
         inputs = as_tensors(chunk.image, device) if tokens else prompts_only(chunk.image, device)
-        image, caption_loss, _ = engine(inputs, pixels_of(chunk, device), caption_tokens=tokens or None)
+        image, caption_loss, _ = engine(inputs, as_tensors(chunk.pixels, device), caption_tokens=tokens or None)
         text, _, log_scale = engine(as_tensors(chunk.text, device))
         surrogate = (image * image_gradients[i]).sum() + (text * text_gradients[i]).sum()
         surrogate = surrogate + log_scale * scale_gradient / (size * len(chunks))

@@ -15,13 +15,17 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from vladva.batches import Pixels
 from vladva.embedder import EmbeddingModel, as_tensors
 from vladva.encoder import Encoder
 from vladva.parts import write_part
 
 
 def embed_layers(
-    model: EmbeddingModel, tokens: dict[str, torch.Tensor], pixels: torch.Tensor | None, layers: Sequence[int]
+    model: EmbeddingModel,
+    tokens: dict[str, torch.Tensor],
+    pixels: dict[str, torch.Tensor] | None,
+    layers: Sequence[int],
 ) -> torch.Tensor:
     """Embeddings [L, B, D] (float32, unit norm) from each of the layers, counted from 1, in one pass to the deepest."""
     language = model.base.model.language_model
@@ -54,12 +58,12 @@ class LayersEncoder(Encoder):
         self.tables = tables
         self.width = len(tables) * self.embedder.dimension
 
-    def forward(self, prompts: list[list[int]], pixels: list[np.ndarray] | None) -> np.ndarray:
+    def forward(self, prompts: list[list[int]], pixels: list[Pixels] | None) -> np.ndarray:
         """Embeddings [N, L * D] of prepared items, the layers side by side."""
         tokens = as_tensors(self.embedder.preprocessor.pad([(prompt, []) for prompt in prompts]), self.embedder.device)
-        stacked = None if pixels is None else torch.from_numpy(np.stack(pixels)).to(self.embedder.device)
+        pictures = None if pixels is None else as_tensors(Pixels.concatenate(pixels), self.embedder.device)
         with torch.inference_mode():
-            embeddings_LND = embed_layers(self.embedder.model, tokens, stacked, list(self.tables))
+            embeddings_LND = embed_layers(self.embedder.model, tokens, pictures, list(self.tables))
         return embeddings_LND.transpose(0, 1).flatten(1).cpu().numpy()
 
     def write(self, items: pa.Table, embeddings: np.ndarray) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorHandle
 
-    from vladva.batches import Preprocessor
+    from vladva.batches import Pixels, Preprocessor
 
 WINDOW = 2048  # items that are sorted by length together
 PICTURES = 256  # of them, pictures that are in memory together
@@ -49,11 +49,11 @@ class WindowSettings:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch of one kind: items (without `image`, with `content`), their prompts, and pixels (uint8) of pictures."""
+    """A batch of one kind: items (without `image`, with `content`), their prompts, and pixels of each picture."""
 
     items: pa.Table
     prompts: list[list[int]]
-    pixels: list[np.ndarray] | None
+    pixels: list[Pixels] | None
 
 
 class Owners:
@@ -133,8 +133,7 @@ def _pictures(rows: pa.Table, done: np.ndarray, settings: WindowSettings) -> Ite
     pictures, reasons = _read(rows, settings.read_images)
     rows, pictures, bad = _without(rows.drop_columns(["image"]), pictures, reasons)
     rows, pictures, repeated = _first_of_content(rows, pictures, done, settings)
-    sizes, reasons = _attempt(_size, pictures)
-    prompts = [preprocessor.image_prompt(size) if size else [] for size in sizes]
+    prompts, reasons = _attempt(lambda picture: preprocessor.image_prompt(_size(picture)), pictures)
     rows, pairs, more = _without(rows, list(zip(pictures, prompts, strict=True)), reasons)
     yield _row(None, bad=bad + more, repeated=repeated)
     for chosen in cut([len(prompt) for _, prompt in pairs], settings.batch_size):
@@ -209,10 +208,10 @@ def _size(picture: bytes) -> tuple[int, int]:
         return decode_image(picture).size  # says what is wrong
 
 
-def _pixels(preprocessor: Preprocessor, picture: bytes) -> np.ndarray:
+def _pixels(preprocessor: Preprocessor, picture: bytes) -> Pixels:
     from vladva.examples import decode_image
 
-    return preprocessor.pixels([decode_image(picture)])[0]
+    return preprocessor.pixels([decode_image(picture)])
 
 
 def _attempt(function: Callable[[Any], Any], values: Sequence[Any]) -> tuple[list[Any], list[str | None]]:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+    from transformers import BaseImageProcessor
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 EMBED_TOKENS = "embed_tokens"
@@ -17,9 +23,22 @@ def load(checkpoint: str, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)
 
 
-def num_image_tokens(config: LlavaConfig, size: tuple[int, int]) -> int:
+def num_image_tokens(config: LlavaConfig, processor: BaseImageProcessor, size: tuple[int, int]) -> int:
     """Every picture is resized to one square, so its size does not matter."""
     return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+
+def pixels(processor: BaseImageProcessor, image: Image) -> tuple[np.ndarray, tuple[int, int]]:
+    """The picture, resized and cropped [1, 3, H, W]; its own (height, width) does not matter afterwards."""
+    processed = processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
+    return processed["pixel_values"], (image.height, image.width)
+
+
+def model_inputs(
+    config: LlavaConfig, inputs: dict[str, torch.Tensor], values: torch.Tensor | None, sizes: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """What the Hugging Face model takes; values [B, 3, H, W]."""
+    return inputs if values is None else inputs | {"pixel_values": values}
 
 
 def hidden_states(
