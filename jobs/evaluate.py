@@ -11,6 +11,7 @@ import argparse
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 
 from vladva.config import user_errors
 
@@ -33,9 +34,34 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--gpus-per-actor", type=float, default=0, help="0 is the processor")
     parser.add_argument("--batch-size", type=int, default=64, help="items embedded at a time")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model")
+    parser.add_argument("--layers", default="", help="embed from these layers too, e.g. 32,31,28,24,20,16 (table 6)")
+    parser.add_argument(
+        "--bootstrap", type=int, default=0, metavar="N", help="resamples for 95%% intervals; 1000 is usual"
+    )
     options = parser.parse_args(arguments)
-    options.models = dict(map(labelled, options.models))
+    options.models = distinct(map(labelled, options.models))
+    options.layers = whole_numbers(options.layers)
+    if options.bootstrap < 0:
+        raise ValueError(f"--bootstrap is {options.bootstrap}; give a number of resamples, e.g. 1000, or 0 for none")
     return options
+
+
+def distinct(models: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Label -> model. Raises ValueError for a label that names two."""
+    found: dict[str, str] = {}
+    for label, model in models:
+        if label in found:
+            raise ValueError(f"two models have the label {label!r}; tell them apart with LABEL={model}")
+        found[label] = model
+    return found
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Numbers with commas between."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"--layers is {text!r}; give numbers with commas between, e.g. 32,31,28,24,20,16")
+    return [int(part) for part in parts]
 
 
 def labelled(argument: str) -> tuple[str, str]:
@@ -61,12 +87,16 @@ def main() -> None:
     from vladva import cluster, storage
     from vladva.backbones import backbone_of
     from vladva.embedder import find_model
+    from vladva.encode import describe, pin
     from vladva.report import write_report
+    from vladva.score_changes import comparison_tables, layer_tables
     from vladva.score_tables import as_rich, score_tables
     from vladva.showcase import grids_of, wrong_choices_of
 
-    for model in options.models.values():  # a mistake in a name is told before a cluster is started
+    for model in options.models.values():  # a mistake in a name or number is told before a cluster is started
         backbone_of(find_model(model).checkpoint)
+        for layer in options.layers:
+            describe(pin(model), adapter=True, dtype=options.dtype, layer=layer)
     cluster.connect()
     scores = evaluate(
         options.models,
@@ -77,10 +107,12 @@ def main() -> None:
         gpus_per_actor=options.gpus_per_actor,
         batch_size=options.batch_size,
         dtype=options.dtype,
+        layers=options.layers,
+        bootstrap=options.bootstrap,
         command=command,
     )
     console = Console()
-    for table in score_tables(scores):
+    for table in [*score_tables(scores), *comparison_tables(scores), *layer_tables(scores)]:
         console.print(as_rich(table))
     last = list(options.models)[-1]
     report = storage.join(options.out, "report.html")

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from vladva.evaluate import Embeddings, evaluate, items, picture_bytes, read_benchmarks, read_outcomes, text_id
+from vladva.score_changes import comparison_tables, layer_tables
 from vladva.score_tables import as_rich, layouts, paper_name, paper_tables, score_tables
 from vladva.showcase import grids_of, wrong_choices_of
 
@@ -118,6 +119,47 @@ def test_numbers_are_whole_on_a_narrow_terminal(name: str, width: int) -> None:
     assert all(f"{value:.1f}" in text for value in last)
 
 
+def layered(base: str, layers: list[int]) -> dict:
+    """Scores of a model at several layers, 80% less 1% for each layer below the last."""
+    scores = scores_of("flickr30k", {"t2i_r1": 0.8, "i2t_r1": 0.8}, base_model=base, adapter="x", layer=layers[0])
+    scores["benchmarks"]["flickr30k"] = {"title": "Flickr30K", "chance": {"t2i_r1": 0.1, "i2t_r1": 0.1}}
+    scores["models"]["ours"]["layers"] = {
+        str(layer): {"scores": {"flickr30k": dict.fromkeys(("t2i_r1", "i2t_r1"), 0.8 - 0.01 * (layers[0] - layer))}}
+        for layer in layers
+    }
+    return scores
+
+
+def test_layers_are_laid_out_like_table_6() -> None:
+    [table] = layer_tables(layered("llava-hf/llava-1.5-7b-hf", [32, 31, 28, 24, 20, 16]))
+    assert [heading[1] for heading in table.headings] == ["32", "31", "28", "24", "20", "16"]
+    image, text = table.rows
+    assert [round(cell.value, 6) for cell in text.cells] == [80, -1, -4, -8, -12, -16]
+    assert [cell.paper for cell in text.cells] == [None, 0.3, -0.2, -1.1, -13.5, -59.0]
+    assert [cell.paper for cell in image.cells] == [None] * 6  # table 6 has text retrieval only
+    assert text.cells[5].text == "\N{MINUS SIGN}16.0"
+    assert text.cells[5].details == ["\N{MINUS SIGN}59.0", "+43.0"]
+    [other] = layer_tables(layered("tiny", [6, 4]))
+    assert all(cell.paper is None for row in other.rows for cell in row.cells)
+    assert "+0.3 at 31" in other.note
+    assert layer_tables(scores_of("flickr30k", {"t2i_r1": 0.8})) == []
+
+
+def test_changes_come_with_interval_and_p() -> None:
+    metrics = {f"{way}_r{k}": 0.5 for way in ("t2i", "i2t") for k in (1, 5, 10)}
+    scores = scores_of("flickr30k", metrics)
+    change = {"difference": 0.031, "low": -0.002, "high": 0.0641, "p": 0.0004}
+    scores["comparisons"] = [
+        {"model": "b", "against": "a", "benchmarks": {"flickr30k": dict.fromkeys(metrics, change)}}
+    ]
+    [table] = comparison_tables(scores)
+    [row] = table.rows
+    assert row.label == "b \N{MINUS SIGN} a"
+    assert row.cells[0].text == "+3.1"
+    assert row.cells[0].details == ["\N{MINUS SIGN}0.2 +6.4", "p < 0.001"]
+    assert comparison_tables(scores_of("flickr30k", metrics)) == []
+
+
 def test_table_for_the_terminal() -> None:
     from rich.console import Console
 
@@ -133,14 +175,23 @@ def test_table_for_the_terminal() -> None:
 
 
 def test_evaluation_of_the_tiny_model(ray_cluster: None, scenes: Path, tiny: str, tmp_path: Path) -> None:
+    from vladva.embedder import load_embedder
+
     tasks = read_benchmarks(SCENES, str(scenes))
-    scores = evaluate({"zero-shot": tiny}, tasks, str(scenes), str(tmp_path), actors=1, command="by hand")
+    out = {"data_uri": str(scenes), "out_uri": str(tmp_path), "actors": 1}
+    with pytest.raises(ValueError, match="nowhere"):  # stops before the second model, after the first
+        evaluate({"zero-shot": tiny, "other": "nowhere"}, tasks, layers=[4], **out)
+    assert not (tmp_path / "scores.json").exists()
+    models = {"zero-shot": tiny, "twin": tiny}
+    scores = evaluate(models, tasks, layers=[6, 4], bootstrap=50, command="by hand", **out)
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
     model = scores["models"]["zero-shot"]
+    assert model["num_embedded"] == 0  # it goes on where it was stopped
     assert set(model["scores"]["scenes_retrieval"]) == {f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)}
     assert set(KINDS) < set(model["scores"]["scenes_compositionality"])
     assert model["num_items"] == len(items(tasks.values()))
-    assert 0 < model["num_embedded"] <= model["num_items"]
+    check_intervals(scores)
+    check_layers(scores, tasks, tmp_path, tiny)
     outcomes = read_outcomes(str(tmp_path), "zero-shot", "scenes_retrieval").to_pylist()
     hits = [row["rank"] == 1 for row in outcomes if row["task"] == "t2i"]
     assert model["tie_rates"]["scenes_retrieval"]["t2i_r1"] == 0
@@ -148,7 +199,6 @@ def test_evaluation_of_the_tiny_model(ray_cluster: None, scenes: Path, tiny: str
 
     # The scores by another route: embed with the Embedder itself, rank by sorting.
     from vladva.benchmarks.readers.images import read_images
-    from vladva.embedder import load_embedder
     from vladva.examples import decode_image
 
     task, embedder = tasks["scenes_retrieval"], load_embedder(tiny)
@@ -161,7 +211,7 @@ def test_evaluation_of_the_tiny_model(ray_cluster: None, scenes: Path, tiny: str
 
     # Again: nothing is embedded a second time, and the scores are the same.
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "embeddings").rglob("embeddings-*.parquet")}
-    again = evaluate({"zero-shot": tiny}, tasks, str(scenes), str(tmp_path), actors=1)
+    again = evaluate({"zero-shot": tiny}, tasks, **out)
     assert again["models"]["zero-shot"]["scores"] == model["scores"]
     assert again["models"]["zero-shot"]["num_embedded"] == 0
     assert written == {
@@ -175,6 +225,36 @@ def test_evaluation_of_the_tiny_model(ray_cluster: None, scenes: Path, tiny: str
     assert all(choice.negative_score >= choice.caption_score for choice in choices)
 
 
+def check_intervals(scores: dict) -> None:
+    """Around every score, and none of a model's twin differs."""
+    for model in scores["models"].values():
+        for name, metrics in model["scores"].items():
+            for metric, score in metrics.items():
+                low, high = model["intervals"][name][metric]
+                assert low - 0.05 <= score <= high + 0.05, metric
+    [comparison] = scores["comparisons"]
+    assert (comparison["model"], comparison["against"]) == ("twin", "zero-shot")
+    for metrics in comparison["benchmarks"].values():
+        assert all(found == {"difference": 0, "low": 0, "high": 0, "p": 1} for found in metrics.values())
+
+
+def check_layers(scores: dict, tasks: dict, out: Path, tiny: str) -> None:
+    """A table for each layer, that of the model cut off there, under the name a plain run would give it."""
+    from vladva.embedder import load_embedder
+    from vladva.tables import read_embeddings
+
+    layers = scores["models"]["zero-shot"]["layers"]
+    assert list(layers) == ["6", "4"]
+    assert layers["6"]["scores"] == scores["models"]["zero-shot"]["scores"]
+    assert layers["4"]["scores"] != layers["6"]["scores"]
+    short = load_embedder(tiny, layer=4)
+    assert layers["4"]["fingerprint"] == short.fingerprint
+    found = Embeddings(read_embeddings(str(out / "embeddings" / f"{short.fingerprint}-float32")), {})
+    texts = list(tasks["scenes_retrieval"].texts[:8])
+    np.testing.assert_allclose(found.of_texts(texts), short.embed_texts(texts), atol=2e-6)
+    assert len(read_outcomes(str(out), "zero-shot, layer 4", "scenes_retrieval")) == 128
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -182,6 +262,13 @@ def test_evaluation_of_the_tiny_model(ray_cluster: None, scenes: Path, tiny: str
         (["tiny", "--benchmarks", "scenes_retrieval", "--data", "EMPTY"], "no annotations under"),
         (["tiny", "--benchmarks", "imagnet", "--data", "EMPTY"], "there is no 'imagnet'; known are coco"),
         (["EMPTY/nowhere", "--data", "SCENES"], "cannot be loaded"),
+        (
+            ["tiny", "--data", "SCENES", "--layers", "6,7"],
+            "there is no layer 7 in tiny; its language model has layers 1",
+        ),
+        (["tiny", "--data", "SCENES", "--layers", "6;4"], "--layers is '6;4'; give numbers with commas"),
+        (["tiny", "--data", "SCENES", "--bootstrap", "-1"], "--bootstrap is -1; give"),
+        (["a/run", "b/run"], "two models have the label 'run'; tell them apart"),
     ],
 )
 def test_user_errors_are_one_line_and_start_no_cluster(
@@ -224,5 +311,5 @@ def test_help_names_the_arguments() -> None:
     command = [sys.executable, str(ROOT / "jobs/evaluate.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    for word in ("RUN_OR_MODEL", "--benchmarks", "--data", "--out"):
+    for word in ("RUN_OR_MODEL", "--benchmarks", "--data", "--out", "--layers", "--bootstrap"):
         assert word in done.stdout

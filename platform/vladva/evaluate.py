@@ -12,13 +12,15 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from hashlib import sha1
-from typing import Any
+from itertools import combinations
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from vladva.benchmarks import Task, find, names
+from vladva.benchmarks import Result, Task, find, names
 from vladva.benchmarks.readers.images import ImageRef, read_images
+from vladva.bootstrap import compare, interval, resample
 from vladva.storage import exists, join, write_json
 from vladva.tables import read_embeddings, read_rows, write_rows
 
@@ -65,18 +67,27 @@ def evaluate(
     gpus_per_actor: float = 0,
     batch_size: int = 64,
     dtype: str = "float32",
+    layers: Sequence[int] = (),
+    bootstrap: int = 0,
     command: str = "",
 ) -> dict[str, Any]:
     """Score models (label -> run, checkpoint or model name) in the benchmarks of `data_uri`; needs a Ray cluster.
 
-    `tasks` is what `read_benchmarks` returned; `command` is noted in the scores, for whoever wants to run it again.
+    tasks: what `read_benchmarks` returned.
+    layers: embed from these too, beside each model's own layer, in the same pass.
+    bootstrap: resamples for the intervals of the scores, and for comparing every two models; 0 does neither.
+    command: noted in the scores, for whoever wants to run it again.
+
     Writes `scores.json` and `outcomes/<label>/<benchmark>.parquet` under `out_uri` and returns what is in the former:
 
-        {"created", "command", "data", "protocol",
+        {"created", "command", "data", "protocol", "bootstrap",
          "benchmarks": {name: {"title", "ties", "source", "licence", "counts", "files", "chance"}},
          "models": {label: {"model", "fingerprint", "description", "num_items", "num_embedded",
                             "seconds": {"embed", "score"}, "scores": {benchmark: {metric: fraction}},
-                            "tie_rates": {benchmark: {metric: fraction}}}}}
+                            "tie_rates": {benchmark: {metric: fraction}},
+                            "intervals": {benchmark: {metric: [low, high]}},
+                            "layers": {layer: {"fingerprint", "scores", "tie_rates", "intervals"}}}},
+         "comparisons": [{"model", "against", "benchmarks": {name: {metric: {"difference", "low", "high", "p"}}}}]}
 
     Raises ValueError where a text or picture could not be embedded: leaving it out would change the denominators.
     """
@@ -85,23 +96,73 @@ def evaluate(
         "command": command,
         "data": data_uri,
         "protocol": PROTOCOL,
+        "bootstrap": bootstrap,
         "benchmarks": {name: _about(name, task) for name, task in tasks.items()},
         "models": {},
     }
     resources = {"actors": actors, "gpus_per_actor": gpus_per_actor, "batch_size": batch_size, "dtype": dtype}
+    results: dict[str, dict[str, Result]] = {}
     for label, model in models.items():
         started = time.monotonic()
-        embeddings = embed(model, tasks, out_uri, **resources)
-        embedded = time.monotonic()
-        entry = {"model": model, **embeddings.about, "scores": {}, "tie_rates": {}}
-        for name, task in tasks.items():
-            result = task.score(embeddings.of_texts(task.texts), embeddings.of_images(task.images))
-            entry["scores"][name], entry["tie_rates"][name] = result.scores, result.tie_rates
-            write_rows(outcomes_uri(out_uri, label, name), result.outcomes)
-        entry["seconds"] = {"embed": embedded - started, "score": time.monotonic() - embedded}
-        scores["models"][label] = entry
+        embedded = embed(model, tasks, out_uri, layers=layers, **resources)
+        embedding_ended = time.monotonic()
+        by_layer = {}
+        for layer, table_uri in embedded.tables.items():
+            own = layer == embedded.layer
+            embeddings = Embeddings(read_embeddings(table_uri), _read_quarantine(table_uri))
+            found = {name: embeddings.score(task) for name, task in tasks.items()}
+            for name, result in found.items():
+                write_rows(outcomes_uri(out_uri, label if own else f"{label}, layer {layer}", name), result.outcomes)
+            by_layer[layer] = {"fingerprint": embeddings.description["fingerprint"], **_summary(found, bootstrap)}
+            if own:
+                results[label], description = found, embeddings.description
+        scores["models"][label] = {
+            "model": model,
+            **by_layer[embedded.layer],
+            "description": description,
+            "num_items": embedded.num_items,
+            "num_embedded": embedded.num_embedded,
+            "layers": by_layer if layers else {},
+            "seconds": {"embed": embedding_ended - started, "score": time.monotonic() - embedding_ended},
+        }
+    scores["comparisons"] = _comparisons(results, bootstrap) if bootstrap else []
+    # Keys are texts in JSON: what is returned is what a reader of the file gets.
+    scores = json.loads(json.dumps(scores))
     write_json(join(out_uri, "scores.json"), scores)
     return scores
+
+
+def _summary(results: Mapping[str, Result], bootstrap: int) -> dict[str, Any]:
+    """What the scores hold of one model's results."""
+    return {
+        "scores": {name: result.scores for name, result in results.items()},
+        "tie_rates": {name: result.tie_rates for name, result in results.items()},
+        "intervals": {
+            name: {m: interval(drawn) for m, drawn in resample(result.samples, result.averages, bootstrap).items()}
+            for name, result in results.items()
+            if bootstrap
+        },
+    }
+
+
+def _comparisons(results: Mapping[str, Mapping[str, Result]], bootstrap: int) -> list[dict[str, Any]]:
+    """Every two models, the later one against the earlier one."""
+    return [
+        {
+            "model": later,
+            "against": earlier,
+            "benchmarks": {
+                name: {
+                    metric: difference._asdict()
+                    for metric, difference in compare(
+                        ours.samples, results[earlier][name].samples, ours.averages, bootstrap
+                    ).items()
+                }
+                for name, ours in results[later].items()
+            },
+        }
+        for earlier, later in combinations(results, 2)
+    ]
 
 
 def outcomes_uri(out_uri: str, label: str, benchmark: str) -> str:
@@ -117,19 +178,16 @@ def read_outcomes(out_uri: str, label: str, benchmark: str) -> pa.Table:
 class Embeddings:
     """The embeddings of one model, by text and picture."""
 
-    def __init__(
-        self, table: pa.Table, quarantine: Mapping[str, str], *, num_items: int = 0, num_embedded: int = 0
-    ) -> None:
+    def __init__(self, table: pa.Table, quarantine: Mapping[str, str]) -> None:
         self.row = {item: row for row, item in enumerate(table["id"].to_pylist())}
         values = table["embedding"].combine_chunks()
         self.matrix = values.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
         self.quarantine = quarantine
-        described = json.loads(table.schema.metadata[b"vladva"])
-        self.about = {"fingerprint": described["fingerprint"], "description": described}
-        self.about |= {
-            "num_items": num_items,
-            "num_embedded": num_embedded,
-        }  # asked for, and of them not embedded before
+        self.description: dict[str, Any] = json.loads(table.schema.metadata[b"vladva"])
+
+    def score(self, task: Task) -> Result:
+        """The model's result in a benchmark."""
+        return task.score(self.of_texts(task.texts), self.of_images(task.images))
 
     def of_texts(self, texts: Iterable[str]) -> np.ndarray:
         """Rows [T, D] of the texts, in their order."""
@@ -150,28 +208,41 @@ class Embeddings:
         return self.matrix[[self.row[item] for item in ids]]
 
 
-def embed(model: str, tasks: Mapping[str, Task], out_uri: str, *, dtype: str, **resources: Any) -> Embeddings:
+class Embedded(NamedTuple):
+    """Where the embeddings of one model are, by layer; `layer` is its own."""
+
+    layer: int
+    tables: dict[int, str]
+    num_items: int
+    num_embedded: int  # of them; the others had been embedded before
+
+
+def embed(
+    model: str, tasks: Mapping[str, Task], out_uri: str, *, dtype: str, layers: Sequence[int] = (), **resources: Any
+) -> Embedded:
     """Embed all texts and pictures of the tasks that have not been embedded with this model before."""
     import ray
 
     from vladva.encode import describe, encode, pin
 
     model = pin(model)
-    _, description = describe(model, adapter=True, dtype=dtype)
-    table_uri = join(out_uri, "embeddings", f"{description['fingerprint']}-{dtype}")
+    own = describe(model, adapter=True, dtype=dtype)[1]["layer"]
+    tables = {}
+    for layer in sorted({own, *layers}, reverse=True):
+        _, description = describe(model, adapter=True, dtype=dtype, layer=layer)
+        tables[layer] = join(out_uri, "embeddings", f"{description['fingerprint']}-{dtype}")
     rows = items(tasks.values())
     blocks = [rows.slice(first, BLOCK_ROWS) for first in range(0, len(rows), BLOCK_ROWS)]
     summary = encode(
         ray.data.from_arrow(blocks),
         model,
-        table_uri,
+        tables if layers else tables[own],
         dtype=dtype,
         read_images=picture_bytes,
         total=len(rows),
         **resources,
     )
-    quarantine = _read_quarantine(table_uri)
-    return Embeddings(read_embeddings(table_uri), quarantine, num_items=len(rows), num_embedded=summary.embedded)
+    return Embedded(own, tables, num_items=len(rows), num_embedded=summary.embedded)
 
 
 def items(tasks: Iterable[Task]) -> pa.Table:

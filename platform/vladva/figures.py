@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 360, 200  # of a line chart, in CSS pixels; charts scale with their column
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 26  # margins around the plot
-NUM_COLOURS = 4
+NUM_COLOURS = 8
+FEW = 12  # points up to which each is marked
 SMOOTH_FROM = 60  # points from which a smoothed line is drawn over the raw one
 
 
@@ -60,17 +61,22 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, label: st
             drawn = [(step, value) for (step, _), value in zip(line, averages, strict=True)]
         title = f"<title>{escape(name)}: {_number(line[0][1])} at first, {_number(line[-1][1])} at last</title>"
         parts.append(_polyline(drawn, x, y, stroke, 'stroke-width="2"', title))
-        step, value = drawn[-1]
-        parts.append(f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3" fill="{stroke}"/>')
+        for step, value in drawn if len(drawn) <= FEW else drawn[-1:]:
+            parts.append(f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3" fill="{stroke}"/>')
     return _svg(WIDTH, HEIGHT, label, parts)
 
 
 def bar_chart(
-    groups: Mapping[str, Mapping[str, float]], *, chance: Mapping[str, float], label: str, width: int = 760
+    groups: Mapping[str, Mapping[str, float]],
+    *,
+    chance: Mapping[str, float],
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+    label: str,
+    width: int = 760,
 ) -> str:
     """Bars from 0 to 100% in groups: group -> name -> fraction. A dashed mark in each group shows `chance[group]`.
 
-    Group names may have several lines.
+    `intervals`, group -> name -> (low, high), become whiskers. Group names may have several lines.
     """
     bottom = 14 + 13 * max(group.count("\n") + 1 for group in groups)
     height = 200 + bottom
@@ -86,13 +92,17 @@ def bar_chart(
         for name, value in bars.items():
             place = names.index(name)
             left = first + bar * place
-            title = f"<title>{escape(name)}, {flat}: {100 * value:.1f}%</title>"
+            low, high = (intervals or {}).get(group, {}).get(name, (value, value))
+            spread = f" ({100 * low:.1f} to {100 * high:.1f})" if intervals else ""
+            title = f"<title>{escape(name)}, {flat}: {100 * value:.1f}%{spread}</title>"
             fill = colour(place, len(names))
             parts.append(
                 f'<rect x="{left + 1:.1f}" y="{y(value):.1f}" width="{bar - 2:.1f}" height="{y(0) - y(value):.1f}" '
                 f'rx="2" fill="{fill}">{title}</rect>'
-                f'<text x="{left + bar / 2:.1f}" y="{y(value) - 4:.1f}" text-anchor="middle">{100 * value:.0f}</text>'
+                f'<text x="{left + bar / 2:.1f}" y="{y(high) - 4:.1f}" text-anchor="middle">{100 * value:.0f}</text>'
             )
+            if intervals:
+                parts.append(_whisker(left + bar / 2, y(low), y(high)))
         mark = y(chance[group])
         parts.append(
             f'<line x1="{first - 3:.1f}" x2="{first + bar * len(names) + 3:.1f}" y1="{mark:.1f}" y2="{mark:.1f}" '
@@ -102,6 +112,11 @@ def bar_chart(
             below = height - bottom + 15 + 13 * row
             parts.append(f'<text x="{middle:.1f}" y="{below}" text-anchor="middle">{escape(word)}</text>')
     return _svg(width, height, label, parts)
+
+
+def _whisker(x: float, low: float, high: float) -> str:
+    path = f"M{x - 3:.1f} {low:.1f}h6M{x:.1f} {low:.1f}V{high:.1f}M{x - 3:.1f} {high:.1f}h6"
+    return f'<path class="whisker" d="{path}" stroke="var(--ink)" fill="none"/>'
 
 
 def _svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:

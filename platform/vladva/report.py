@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from vladva.figures import bar_chart, colour, line_chart
+from vladva.score_changes import comparison_tables, headlines, layer_tables
 from vladva.score_tables import ScoreTable, score_tables
 from vladva.showcase import Grid, WrongChoice
 from vladva.storage import read_bytes, write_bytes_atomically
@@ -86,7 +87,6 @@ def write_report(
         "data_uri": data_uri,
         "header": header_rows,
         "colour": _colour,
-        "signed": _signed,
         "seconds": _seconds,
     }
     page = environment.get_template("report.html.j2").render(
@@ -97,6 +97,9 @@ def write_report(
         scores=scores,
         tables=score_tables(dict(scores)) if scores else [],
         bars=score_bars(scores) if scores else {},
+        comparisons=comparison_tables(dict(scores)) if scores else [],
+        layers=layer_tables(dict(scores)) if scores else [],
+        layer_curves=layer_curves(scores) if scores else {},
         curves=training_curves(metrics or {}),
         runs=list(metrics or {}),
         grids=grids or {},
@@ -131,7 +134,30 @@ def score_bars(scores: Mapping[str, Any]) -> dict[str, str]:
             for metric in metrics
         }
         chance = {_metric_title(metric): about["chance"][metric] for metric in metrics}
-        figures[about["title"]] = bar_chart(groups, chance=chance, label=f"{about['title']}: scores by metric")
+        intervals = {
+            _metric_title(metric): {
+                label: model["intervals"][name][metric] for label, model in scores["models"].items()
+            }
+            for metric in metrics
+            if scores.get("bootstrap")
+        }
+        label = f"{about['title']}: scores by metric"
+        figures[about["title"]] = bar_chart(groups, chance=chance, intervals=intervals, label=label)
+    return figures
+
+
+def layer_curves(scores: Mapping[str, Any]) -> dict[str, str]:
+    """Title -> figure, for every benchmark's main metrics: percent by layer, a line for each model."""
+    models = {label: model["layers"] for label, model in scores["models"].items() if len(model.get("layers", {})) > 1}
+    if not models:
+        return {}
+    figures = {}
+    for name, metric, title in headlines(dict(scores)):
+        series = {
+            label: sorted((int(layer), 100 * of["scores"][name][metric]) for layer, of in layers.items())
+            for label, layers in models.items()
+        }
+        figures[title] = line_chart(series, label=f"{title} by layer", smooth=False)
     return figures
 
 
@@ -170,10 +196,6 @@ def _metric_title(metric: str) -> str:
     if way in ("t2i", "i2t") and cutoff.isdigit():
         return f"R@{cutoff}\n{'text to image' if way == 't2i' else 'image to text'}"
     return metric.replace("_", "\n")
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _seconds(value: float) -> str:

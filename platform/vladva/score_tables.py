@@ -49,10 +49,41 @@ class Layout:
 
 
 class Cell(NamedTuple):
-    """A score in percent, and the paper's for the same system where there is one."""
+    """A score, or a change of one, in percent; the paper's for the same system where there is one."""
 
     value: float | None
     paper: float | None = None
+    interval: tuple[float, float] | None = None  # 95%
+    is_change: bool = False
+    p: float | None = None  # of a change: the chance of one as large between equal models
+
+    @property
+    def text(self) -> str:
+        """The value as it is printed."""
+        if self.value is None:
+            return "\N{EN DASH}"
+        if self.is_change:
+            return signed(self.value)
+        return f"{self.value:.2f}" if self.value < 1 else f"{self.value:.1f}"
+
+    @property
+    def details(self) -> list[str]:
+        """What is printed below it, line by line: interval, p, the paper's number, the difference to that."""
+        lines = []
+        if self.interval:
+            low, high = self.interval
+            lines.append(f"{signed(low)} {signed(high)}" if self.is_change else f"{low:.1f}\N{EN DASH}{high:.1f}")
+        if self.p is not None:
+            lines.append("p < 0.001" if self.p < 0.001 else f"p {self.p:.3f}")
+        if self.paper is not None and self.value is not None:
+            shown = signed(self.paper) if self.is_change else f"{self.paper:.1f}"
+            lines += [shown, signed(self.value - self.paper)]
+        return lines
+
+
+def signed(value: float) -> str:
+    """A change: with its sign, and one decimal."""
+    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 class Row(NamedTuple):
@@ -159,13 +190,13 @@ def _measured(
     label: str, model: dict[str, Any], columns: tuple[Column, ...], layout: Layout, reported: dict[str, dict]
 ) -> Row:
     paper = reported.get(paper_name(model["description"]) or "", {}) if not layout.other_data else {}
-    return Row(
-        label,
-        tuple(
-            Cell(100 * model["scores"][column.benchmark][column.metric], paper.get(column.paper)) for column in columns
-        ),
-        reported=False,
-    )
+
+    def cell(column: Column) -> Cell:
+        interval = model.get("intervals", {}).get(column.benchmark, {}).get(column.metric)
+        percent = (100 * interval[0], 100 * interval[1]) if interval else None
+        return Cell(100 * model["scores"][column.benchmark][column.metric], paper.get(column.paper), percent)
+
+    return Row(label, tuple(map(cell, columns)), reported=False)
 
 
 def _reported(name: str, columns: tuple[Column, ...], layout: Layout, reported: dict[str, dict]) -> Row | None:
@@ -194,7 +225,7 @@ class _Terminal:
 
 
 def as_rich(table: ScoreTable) -> RenderableType:
-    """The table for a terminal. Below a score, where there is one: the paper's, and ours minus the paper's."""
+    """The table for a terminal. Below a score, where there are: its interval, the paper's, ours minus the paper's."""
     return _Terminal(table)
 
 
@@ -219,7 +250,4 @@ def _draw(table: ScoreTable, columns: range) -> RenderableType:
 
 
 def _cell_text(cell: Cell) -> str:
-    if cell.value is None:
-        return "-"
-    text = f"{cell.value:.2f}" if cell.value < 1 else f"{cell.value:.1f}"
-    return text if cell.paper is None else f"{text}\n[not bold]{cell.paper:.1f}\n{cell.value - cell.paper:+.1f}[/]"
+    return "\n".join([cell.text, *(f"[not bold]{line}[/]" for line in cell.details)])

@@ -1,0 +1,95 @@
+"""Scores -> tables of changes: from one model to another on the same samples, and from one layer to another (table 6).
+
+Changes are in points of a percent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from vladva.score_tables import Cell, Column, Row, ScoreTable, layouts, paper_name, paper_tables
+
+HEADLINES = {  # the metrics that stand for a benchmark where there is room for one or two
+    "t2i_r1": "image retrieval R@1",
+    "i2t_r1": "text retrieval R@1",
+    "average_macro": "average",
+    "itt_macro": "ITT",
+    "tot_macro": "TOT",
+    "text": "text",
+    "image": "image",
+    "group": "group",
+    "top1": "top-1",
+}
+LAYERS_PAPER = "VladVA (LLaVA-1.5-7B)"  # table 6's system
+LAYERS_METRICS = {
+    ("flickr30k", "i2t_r1"): "flickr30k_text_retrieval_R@1",
+    ("sugar_crepe", "average_macro"): "sugarcrepe_average",
+}
+
+
+def comparison_tables(scores: dict[str, Any]) -> list[ScoreTable]:
+    """In the layout of every table: each model's scores minus an earlier model's, with interval and p."""
+    tables = []
+    for layout in layouts():
+        columns = tuple(column for column in layout.columns if column.benchmark in scores["benchmarks"])
+        rows = tuple(
+            Row(f"{c['model']} \N{MINUS SIGN} {c['against']}", tuple(_change(c, column) for column in columns), False)
+            for c in scores.get("comparisons", [])
+        )
+        if columns and rows:
+            headings = tuple(column.heading for column in columns)
+            tables.append(ScoreTable(f"{layout.title}, changes", "", headings, rows))
+    return tables
+
+
+def _change(comparison: dict[str, Any], column: Column) -> Cell:
+    found = comparison["benchmarks"][column.benchmark][column.metric]
+    interval = (100 * found["low"], 100 * found["high"])
+    return Cell(100 * found["difference"], interval=interval, is_change=True, p=found["p"])
+
+
+def layer_tables(scores: dict[str, Any]) -> list[ScoreTable]:
+    """Table 6 for every model that was scored at several layers: changes against the model's own layer."""
+    return [
+        _layer_table(label, model, scores)
+        for label, model in scores["models"].items()
+        if len(model.get("layers", {})) > 1
+    ]
+
+
+def _layer_table(label: str, model: dict[str, Any], scores: dict[str, Any]) -> ScoreTable:
+    own = model["description"]["layer"]
+    others = [int(layer) for layer in model["layers"] if int(layer) != own]
+    paper = paper_tables()["table6_layers"]
+    is_papers = paper_name(model["description"]) == LAYERS_PAPER
+    rows = []
+    for name, metric, title in headlines(scores):
+        values = {int(layer): 100 * of["scores"][name][metric] for layer, of in model["layers"].items()}
+        reported = paper.get(LAYERS_METRICS.get((name, metric), ""), []) if is_papers else []
+        papers = dict(zip(paper["layer"], reported, strict=False))
+        cells = [Cell(values[layer] - values[own], papers.get(layer), is_change=True) for layer in others]
+        rows.append(Row(title, (Cell(values[own]), *cells), reported=False))
+    note = "" if is_papers else "; ".join(_reported(paper))
+    headings = (("score at layer", str(own)), *(("change at layer", str(layer)) for layer in others))
+    return ScoreTable(f"Layers (table 6): {label}", note, headings, tuple(rows))
+
+
+def _reported(paper: dict[str, Any]) -> Iterator[str]:
+    """The paper's table 6 in words, for models whose layers are others."""
+    for name, title in (
+        ("flickr30k_text_retrieval_R@1", "The paper's LLaVA-1.5-7B of 32 layers, Flickr30K text retrieval R@1"),
+        ("sugarcrepe_average", "SugarCrepe average"),
+    ):
+        changes = [
+            f"{Cell(c, is_change=True).text} at {layer}" for layer, c in zip(paper["layer"], paper[name], strict=True)
+        ]
+        yield f"{title}: {', '.join(changes[1:])}"
+
+
+def headlines(scores: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(benchmark, metric, title) of the metrics that stand for each benchmark."""
+    for name, about in scores["benchmarks"].items():
+        for metric, title in HEADLINES.items():
+            if metric in about["chance"]:
+                yield name, metric, f"{about['title']}, {title}"
