@@ -25,8 +25,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "models",
         nargs="+",
         metavar="RUN_OR_MODEL",
-        help="run folder, checkpoint folder, `tiny` or Hugging Face name; LABEL=... names its row",
+        help="run or checkpoint folder, `tiny`, Hugging Face name or one of --systems; LABEL=... names its row",
     )
+    parser.add_argument("--systems", action=ListSystems, nargs=0, help="list the paper's systems and how each is run")
     parser.add_argument("--benchmarks", default="all", help="names with commas between, or `all` that --data holds")
     parser.add_argument("--data", default=".vladva/scenes", help="folder or s3://... with the benchmarks' files")
     parser.add_argument("--out", default=".vladva/evaluation", help="folder or s3://... for scores and embeddings")
@@ -64,6 +65,18 @@ def whole_numbers(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+class ListSystems(argparse.Action):
+    """`--systems`: print every row of the paper's tables and how it is run, and stop."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from rich.console import Console
+
+        from vladva.score_tables import systems_table
+
+        Console().print(systems_table())
+        parser.exit()
+
+
 def labelled(argument: str) -> tuple[str, str]:
     """`LABEL=MODEL` or just MODEL, whose label is then its last part."""
     label, equals, model = argument.partition("=")
@@ -86,6 +99,7 @@ def main() -> None:
 
     from vladva import cluster, storage
     from vladva.backbones import backbone_of
+    from vladva.dual_encoders import family_of
     from vladva.embedder import find_model
     from vladva.encode import describe, pin
     from vladva.report import write_report
@@ -94,7 +108,8 @@ def main() -> None:
     from vladva.showcase import grids_of, wrong_choices_of
 
     for model in options.models.values():  # a mistake in a name or number is told before a cluster is started
-        backbone_of(find_model(model).checkpoint)
+        checkpoint = find_model(model).checkpoint
+        family_of(checkpoint) or backbone_of(checkpoint)
         for layer in options.layers:
             describe(pin(model), adapter=True, dtype=options.dtype, layer=layer)
     cluster.connect()

@@ -12,7 +12,7 @@ import pytest
 
 from vladva.evaluate import Embeddings, evaluate, items, picture_bytes, read_benchmarks, read_outcomes, text_id
 from vladva.score_changes import comparison_tables, layer_tables
-from vladva.score_tables import as_rich, layouts, paper_name, paper_tables, score_tables
+from vladva.score_tables import as_rich, layouts, paper_tables, score_tables
 from vladva.showcase import grids_of, wrong_choices_of
 
 ROOT = Path(__file__).parents[1]
@@ -65,12 +65,6 @@ def test_what_could_not_be_embedded_is_never_left_out() -> None:
 def scores_of(benchmark: str, metrics: dict[str, float], **description: str | None) -> dict:
     model = {"scores": {benchmark: metrics}, "description": {"base_model": "tiny", "adapter": None} | description}
     return {"benchmarks": {benchmark: {}}, "models": {"ours": model}}
-
-
-def test_paper_row_of_a_system() -> None:
-    assert paper_name({"base_model": "llava-hf/llava-1.5-7b-hf", "adapter": None}) == "LLaVA-1.5-7B"
-    assert paper_name({"base_model": "Qwen/Qwen2-VL-2B-Instruct", "adapter": "x"}) == "VladVA (Qwen2-VL-2B)"
-    assert paper_name({"base_model": "tiny", "adapter": "x"}) is None
 
 
 def test_cells_hold_the_papers_number_of_the_same_system() -> None:

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,14 @@ from torch.nn.functional import normalize
 from vladva.backbones import resolve
 from vladva.batches import Pixels, Preprocessor, Tokens
 from vladva.config import ModelConfig
+from vladva.dual_encoders import family_of
 from vladva.losses.next_token import next_token
+from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from vladva.dual_encoder import DualEncoder
 
 ADAPTER_NOTE = "vladva.json"  # beside adapter_config.json: what the adapter was trained on and how to prompt it
 
@@ -173,14 +177,16 @@ class ModelReference:
 
     checkpoint: str
     adapter: Path | None = None
+    prompts: tuple[str, str] = (IMAGE_PROMPT, TEXT_PROMPT)  # of the base model, zero-shot
 
 
 def find_model(model: str) -> ModelReference:
-    """Resolve a run folder, a checkpoint `.../step-N`, an adapter folder, `tiny`, or a Hugging Face name or path.
+    """Resolve a run folder, a checkpoint `.../step-N`, an adapter folder, `tiny`, a name or path of Hugging Face's, or
+    one of `systems.py`.
 
     Raises ValueError where a run has no checkpoint yet.
     """
-    from vladva import checkpoint, storage
+    from vladva import checkpoint, storage, systems
 
     if storage.exists(storage.join(model, "config.json")) and storage.exists(storage.join(model, "checkpoints")):
         newest = checkpoint.latest(model)
@@ -192,6 +198,9 @@ def find_model(model: str) -> ModelReference:
         return ModelReference(json.loads((adapter / ADAPTER_NOTE).read_text())["checkpoint"], adapter)
     if (Path(model) / ADAPTER_NOTE).exists():
         return ModelReference(json.loads((Path(model) / ADAPTER_NOTE).read_text())["checkpoint"], Path(model))
+    system = systems.find(model)
+    if system:
+        return ModelReference(system.checkpoint, prompts=system.prompts)
     return ModelReference(model)
 
 
@@ -203,19 +212,20 @@ def load_embedder(
     dtype: str = "float32",
     device: str = "cpu",
     layer: int | None = None,
-) -> Embedder:
+) -> Embedder | DualEncoder:
     """Load what `find_model` resolves. `adapter=False` is the base model, zero-shot; `merge` folds the adapter in.
 
     `layer` embeds from another layer than the model's own.
     """
     reference = find_model(model)
-    note: dict[str, Any] = {"checkpoint": reference.checkpoint, "soft_prompts": False}
+    if family_of(reference.checkpoint):
+        from vladva.dual_encoder import DualEncoder
+
+        return DualEncoder(reference.checkpoint, dtype=dtype, device=device)
     folder = reference.adapter if adapter else None
-    if folder:
-        note = json.loads((folder / ADAPTER_NOTE).read_text())
+    config = config_of(reference, folder, dtype)
     if layer is not None:
-        note["layer"] = layer
-    config = ModelConfig(dtype=dtype, **note)  # type: ignore[arg-type]
+        config = replace(config, layer=layer)
     preprocessor = Preprocessor(
         config.checkpoint,
         image_prompt=config.image_prompt,
@@ -228,6 +238,20 @@ def load_embedder(
         if merge:
             embedding_model.lvlm = embedding_model.lvlm.merge_and_unload()
     return Embedder(embedding_model.to(device).eval(), config, folder, merged=merge)
+
+
+def config_of(reference: ModelReference, adapter: Path | None, dtype: str) -> ModelConfig:
+    """The configuration to embed with: what the adapter was trained with, or the base model's, zero-shot."""
+    if adapter:
+        return ModelConfig(dtype=dtype, **json.loads((adapter / ADAPTER_NOTE).read_text()))
+    image_prompt, text_prompt = reference.prompts
+    return ModelConfig(
+        reference.checkpoint,
+        dtype=dtype,  # type: ignore[arg-type]
+        image_prompt=image_prompt,
+        text_prompt=text_prompt,
+        soft_prompts=False,
+    )
 
 
 class Embedder:

@@ -171,12 +171,18 @@ def describe(model: str, *, adapter: bool, dtype: str, layer: int | None = None)
 
     `layer`: as if it embedded from there. Raises ValueError where the model has no such layer.
     """
-    from vladva.embedder import ADAPTER_NOTE, find_model, fingerprint_of
+    from vladva.dual_encoders import family_of
+    from vladva.embedder import config_of, find_model, fingerprint_of
 
     reference = find_model(model)
     folder = reference.adapter if adapter else None
-    note = json.loads((folder / ADAPTER_NOTE).read_text()) if folder else None
-    config = ModelConfig(dtype=dtype, **(note or {"checkpoint": reference.checkpoint, "soft_prompts": False}))
+    config = config_of(reference, folder, dtype)
+    if family_of(config.checkpoint):
+        from vladva.dual_encoder import describe_dual_encoder
+
+        if layer is not None:
+            raise ValueError(f"layers: {model} is a dual encoder, which embeds from its last layer only")
+        return config, describe_dual_encoder(config.checkpoint, dtype)
     preprocessor = preprocessor_of(config)
     language_model = preprocessor.config.get_text_config()
     layers, dimension = language_model.num_hidden_layers, language_model.hidden_size

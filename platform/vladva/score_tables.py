@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vladva.systems import SYSTEMS, paper_row
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
@@ -165,12 +167,6 @@ def paper_tables() -> dict[str, Any]:
     return json.loads(resources.files("vladva").joinpath("paper_tables.json").read_text(encoding="utf-8"))
 
 
-def paper_name(description: dict[str, Any]) -> str | None:
-    """What the paper calls the system an embedder's description describes; None where it has no such row."""
-    base = paper_tables()["systems"].get(description["base_model"])
-    return f"VladVA ({base})" if base and description["adapter"] else base
-
-
 def score_tables(scores: dict[str, Any]) -> list[ScoreTable]:
     """The tables of all benchmarks in `scores` (what `evaluate` returns), columns of other benchmarks left out."""
     tables = []
@@ -189,7 +185,7 @@ def score_tables(scores: dict[str, Any]) -> list[ScoreTable]:
 def _measured(
     label: str, model: dict[str, Any], columns: tuple[Column, ...], layout: Layout, reported: dict[str, dict]
 ) -> Row:
-    paper = reported.get(paper_name(model["description"]) or "", {}) if not layout.other_data else {}
+    paper = reported.get(paper_row(model["description"]) or "", {}) if not layout.other_data else {}
 
     def cell(column: Column) -> Cell:
         interval = model.get("intervals", {}).get(column.benchmark, {}).get(column.metric)
@@ -204,6 +200,18 @@ def _reported(name: str, columns: tuple[Column, ...], layout: Layout, reported: 
         return None
     cells = tuple(Cell(reported[name].get(column.paper)) for column in columns)
     return Row(f"{name}, {layout.other_data}" if layout.other_data else name, cells, reported=True)
+
+
+def systems_table() -> RenderableType:
+    """The paper's systems and how each is run, for a terminal."""
+    from rich import box
+    from rich.table import Table
+
+    drawn = Table("row of the paper", "how", "checkpoint", "note", box=box.SIMPLE_HEAD, pad_edge=False)
+    for system in SYSTEMS:
+        notes = [f"untested: {system.untested}" if system.untested else "", system.note]
+        drawn.add_row(system.row or "-", system.how, system.checkpoint, "; ".join(filter(None, notes)))
+    return drawn
 
 
 class _Terminal:

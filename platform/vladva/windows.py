@@ -74,7 +74,12 @@ class Owners:
 def preprocessor_of(config: ModelConfig) -> Preprocessor:
     """The model's preprocessor: one a process."""
     from vladva.batches import Preprocessor
+    from vladva.dual_encoders import family_of
 
+    if family_of(config.checkpoint):
+        from vladva.dual_encoder import DualPreprocessor
+
+        return DualPreprocessor(config.checkpoint)
     prompts = {name: getattr(config, name) for name in ("image_prompt", "text_prompt", "soft_prompts")}
     return Preprocessor(config.checkpoint, **prompts)
 

@@ -1,0 +1,147 @@
+"""Dual encoder: a model with a tower for texts and one for pictures, made to look like an `Embedder`.
+
+The batch job, evaluation and search only ask for a preprocessor, a module that turns its batches into vectors, a
+dimension and a fingerprint; so a baseline is embedded by the same machinery as an LVLM.
+
+B pictures or texts, T tokens, D width, Q vectors of one picture (1; BLIP-2 has one for each of its query tokens).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from vladva.batches import Pixels, Preprocessor
+from vladva.dual_encoders import family_of
+from vladva.embedder import as_tensors, base_revision
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class DualPreprocessor(Preprocessor):
+    """Makes the inputs of one dual encoder. A picture needs no prompt, so its row of token ids is empty."""
+
+    def __init__(self, checkpoint: str) -> None:
+        self.family = _family(checkpoint)
+        self.config, self.tokenizer, self.image_processor = self.family.tools(checkpoint)
+        self.vectors, self.dimension = self.family.shape(self.config)
+
+    def text_prompt(self, text: str) -> list[int]:
+        """Token ids of a text, cut where the model's context ends."""
+        return self.family.token_ids(self.config, self.tokenizer, text.strip())
+
+    def image_prompt(self, size: tuple[int, int]) -> list[int]:
+        """Nothing is asked of a picture."""
+        return []
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, its beginning and end included."""
+        return [len(self.text_prompt(text)) for text in texts]
+
+    def pixels(self, images: Sequence[Image.Image]) -> Pixels:
+        """Pictures resized and cropped as the model wants them, uint8 [B, 3, H, W]."""
+        processed = self.image_processor(images=list(images), do_rescale=False, do_normalize=False, return_tensors="np")
+        pixels = np.asarray(processed["pixel_values"])
+        if pixels.dtype != np.uint8:
+            pixels = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+        return Pixels(pixels, np.array([(image.height, image.width) for image in images], np.int64))
+
+
+class DualEncoderModel(nn.Module):
+    """Both towers."""
+
+    def __init__(self, checkpoint: str, preprocessor: DualPreprocessor, dtype: str) -> None:
+        super().__init__()
+        self.family, self.dtype = preprocessor.family, getattr(torch, dtype)
+        self.towers = self.family.load(checkpoint, self.dtype)
+        mean, std = preprocessor.pixel_statistics()
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(
+        self, tokens: dict[str, torch.Tensor], pixels: dict[str, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor]:
+        """Vectors of texts [B, D], or of pictures [B, Q * D]: float32, each of unit length. uint8 pixels."""
+        if pixels is None:
+            positions = torch.arange(tokens["ids"].shape[1], device=tokens["ids"].device)
+            mask = (positions < tokens["lengths"][:, None]).long()
+            vectors = self.family.text_vectors(self.towers, tokens["ids"], mask)
+        else:
+            values = (pixels["values"].float() - self.pixel_mean) / self.pixel_std
+            vectors = self.family.image_vectors(self.towers, values.to(self.dtype))
+        return (normalize(vectors.float(), dim=-1).flatten(1),)
+
+
+class DualEncoder:
+    """Embeds texts and pictures with one loaded dual encoder; the part of `Embedder` that makes sense for it."""
+
+    def __init__(self, checkpoint: str, *, dtype: str = "float32", device: str = "cpu") -> None:
+        self.preprocessor = DualPreprocessor(checkpoint)
+        self.model = DualEncoderModel(checkpoint, self.preprocessor, dtype).to(device).eval()
+        self.device = self.model.pixel_mean.device
+        self.dimension = self.preprocessor.dimension
+        self._description = describe_dual_encoder(checkpoint, dtype)
+        self.fingerprint: str = self._description["fingerprint"]
+
+    def description(self) -> dict[str, Any]:
+        """What tables made with this model carry."""
+        return self._description
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+        """Unit vectors [N, D], float32."""
+        parts = [np.zeros((0, self.dimension), np.float32)]
+        for first in range(0, len(texts), batch_size):
+            tokens = as_tensors(self.preprocessor.texts(texts[first : first + batch_size]), self.device)
+            parts.append(self.model(tokens)[0].cpu().numpy())
+        return np.concatenate(parts)
+
+    @torch.inference_mode()
+    def embed_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> np.ndarray:
+        """Unit vectors [N, D], float32; [N, Q, D] where a picture has several."""
+        vectors = self.preprocessor.vectors
+        parts = [np.zeros((0, vectors * self.dimension), np.float32)]
+        for first in range(0, len(images), batch_size):
+            pixels = as_tensors(self.preprocessor.pixels(images[first : first + batch_size]), self.device)
+            parts.append(self.model({}, pixels)[0].cpu().numpy())
+        rows = np.concatenate(parts)
+        return rows if vectors == 1 else rows.reshape(len(rows), vectors, self.dimension)
+
+
+def describe_dual_encoder(checkpoint: str, dtype: str) -> dict[str, Any]:
+    """`DualEncoder.description`, without loading weights."""
+    preprocessor = DualPreprocessor(checkpoint)
+    parts = {
+        "base": getattr(preprocessor.family, "revision", base_revision)(checkpoint),
+        "family": inspect.getsource(preprocessor.family),  # caption cleaning and context length are written there
+        "pixels": json.loads(preprocessor.image_processor.to_json_string()),
+    }
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    return {
+        "base_model": checkpoint,
+        "adapter": None,
+        "image_prompt": "",
+        "text_prompt": "",
+        "soft_prompts": False,
+        "layer": None,
+        "dimension": preprocessor.dimension,
+        "vectors_per_image": preprocessor.vectors,
+        "dtype": dtype,
+        "fingerprint": digest.hexdigest()[:16],
+    }
+
+
+def _family(checkpoint: str) -> ModuleType:
+    family = family_of(checkpoint)
+    assert family is not None, f"{checkpoint} is no dual encoder"
+    return family

@@ -1,0 +1,109 @@
+"""Dual encoders against transformers' own use of the same checkpoints: its forward of texts and pictures together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import build_blip, build_blip_2, build_clip
+from PIL import Image
+
+from vladva.dual_encoder import DualEncoder, describe_dual_encoder
+from vladva.dual_encoders import family_of
+from vladva.dual_encoders.blip import clean
+from vladva.embedder import load_embedder
+
+BUILD = {"clip": build_clip, "blip": build_blip, "blip_2": build_blip_2}
+TEXTS = ["a dog, 2 cats", " A Dog! ", "x", "one caption that is much longer than twenty tokens in all"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {name: build(tmp_path_factory.mktemp(name)) for name, build in BUILD.items()}
+
+
+def pictures() -> list[Image.Image]:
+    """Of different shapes, as pictures are."""
+    rng = np.random.default_rng(0)
+    sizes = [(32, 32), (48, 40), (70, 33)]
+    return [Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)) for width, height in sizes]
+
+
+def theirs(name: str, checkpoint: str, texts: list[str]) -> np.ndarray:
+    """Cosines [texts, pictures] from the class's own forward, fed by the checkpoint's tokenizer and image processor."""
+    from transformers import (
+        AutoImageProcessor,
+        AutoTokenizer,
+        Blip2ForImageTextRetrieval,
+        BlipForImageTextRetrieval,
+        CLIPModel,
+    )
+
+    tokenizer, processor = AutoTokenizer.from_pretrained(checkpoint), AutoImageProcessor.from_pretrained(checkpoint)
+    pixels = {"pixel_values": processor(images=pictures(), return_tensors="pt")["pixel_values"]}
+    length = 20 if name == "clip" else 35
+    words = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    inputs: dict[str, Any] = {key: words[key] for key in ("input_ids", "attention_mask")} | pixels
+    with torch.inference_mode():
+        if name == "clip":
+            model = CLIPModel.from_pretrained(checkpoint).eval()
+            return (model(**inputs).logits_per_text / model.logit_scale.exp()).numpy()
+        if name == "blip":
+            model = BlipForImageTextRetrieval.from_pretrained(checkpoint).eval()
+            return model(**inputs, use_itm_head=False).itm_score.T.numpy()
+        return Blip2ForImageTextRetrieval.from_pretrained(checkpoint).eval()(**inputs).logits_per_text.numpy()
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_cosines_are_those_of_transformers(name: str, checkpoints: dict[str, str]) -> None:
+    embedder = load_embedder(checkpoints[name])
+    assert isinstance(embedder, DualEncoder)
+    texts, images = embedder.embed_texts(TEXTS, batch_size=3), embedder.embed_images(pictures(), batch_size=2)
+    assert texts.shape == (4, 24)
+    assert images.shape == ((3, 4, 24) if name == "blip_2" else (3, 24))
+    assert np.allclose(np.linalg.norm(images, axis=-1), 1, atol=1e-6)
+    cosines = np.einsum("td,ipd->tip", texts, images.reshape(3, -1, 24)).max(axis=2)
+    read = [clean(text) for text in TEXTS] if name != "clip" else TEXTS
+    expected = theirs(name, checkpoints[name], read)
+    assert np.abs(cosines - expected).max() < 1e-4  # pixels are rounded to whole numbers on the way
+    assert np.abs(cosines - expected[::-1]).max() > 1e-2  # negative control
+    assert texts[0] @ texts[1] < 0.9999  # another text, another vector
+
+
+def test_a_picture_of_blip_2_is_as_near_as_its_nearest_query_token(checkpoints: dict[str, str]) -> None:
+    """Negative control of the comparison above: any one token, as in SugarCrepe++'s script, is another score."""
+    embedder = DualEncoder(checkpoints["blip_2"])
+    texts, images = embedder.embed_texts(TEXTS), embedder.embed_images(pictures())
+    expected = theirs("blip_2", checkpoints["blip_2"], [clean(text) for text in TEXTS])
+    assert np.abs(texts @ images[:, 1].T - expected).max() > 1e-2
+
+
+def test_blip_reads_a_cleaned_caption() -> None:
+    assert clean(' A "Dog" (two*), and #1;  a cat... ~ now!\n') == "a dog two , and 1 a cat now"
+    assert len(clean("word " * 40).split()) == 30
+    assert len(clean("word " * 60, 50).split()) == 50
+
+
+def test_descriptions_know_models_apart(checkpoints: dict[str, str], tmp_path: Path, tiny: str) -> None:
+    described = {name: describe_dual_encoder(path, "float32") for name, path in checkpoints.items()}
+    for name, path in checkpoints.items():
+        assert described[name] == DualEncoder(path).description()
+    assert len({each["fingerprint"] for each in described.values()}) == 3
+    assert [described[name]["vectors_per_image"] for name in BUILD] == [1, 1, 4]
+    again = build_clip(tmp_path)
+    assert describe_dual_encoder(again, "float32")["fingerprint"] == described["clip"]["fingerprint"]
+    settings = tmp_path / "preprocessor_config.json"
+    settings.write_text(settings.read_text().replace("0.48", "0.5"))
+    assert describe_dual_encoder(again, "float32")["fingerprint"] != described["clip"]["fingerprint"]
+    assert family_of(tiny) is None
+    assert family_of("/no/such/model") is None
+
+
+def test_open_clip_says_what_it_needs() -> None:
+    with pytest.raises(ValueError, match=r"pip install 'vladva\[open_clip\]'"):
+        load_embedder("open_clip:ViT-B-32:openai")
+    with pytest.raises(ValueError, match="not of the form open_clip:MODEL:WEIGHTS"):
+        load_embedder("open_clip:ViT-B-32")
