@@ -31,7 +31,9 @@ clean:  ## delete what the demo, the tests and the tools wrote, runs in .vladva 
 	rm -rf .vladva .pytest_cache .ruff_cache build dist platform/*.egg-info
 	find jobs serve cluster platform tests -name __pycache__ -prune -exec rm -rf {} +
 
+# clip-benchmark goes apart, without what it requires (torchvision): the tests compare scores with a few functions of it.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[test,dev]'
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --upgrade --target .venv/peers clip-benchmark==1.6.2
 	touch $@

@@ -13,7 +13,6 @@ from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT
 E5_V_PROMPTS = ("Summary above image in one word: ", "Summary above sentence in one word: ")
 ZERO_SHOT_PROMPTS = (IMAGE_PROMPT, TEXT_PROMPT)
 
-BIG = "its architecture is tested on a tiny random checkpoint, these weights were not at hand"
 NO_TORCHVISION = "open_clip needs torchvision, which the tests do without"
 
 

@@ -1,7 +1,6 @@
 #!/usr/bin/env python
 """How fast benchmarks are scored, and in how much memory: COCO's size against clip-benchmark, ImageNet's alone.
 
-    pip install --no-deps clip-benchmark==1.6.2
     tests/bench/score.py [--width 512]
 
 Random embeddings, without a model. Both scorers get the same normalised float32 embeddings and compute R@1, R@5 and
@@ -14,12 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
+
+sys.path.append(str(Path(__file__).parents[2] / ".venv/peers"))  # where `make install` puts clip-benchmark
+
 from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
 
 from vladva.benchmarks.kinds.classification import ClassificationTask
