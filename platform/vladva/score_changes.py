@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vladva.score_tables import Cell, Column, Row, ScoreTable, layouts, paper_name, paper_tables
+from vladva.score_tables import Cell, Column, Row, ScoreTable, layouts, paper_tables
+from vladva.systems import paper_row
 
 HEADLINES = {  # the metrics that stand for a benchmark where there is room for one or two
     "t2i_r1": "image retrieval R@1",
@@ -62,7 +63,7 @@ def _layer_table(label: str, model: dict[str, Any], scores: dict[str, Any]) -> S
     own = model["description"]["layer"]
     others = [int(layer) for layer in model["layers"] if int(layer) != own]
     paper = paper_tables()["table6_layers"]
-    is_papers = paper_name(model["description"]) == LAYERS_PAPER
+    is_papers = paper_row(model["description"]) == LAYERS_PAPER
     rows = []
     for name, metric, title in headlines(scores):
         values = {int(layer): 100 * of["scores"][name][metric] for layer, of in model["layers"].items()}
