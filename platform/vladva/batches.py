@@ -8,8 +8,10 @@ B pictures or texts, T tokens (right-padded).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -103,12 +105,17 @@ class Preprocessor:
         soft_prompts: bool = False,
     ) -> None:
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+        from transformers.utils import cached_file
 
         folder = resolve(checkpoint)
         self.backbone = backbone_of(checkpoint)
         self.config = AutoConfig.from_pretrained(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.image_processor = AutoImageProcessor.from_pretrained(folder)
+        template = cached_file(folder, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+        if template:  # where older checkpoints keep the template with pictures; the tokenizer's own has none
+            self.tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]
+        # The same pixels everywhere: torchvision's resizing, the default where it is installed, differs from Pillow's.
+        self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         self.image_token: str = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
         self.prompts = {"image": image_prompt, "text": text_prompt}
         self.image_prompts: dict[int, list[int]] = {}  # by number of image tokens

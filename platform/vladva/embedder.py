@@ -143,8 +143,11 @@ def add_adapter(model: EmbeddingModel, config: ModelConfig) -> None:
 
 def grow_embeddings(lvlm: nn.Module, rows: int) -> None:
     """Make room for `rows` tokens, to a multiple of 64. LLaVA-1.5, Qwen2-VL and the tiny model have them already."""
-    if lvlm.get_input_embeddings().num_embeddings < rows:
+    there = lvlm.get_input_embeddings().num_embeddings
+    if there < rows:
         lvlm.resize_token_embeddings(rows, pad_to_multiple_of=64, mean_resizing=False)
+        for table in (lvlm.get_input_embeddings(), lvlm.get_output_embeddings()):
+            table.weight.data[there:] = 0  # not at random: an adapter gives the same model whenever it is loaded
 
 
 def save_adapter(model: EmbeddingModel, config: ModelConfig, folder: Path) -> None:

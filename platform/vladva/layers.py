@@ -1,6 +1,6 @@
 """Layers: the embeddings of several layers from one pass over the model.
 
-A hook on a decoder layer keeps its output at the summary token, and the final norm is put on each: the embedding from
+A hook keeps what leaves a decoder layer at the summary token, and the final norm is put on each: the embedding from
 layer k is that of the model cut off after k layers, which is how a single layer is run (`embedder.py`).
 """
 
@@ -32,14 +32,15 @@ def embed_layers(
     rows = torch.arange(len(tokens["ids"]), device=tokens["ids"].device)
     summaries: dict[int, torch.Tensor] = {}
 
-    def keep(layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            hidden_BTD = output[0] if isinstance(output, tuple) else output
-            summaries[layer] = hidden_BTD[rows, tokens["prompt_lengths"] - 1]
+    def keep(layer: int) -> Callable[[nn.Module, Any], None]:
+        def hook(_: nn.Module, args: Any) -> None:
+            summaries[layer] = args[0][rows, tokens["prompt_lengths"] - 1]
 
         return hook
 
-    hooks = [language.layers[layer - 1].register_forward_hook(keep(layer)) for layer in set(layers)]
+    # What goes into the next layer, or into the norm: DeepStack (Qwen3-VL) adds to what comes out of a layer.
+    following = {layer: language.norm if layer == max(layers) else language.layers[layer] for layer in layers}
+    hooks = [module.register_forward_pre_hook(keep(layer)) for layer, module in following.items()]
     try:
         model.backbone.hidden_states(model.base, model.inputs(tokens, pixels), max(layers))
     finally:

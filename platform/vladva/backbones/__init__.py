@@ -17,9 +17,16 @@ Adding a family is adding a file; nothing is registered.
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+CONFIGS = Path(__file__).parent / "configs"
 
 
 def resolve(checkpoint: str) -> str:
@@ -29,6 +36,30 @@ def resolve(checkpoint: str) -> str:
 
         return str(TINY)
     return checkpoint
+
+
+def real_config(checkpoint: str) -> PreTrainedConfig:
+    """The published configuration of a checkpoint, from this package: nothing is downloaded.
+
+    Raises ValueError where the package does not have it.
+    """
+    from transformers import AutoConfig
+
+    files = {json.loads(path.read_text())["checkpoint"]: path for path in sorted(CONFIGS.glob("*.json"))}
+    if checkpoint not in files:
+        raise ValueError(f"there is no configuration of {checkpoint!r} in the package; known: {', '.join(files)}")
+    content = json.loads(files[checkpoint].read_text())
+    del content["checkpoint"]
+    return AutoConfig.for_model(**content)
+
+
+def without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a configuration on the meta device: every parameter's shape, no memory."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
 
 
 def backbone_of(checkpoint: str) -> ModuleType:

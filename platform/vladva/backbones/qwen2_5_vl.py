@@ -1,0 +1,15 @@
+"""Qwen2.5-VL: as Qwen2-VL, with a vision tower that attends in windows."""
+
+from __future__ import annotations
+
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from vladva.backbones.qwen2_vl import EMBED_TOKENS, LORA_TARGETS, hidden_states, model_inputs, num_image_tokens, pixels
+
+__all__ = ["EMBED_TOKENS", "LORA_TARGETS", "hidden_states", "load", "model_inputs", "num_image_tokens", "pixels"]
+
+
+def load(checkpoint: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
+    """The pretrained model."""
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)

@@ -1,0 +1,15 @@
+"""Qwen3-VL: as Qwen2-VL, with features of several vision layers added to the first layers of the language model."""
+
+from __future__ import annotations
+
+import torch
+from transformers import Qwen3VLForConditionalGeneration
+
+from vladva.backbones.qwen2_vl import EMBED_TOKENS, LORA_TARGETS, hidden_states, model_inputs, num_image_tokens, pixels
+
+__all__ = ["EMBED_TOKENS", "LORA_TARGETS", "hidden_states", "load", "model_inputs", "num_image_tokens", "pixels"]
+
+
+def load(checkpoint: str, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
+    """The pretrained model."""
+    return Qwen3VLForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)

@@ -1,0 +1,267 @@
+"""What every LVLM file of backbones/ must do, against transformers itself on a small checkpoint of the family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import families
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn.functional import normalize
+
+from vladva import backbones
+from vladva.batches import Preprocessor
+from vladva.config import ModelConfig
+from vladva.embedder import (
+    Embedder,
+    EmbeddingModel,
+    add_adapter,
+    as_tensors,
+    caption_labels,
+    load_embedder,
+    save_adapter,
+)
+from vladva.layers import embed_layers
+from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT
+from vladva.scenes import captions, scenes
+
+SIZES = [(64, 64), (100, 40), (40, 150), (333, 17)]  # (width, height)
+
+
+def test_every_lvlm_has_a_checkpoint_here() -> None:
+    files = {path.stem for path in Path(backbones.__file__).parent.glob("[a-z]*.py")}
+    assert {name for name in files if hasattr(import_module(f"vladva.backbones.{name}"), "hidden_states")} == set(
+        families.BUILDERS
+    )
+
+
+@pytest.fixture(scope="module", params=list(families.BUILDERS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return families.build(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def embedder(folder: str) -> Embedder:
+    return load_embedder(folder)
+
+
+@pytest.fixture(scope="module")
+def adapter(folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An adapter with something in every part, saved."""
+    config = ModelConfig(checkpoint=folder, lora_rank=4)
+    model = EmbeddingModel(config, Preprocessor(folder, soft_prompts=True))
+    add_adapter(model, config)
+    torch.manual_seed(1)
+    for name, parameter in model.lvlm.named_parameters():
+        if "lora_B" in name or "trainable_tokens_delta" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    path = tmp_path_factory.mktemp("adapter")
+    save_adapter(model, config, path)
+    return str(path)
+
+
+def picture(width: int, height: int) -> Image.Image:
+    values = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+PICTURES = [picture(*size) for size in SIZES]
+
+
+def asking(prompt: str, pictures: int = 1) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image"}] * pictures + [{"type": "text", "text": prompt}]}]
+
+
+def by_transformers(folder: str, images: list[Image.Image], messages: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """One conversation's inputs, from the family's own processor.
+
+    Qwen's cannot be built without torchvision: its image processor and tokenizer are put together here.
+    """
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    if "qwen" not in Path(folder).name:
+        processor = AutoProcessor.from_pretrained(folder)
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = processor(images=images or None, text=text, return_tensors="pt")
+        return {name: value for name, value in inputs.items() if name != "token_type_ids"}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    inputs = {}
+    if images:
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        inputs = dict(processor(images=images, return_tensors="pt"))
+        for grid in inputs["image_grid_thw"]:
+            text = text.replace("<|image_pad|>", "<|once|>" * int(grid.prod() // 4), 1)
+        text = text.replace("<|once|>", "<|image_pad|>")
+    inputs["input_ids"] = tokenizer(text, return_tensors="pt").input_ids
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")).int()
+    return inputs
+
+
+@pytest.mark.parametrize("image", PICTURES, ids=[str(size) for size in SIZES])
+def test_tokens_and_pixels_are_those_of_the_processor(embedder: Embedder, folder: str, image: Image.Image) -> None:
+    preprocessor = embedder.preprocessor
+    expected = by_transformers(folder, [image], asking(IMAGE_PROMPT))
+    tokens = preprocessor.images([image.size], [None])
+    assert tokens.ids[0].tolist() == expected["input_ids"][0].tolist()
+    number = (expected["input_ids"] == preprocessor.config.image_token_id).sum()
+    assert preprocessor.num_image_tokens(image.size) == number > 1
+
+    pixels = preprocessor.pixels([image])
+    assert pixels.values.dtype == np.uint8
+    found = embedder.model.inputs(as_tensors(tokens, "cpu"), as_tensors(pixels, "cpu"))
+    tiles = expected["pixel_values"].reshape(found["pixel_values"].shape)
+    torch.testing.assert_close(found["pixel_values"], tiles, atol=1e-3, rtol=0)
+    for name in ("image_grid_thw", "image_sizes"):
+        assert (name in found) == (name in expected)
+        assert name not in found or found[name].tolist() == expected[name].tolist()
+
+
+def test_texts_are_those_of_the_processor(embedder: Embedder, folder: str) -> None:
+    expected = by_transformers(folder, [], asking(f"a red circle\n{TEXT_PROMPT}", pictures=0))
+    assert embedder.preprocessor.text_prompt("a red circle") == expected["input_ids"][0].tolist()
+
+
+def test_lora_is_on_all_linear_layers_of_the_language_model_and_on_no_other(embedder: Embedder) -> None:
+    base, targets = embedder.model.base, embedder.model.backbone.LORA_TARGETS
+    found = {name for name, _ in base.named_modules() if re.fullmatch(targets, name)}
+    language = "model.language_model."
+    assert found == {n for n, m in base.named_modules() if isinstance(m, nn.Linear) and n.startswith(language)}
+    assert len(found) == 7 * 3
+
+
+def cut_off(folder: str, layers: int) -> nn.Module:
+    """The model without its later layers, by transformers."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder)
+    config.text_config.num_hidden_layers = layers
+    return AutoModelForImageTextToText.from_pretrained(folder, config=config).eval()
+
+
+@pytest.fixture
+def fail_if_called() -> Iterator[Any]:
+    hooks = []
+
+    def watch(module: nn.Module) -> None:
+        def fail(*_: Any) -> None:
+            raise AssertionError("computed for nothing")
+
+        hooks.append(module.register_forward_pre_hook(fail))
+
+    yield watch
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_layer_k_is_the_model_cut_off_after_k_layers(
+    embedder: Embedder, folder: str, layer: int, fail_if_called: Any
+) -> None:
+    whole, short = embedder.model, cut_off(folder, layer)
+    preprocessor = embedder.preprocessor
+    texts = ["a red circle", "a small blue ring to the left of a large green star"]
+    with torch.inference_mode():
+        conversations = [by_transformers(folder, [image], asking(IMAGE_PROMPT)) for image in PICTURES]
+        conversations += [by_transformers(folder, [], asking(f"{text}\n{TEXT_PROMPT}", pictures=0)) for text in texts]
+        last = torch.cat([short.model(**inputs).last_hidden_state[:, -1] for inputs in conversations])
+        images = as_tensors(preprocessor.images(SIZES, [None] * len(SIZES)), "cpu")
+        pixels = as_tensors(preprocessor.pixels(PICTURES), "cpu")
+        several = embed_layers(whole, images, pixels, [1, 2, 3])[layer - 1]
+        for module in [whole.base.lm_head, *whole.base.model.language_model.layers[layer:]]:
+            fail_if_called(module)
+        whole.layer = layer
+        found = torch.cat([whole(images, pixels)[0], whole(as_tensors(preprocessor.texts(texts), "cpu"))[0]])
+        whole.layer = None
+    torch.testing.assert_close(found, normalize(last, dim=-1), atol=2e-6, rtol=0)
+    torch.testing.assert_close(several, found[: len(SIZES)], atol=1e-6, rtol=0)
+
+
+def test_one_forward_serves_both_losses(embedder: Embedder, folder: str) -> None:
+    """The caption loss is transformers' own for the same labels, and the summary token does not see the caption."""
+    model, preprocessor = embedder.model, embedder.preprocessor
+    worded = [captions(scene, random)[-1] for scene, random in islice(scenes("train"), len(SIZES))]
+    with torch.inference_mode():
+        pixels = as_tensors(preprocessor.pixels(PICTURES), "cpu")
+        alone = model(as_tensors(preprocessor.images(SIZES, [None] * len(SIZES)), "cpu"), pixels)[0]
+        tokens = as_tensors(preprocessor.images(SIZES, worded), "cpu")
+        labels = caption_labels(tokens)
+        beside, loss, _ = model(tokens, pixels, caption_tokens=int((labels >= 0).sum()))
+        inputs = model.inputs(tokens, pixels)
+        if "position_ids" in inputs:  # as transformers finds them by itself
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.base.config.image_token_id).int()
+            del inputs["position_ids"]
+        expected = model.base(**inputs, labels=labels).loss
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(beside, alone, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("pictures", [0, 2])
+def test_generation_is_that_of_transformers(embedder: Embedder, folder: str, pictures: int) -> None:
+    messages = asking("What is in it?", pictures)
+    list(embedder.generate(asking("Before."), PICTURES[3:], max_tokens=2))  # must leave nothing behind
+    inputs = by_transformers(folder, PICTURES[1 : 1 + pictures], messages)
+    fresh = cut_off(folder, 3)
+    ids = fresh.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+    expected = embedder.preprocessor.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+    found = "".join(embedder.generate(messages, PICTURES[1 : 1 + pictures], max_tokens=8))
+    assert found == expected != ""
+
+
+def test_an_adapter_can_be_turned_off_and_merged(adapter: str, embedder: Embedder) -> None:
+    trained, merged = load_embedder(adapter), load_embedder(adapter, merge=True)
+    preprocessor = trained.preprocessor
+    with torch.inference_mode():
+        plain = embedder.model
+        tokens = as_tensors(embedder.preprocessor.images(SIZES, ["two objects."] * len(SIZES)), "cpu")
+        pixels = as_tensors(preprocessor.pixels(PICTURES), "cpu")
+        expected = plain.base(**plain.inputs(tokens, pixels)).logits
+        with trained.model.lvlm.disable_adapter():
+            off = trained.model.base(**trained.model.inputs(tokens, pixels)).logits
+        tokens = as_tensors(preprocessor.images(SIZES, ["two objects."] * len(SIZES)), "cpu")  # with soft prompts
+        on, folded = (m.model.base(**m.model.inputs(tokens, pixels)).logits for m in (trained, merged))
+    rows = plain.base.get_input_embeddings().num_embeddings  # a table that had no room for soft prompts has grown
+    assert torch.equal(off[..., :rows], expected)
+    torch.testing.assert_close(folded, on, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(merged.embed_images(PICTURES), trained.embed_images(PICTURES), atol=1e-5)
+    assert abs(trained.embed_images(PICTURES) - embedder.embed_images(PICTURES)).max() > 1e-2
+    base = merged.model.base
+    assert (base.lm_head.weight is base.get_input_embeddings().weight) == base.config.tie_word_embeddings
+
+
+def test_a_new_adapter_changes_nothing_yet(folder: str, embedder: Embedder) -> None:
+    config = ModelConfig(checkpoint=folder, lora_rank=4)
+    model = EmbeddingModel(config, Preprocessor(folder, soft_prompts=True)).eval()
+    add_adapter(model, config)
+    fresh = Embedder(model, config, None, merged=False)
+    np.testing.assert_allclose(fresh.embed_texts(["a red circle"]), embedder.embed_texts(["a red circle"]), atol=1e-6)
+    np.testing.assert_allclose(fresh.embed_images(PICTURES), embedder.embed_images(PICTURES), atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_positions_are_those_of_get_rope_index(family: str, tmp_path: Path) -> None:
+    embedder = load_embedder(families.build(family, tmp_path))
+    preprocessor, base = embedder.preprocessor, embedder.model.base
+    rows = [(preprocessor.render(asking("Which is larger?", 2), SIZES[:2]), []), (preprocessor.text_prompt("x"), [])]
+    rows += [(preprocessor.image_prompt(size), [7] * 5) for size in SIZES[2:]]
+    tokens = as_tensors(preprocessor.pad(rows), "cpu")
+    inputs = embedder.model.inputs(tokens, as_tensors(preprocessor.pixels(PICTURES), "cpu"))
+    types = (inputs["input_ids"] == base.config.image_token_id).int()
+    expected, _ = base.model.get_rope_index(
+        inputs["input_ids"],
+        mm_token_type_ids=types,
+        image_grid_thw=inputs["image_grid_thw"],
+        attention_mask=inputs["attention_mask"],
+    )
+    real = inputs["attention_mask"].bool()
+    assert torch.equal(inputs["position_ids"][:, real], expected[:, real])
+    with pytest.raises(ValueError, match="aspect ratio"):
+        preprocessor.image_prompt((20_000, 10))
