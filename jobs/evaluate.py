@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable
+from typing import Any
 
 from vladva.config import user_errors
 
@@ -39,9 +40,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--bootstrap", type=int, default=0, metavar="N", help="resamples for 95%% intervals; 1000 is usual"
     )
+    parser.add_argument(
+        "--captions", type=int, default=0, metavar="N", help="caption N pictures with each model (figure 1)"
+    )
+    parser.add_argument("--pictures", default="", help="folder of the pictures to caption, instead of the benchmarks'")
     options = parser.parse_args(arguments)
     options.models = distinct(map(labelled, options.models))
     options.layers = whole_numbers(options.layers)
+    if options.captions < 0 or (options.pictures and not options.captions):
+        raise ValueError(f"--captions is {options.captions}; say how many pictures to caption, e.g. 16")
     if options.bootstrap < 0:
         raise ValueError(f"--bootstrap is {options.bootstrap}; give a number of resamples, e.g. 1000, or 0 for none")
     return options
@@ -85,6 +92,20 @@ def labelled(argument: str) -> tuple[str, str]:
     return argument.rstrip("/").rpartition("/")[2], argument
 
 
+def check_models(options: argparse.Namespace) -> None:
+    """A mistake in a name or number is told before a cluster is started."""
+    from vladva.backbones import backbone_of
+    from vladva.dual_encoders import family_of
+    from vladva.embedder import find_model
+    from vladva.encode import describe, pin
+
+    for model in options.models.values():
+        checkpoint = find_model(model).checkpoint
+        family_of(checkpoint) or backbone_of(checkpoint)
+        for layer in options.layers:
+            describe(pin(model), adapter=True, dtype=options.dtype, layer=layer)
+
+
 @user_errors
 def main() -> None:
     started = time.monotonic()
@@ -98,36 +119,42 @@ def main() -> None:
     from rich.console import Console
 
     from vladva import cluster, storage
-    from vladva.backbones import backbone_of
-    from vladva.dual_encoders import family_of
-    from vladva.embedder import find_model
-    from vladva.encode import describe, pin
+    from vladva.captions import find_pictures, statistics_table, write_captions, writers
     from vladva.report import write_report
     from vladva.score_changes import comparison_tables, layer_tables
     from vladva.score_tables import as_rich, score_tables
-    from vladva.showcase import grids_of, wrong_choices_of
+    from vladva.showcase import caption_comparisons, grids_of, wrong_choices_of
 
-    for model in options.models.values():  # a mistake in a name or number is told before a cluster is started
-        checkpoint = find_model(model).checkpoint
-        family_of(checkpoint) or backbone_of(checkpoint)
-        for layer in options.layers:
-            describe(pin(model), adapter=True, dtype=options.dtype, layer=layer)
+    check_models(options)
+    pictures = find_pictures(tasks, options.pictures, options.captions) if options.captions else []
+    systems = writers(options.models) if options.captions else {}
     cluster.connect()
+    resources = {"actors": options.actors, "gpus_per_actor": options.gpus_per_actor, "dtype": options.dtype}
     scores = evaluate(
         options.models,
         tasks,
         options.data,
         options.out,
-        actors=options.actors,
-        gpus_per_actor=options.gpus_per_actor,
         batch_size=options.batch_size,
-        dtype=options.dtype,
         layers=options.layers,
         bootstrap=options.bootstrap,
         command=command,
+        **resources,
     )
+    tables = [*score_tables(scores), *comparison_tables(scores), *layer_tables(scores)]
+    timings = {
+        f"{stage}, {name}": of["seconds"][stage] for name, of in scores["models"].items() for stage in of["seconds"]
+    }
+    captioned: dict[str, Any] = {}
+    if pictures:
+        began = time.monotonic()
+        captions = write_captions(systems, pictures, options.out, **resources)
+        timings["captions"] = time.monotonic() - began
+        captioned["caption_table"] = statistics_table(captions)
+        captioned["captions"] = caption_comparisons(captions, [picture.image for picture in pictures])
+        tables.append(captioned["caption_table"])
     console = Console()
-    for table in [*score_tables(scores), *comparison_tables(scores), *layer_tables(scores)]:
+    for table in tables:
         console.print(as_rich(table))
     last = list(options.models)[-1]
     report = storage.join(options.out, "report.html")
@@ -138,6 +165,8 @@ def main() -> None:
         scores=scores,
         grids=grids_of(scores, tasks, options.out, last),
         wrong_choices=wrong_choices_of(scores, tasks, options.out, last),
+        timings=timings,
+        **captioned,
     )
     print(f"{storage.join(options.out, 'scores.json')} and {report}, in {time.monotonic() - started:.0f} s")
 

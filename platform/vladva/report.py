@@ -19,7 +19,7 @@ from PIL import Image
 from vladva.figures import bar_chart, colour, line_chart
 from vladva.score_changes import comparison_tables, headlines, layer_tables
 from vladva.score_tables import ScoreTable, score_tables
-from vladva.showcase import Grid, WrongChoice
+from vladva.showcase import CaptionComparison, Grid, WrongChoice
 from vladva.storage import read_bytes, write_bytes_atomically
 
 THUMBNAIL = 256  # pixels; larger pictures are shrunk to this
@@ -45,14 +45,6 @@ class Highlight(NamedTuple):
     detail: str = ""
 
 
-class CaptionComparison(NamedTuple):
-    """What several systems write about one picture."""
-
-    image: bytes
-    prompt: str
-    captions: Mapping[str, str]  # by system
-
-
 def read_metrics(uri: str) -> list[dict[str, float]]:
     """The steps of a run's `metrics.jsonl`."""
     return [json.loads(line) for line in read_bytes(uri).splitlines() if line.strip()]
@@ -68,6 +60,7 @@ def write_report(
     grids: Mapping[str, Sequence[Grid]] | None = None,
     wrong_choices: Mapping[str, Sequence[WrongChoice]] | None = None,
     captions: Sequence[CaptionComparison] = (),
+    caption_table: ScoreTable | None = None,
     timings: Mapping[str, float] | None = None,
     highlights: Sequence[Highlight] = (),
     notes: Sequence[str] = (),
@@ -104,7 +97,8 @@ def write_report(
         runs=list(metrics or {}),
         grids=grids or {},
         wrong_choices=wrong_choices or {},
-        captions=captions,
+        captions=[(image, list(asked)) for image, asked in groupby(captions, key=lambda compared: compared.image)],
+        caption_table=caption_table,
         timings=timings or {},
     )
     write_bytes_atomically(uri, page.encode("utf-8"))

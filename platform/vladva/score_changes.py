@@ -40,7 +40,7 @@ def comparison_tables(scores: dict[str, Any]) -> list[ScoreTable]:
         )
         if columns and rows:
             headings = tuple(column.heading for column in columns)
-            tables.append(ScoreTable(f"{layout.title}, changes", "", headings, rows))
+            tables.append(ScoreTable(f"{layout.title}, changes", "", headings, rows, unit="points"))
     return tables
 
 

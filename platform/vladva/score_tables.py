@@ -104,6 +104,7 @@ class ScoreTable:
     note: str
     headings: tuple[tuple[str, ...], ...]
     rows: tuple[Row, ...]
+    unit: str = "percent"
 
     @property
     def group_starts(self) -> set[int]:
@@ -243,7 +244,7 @@ def _draw(table: ScoreTable, columns: range) -> RenderableType:
 
     drawn = Table(title=table.title, caption=table.note or None, box=box.SIMPLE_HEAD, pad_edge=False)
     drawn.title_justify = drawn.caption_justify = "left"
-    drawn.add_column("percent", min_width=18)  # names may wrap on a narrow terminal, numbers never
+    drawn.add_column(table.unit, min_width=18)  # names may wrap on a narrow terminal, numbers never
     previous: tuple[str, ...] = ()
     for heading in (table.headings[column] for column in columns):
         shown = [part if heading[: level + 1] != previous[: level + 1] else "" for level, part in enumerate(heading)]

@@ -5,7 +5,7 @@ model was surest (the right one is among the five, another is clearly ahead), th
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ from vladva.benchmarks.readers.images import ImageRef, read_images
 from vladva.evaluate import read_outcomes
 
 HITS = 5
+T = TypeVar("T")
 
 
 class Hit(NamedTuple):
@@ -55,6 +56,14 @@ class WrongChoice(NamedTuple):
     negative_score: float
 
 
+class CaptionComparison(NamedTuple):
+    """What several systems write about one picture."""
+
+    image: bytes
+    prompt: str
+    captions: Mapping[str, str]  # by system
+
+
 def grids_of(scores: Mapping[str, Any], tasks: Mapping[str, Task], out_uri: str, label: str) -> dict[str, list[Grid]]:
     """Grids of all retrieval benchmarks of an evaluation for the system `label`, by a heading that names both."""
     return {
@@ -73,6 +82,22 @@ def wrong_choices_of(
         for name, task in tasks.items()
         if isinstance(task, CaptionChoiceTask)
     }
+
+
+def caption_comparisons(
+    captions: pa.Table, images: Sequence[ImageRef], *, pictures: int = 6
+) -> list[CaptionComparison]:
+    """From the table of `captions.write_captions`: a few pictures at even distances, each with all prompts."""
+    by_prompt: dict[tuple[str, str], dict[str, str]] = {}
+    for row in captions.to_pylist():
+        by_prompt.setdefault((row["picture"], row["prompt"]), {})[row["system"]] = row["caption"]
+    prompts = list(dict.fromkeys(prompt for _, prompt in by_prompt))
+    chosen = _spread(list(images), pictures)
+    return [
+        CaptionComparison(data, prompt, by_prompt[image.id, prompt])
+        for image, data in zip(chosen, read_images(chosen), strict=True)
+        for prompt in prompts
+    ]
 
 
 def retrieval_grids(
@@ -151,6 +176,6 @@ def _pictures(rows: list[dict], by_name: dict[str, ImageRef]) -> dict[str, bytes
     return dict(zip(names, read_images([by_name[name] for name in names]), strict=True))
 
 
-def _spread(rows: list[dict], count: int) -> list[dict]:
+def _spread(rows: list[T], count: int) -> list[T]:
     places = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
     return [rows[place] for place in places]

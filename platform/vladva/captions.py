@@ -1,0 +1,281 @@
+"""Captions: what systems write about the same pictures, asked with the same prompts (the paper's figure 1).
+
+    pictures --actors that hold a model--> captions/<model>/<picture>.json -> captions.parquet, captions.json
+
+A picture's captions are kept as soon as they are written, in a folder named after the model's exact contents, so that
+an interrupted run goes on where it was. A model with an adapter writes with the adapter on: the question is what
+training an embedder has left of the generator.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from vladva.benchmarks import Task
+from vladva.benchmarks.kinds.retrieval import RetrievalTask
+from vladva.benchmarks.readers.images import ImageRef, find_images, read_images
+from vladva.progress import Progress
+from vladva.scenes import COLOURS, SHAPES
+from vladva.score_tables import Cell, Row, ScoreTable
+from vladva.storage import absolute, exists, join, read_json, write_json
+from vladva.tables import digest, write_rows
+
+CAPTION_PROMPTS = (
+    "Give a detailed description of the image.",
+    "Describe the image briefly.",
+    "Describe the image very briefly.",
+    "Provide a concise description of this image.",
+)
+SCENE_OBJECT = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
+FUNCTION_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        "and are another as at be being behind beside between both by down each for from front has have her his in "
+        "into its near next off one other out over own several she some that the their them there these they this "
+        "three two under very while who with image photo picture",
+    )
+)
+
+
+class Picture(NamedTuple):
+    """A picture to be captioned, and the objects that are known to be in it (none where nothing is known)."""
+
+    image: ImageRef
+    objects: frozenset[str]
+
+
+def find_pictures(tasks: Mapping[str, Task], folder_uri: str, count: int) -> list[Picture]:
+    """`count` pictures of the folder, or where none is named of each retrieval benchmark."""
+    return pictures_in(folder_uri, count) if folder_uri else pictures_of(tasks, count)
+
+
+def pictures_of(tasks: Mapping[str, Task], count: int) -> list[Picture]:
+    """`count` pictures at even distances of each retrieval benchmark, with the objects their captions name.
+
+    Raises ValueError where there is no retrieval benchmark.
+    """
+    pictures = []
+    for name, task in tasks.items():
+        if isinstance(task, RetrievalTask):
+            read = scene_objects if name.startswith("scenes_") else agreed_words
+            for number in spread(len(task.images), count):
+                references = [task.texts[text] for text in task.caption_text[task.caption_image == number]]
+                pictures.append(Picture(task.images[number], read(references)))
+    if not pictures:
+        raise ValueError("captions: no retrieval benchmark says what is in its pictures; name a folder with --pictures")
+    return pictures
+
+
+def pictures_in(folder_uri: str, count: int) -> list[Picture]:
+    """`count` pictures at even distances of a folder of picture files or tar shards. Raises ValueError for none."""
+    parent, _, name = absolute(folder_uri).rstrip("/").rpartition("/")
+    found = sorted(find_images(parent, [name]).items())
+    if not found:
+        raise ValueError(f"--pictures: there are no pictures under {folder_uri}")
+    return [Picture(found[number][1], frozenset()) for number in spread(len(found), count)]
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` numbers below `total`, at even distances."""
+    return sorted({int(place) for place in np.linspace(0, total - 1, min(count, total))})
+
+
+def scene_objects(captions: Iterable[str]) -> frozenset[str]:
+    """The objects of a scene that captions name, with their colour: `red circle`."""
+    return frozenset(" ".join(found) for caption in captions for found in SCENE_OBJECT.findall(caption.lower()))
+
+
+def agreed_words(captions: Sequence[str]) -> frozenset[str]:
+    """Words that at least two captions of a picture share (of a lone caption, all), function words left out."""
+    counts = Counter(word for caption in captions for word in words_of(caption))
+    return frozenset(word for word, count in counts.items() if count >= min(2, len(captions)))
+
+
+def words_of(caption: str) -> set[str]:
+    """The content words of a caption, in lower case and without a plural s."""
+    words = {word for word in re.findall(r"[a-z]{3,}", caption.lower()) if word not in FUNCTION_WORDS}
+    return {word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words}
+
+
+def named(caption: str, objects: frozenset[str]) -> frozenset[str]:
+    """Those of the objects that a caption names."""
+    return objects & (scene_objects([caption]) | words_of(caption))
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+class Captioner:
+    """Ray Data stage: rows of (picture: JSON of an ImageRef, uri) -> the captions, written to uri."""
+
+    def __init__(self, load: dict[str, Any], max_tokens: int) -> None:
+        import torch
+        from transformers.utils import logging
+
+        from vladva.embedder import load_embedder
+
+        logging.disable_progress_bar()
+        self.embedder = load_embedder(**load, device="cuda" if torch.cuda.is_available() else "cpu")
+        self.max_tokens = max_tokens
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """The uris that were written."""
+        for row in rows.to_pylist():
+            write_json(row["uri"], self.captions_of(ImageRef(**json.loads(row["picture"]))))
+        return rows.select(["uri"])
+
+    def captions_of(self, picture: ImageRef) -> list[dict[str, Any]]:
+        """One caption for each prompt, with its number of tokens."""
+        from vladva.examples import decode_image
+
+        [data] = read_images([picture])
+        image, tokenizer = decode_image(data), self.embedder.preprocessor.tokenizer
+        captions = []
+        for prompt in CAPTION_PROMPTS:
+            messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+            pieces = self.embedder.generate(messages, [image], max_tokens=self.max_tokens, adapter=True)
+            caption = "".join(pieces).strip()
+            tokens = len(tokenizer.encode(caption, add_special_tokens=False))
+            captions.append({"prompt": prompt, "caption": caption, "tokens": tokens})
+        return captions
+
+
+def write_captions(
+    models: Mapping[str, str],
+    pictures: Sequence[Picture],
+    out_uri: str,
+    *,
+    actors: int = 2,
+    gpus_per_actor: float = 0,
+    dtype: str = "float32",
+    max_tokens: int = 256,
+) -> pa.Table:
+    """Captions of all models (label -> run, checkpoint or model name) for all prompts; needs a Ray cluster.
+
+    One row per (system, picture, prompt): caption, words, tokens, objects named and objects known. Also written to
+    `<out_uri>/captions.parquet`, and their statistics to `captions.json`.
+    """
+    rows = []
+    for label, model in models.items():
+        uris = _write(label, model, pictures, out_uri, actors, gpus_per_actor, dtype, max_tokens)
+        for (image, objects), uri in zip(pictures, uris, strict=True):
+            for caption in read_json(uri):
+                found = named(caption["caption"], objects)
+                row = {"system": label, "picture": image.id, **caption, "words": len(caption["caption"].split())}
+                rows.append({**row, "named": sorted(found), "objects": sorted(objects)})
+    table = pa.Table.from_pylist(rows)
+    write_rows(join(out_uri, "captions.parquet"), table)
+    means = {system: {p: of._asdict() for p, of in prompts.items()} for system, prompts in statistics(table).items()}
+    write_json(join(out_uri, "captions.json"), {"pictures": len(pictures), "systems": means})
+    return table
+
+
+def writers(models: Mapping[str, str]) -> dict[str, str]:
+    """The models that can write, and before them the base model of each adapter where it is not among them.
+
+    Raises ValueError where none can: dual encoders only embed.
+    """
+    from vladva.dual_encoders import family_of
+    from vladva.embedder import find_model
+
+    references = {label: find_model(model) for label, model in models.items()}
+    references = {label: reference for label, reference in references.items() if not family_of(reference.checkpoint)}
+    if not references:
+        raise ValueError(f"captions: {', '.join(models)} only embed; name a model that can write")
+    given = {reference.checkpoint for reference in references.values() if not reference.adapter}
+    bases = {reference.checkpoint for reference in references.values() if reference.adapter} - given
+    named_bases = {f"{base.rstrip('/').rpartition('/')[2]}, no adapter": base for base in sorted(bases)}
+    return named_bases | {label: models[label] for label in references}
+
+
+def _write(
+    label: str,
+    model: str,
+    pictures: Sequence[Picture],
+    out_uri: str,
+    actors: int,
+    gpus_per_actor: float,
+    dtype: str,
+    max_tokens: int,
+) -> list[str]:
+    """Write what is missing of one model's captions; where those of each picture are."""
+    import ray.data
+
+    from vladva.encode import describe, pin, pool
+
+    model = pin(model)
+    _, description = describe(model, adapter=True, dtype=dtype)
+    folder = join(absolute(out_uri), "captions", f"{description['fingerprint']}-{dtype}-{max_tokens}")
+    uris = [join(folder, f"{digest(picture.image.id).hex()}.json") for picture in pictures]
+    missing = [
+        {"picture": json.dumps(picture.image._asdict()), "uri": uri}
+        for picture, uri in zip(pictures, uris, strict=True)
+        if not exists(uri)
+    ]
+    if missing:
+        rows = ray.data.from_arrow([pa.Table.from_pylist([row]) for row in missing])
+        rows.context.enable_progress_bars = False
+        written = rows.map_batches(
+            Captioner,
+            fn_constructor_args=({"model": model, "merge": True, "dtype": dtype}, max_tokens),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=pool(min(actors, len(missing)), 1),
+            num_gpus=gpus_per_actor,
+        )
+        with Progress(f"captions, {label}", len(missing)) as progress:
+            for _ in written.iter_rows():
+                progress.advance(1)
+    return uris
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+class CaptionStatistics(NamedTuple):
+    """Means over the pictures, for one system and one prompt."""
+
+    words: float
+    tokens: float
+    object_recall: float | None  # share of the known objects that a caption names; None where nothing is known
+
+
+def statistics(captions: pa.Table) -> dict[str, dict[str, CaptionStatistics]]:
+    """System -> prompt -> statistics."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in captions.to_pylist():
+        found.setdefault(row["system"], {}).setdefault(row["prompt"], []).append(row)
+    return {system: {prompt: _means(rows) for prompt, rows in prompts.items()} for system, prompts in found.items()}
+
+
+def statistics_table(captions: pa.Table) -> ScoreTable:
+    """Prompts by systems: words, tokens, and the share of the known objects that is named."""
+    systems = statistics(captions)
+    known = any(of.object_recall is not None for prompts in systems.values() for of in prompts.values())
+    columns = ("words", "tokens", "objects named, %") if known else ("words", "tokens")
+    rows = []
+    for prompt in CAPTION_PROMPTS:
+        values = [value for prompts in systems.values() for value in prompts[prompt][: len(columns)]]
+        cells = [
+            Cell(value if value is None or number % 3 != 2 else 100 * value) for number, value in enumerate(values)
+        ]
+        rows.append(Row(prompt, tuple(cells), reported=False))
+    headings = tuple((system, column) for system in systems for column in columns)
+    note = f"Means over {len(set(captions['picture'].to_pylist()))} pictures."
+    return ScoreTable("Captions (figure 1)", note, headings, tuple(rows), unit="prompt")
+
+
+def _means(rows: list[dict[str, Any]]) -> CaptionStatistics:
+    recalls = [len(row["named"]) / len(row["objects"]) for row in rows if row["objects"]]
+    return CaptionStatistics(
+        words=float(np.mean([row["words"] for row in rows])),
+        tokens=float(np.mean([row["tokens"] for row in rows])),
+        object_recall=float(np.mean(recalls)) if recalls else None,
+    )
