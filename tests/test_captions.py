@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from checkpoints import build_clip
 
 from vladva.benchmarks.readers.images import read_images
+from vladva.captioner import CAPTION_PROMPTS
 from vladva.captions import (
-    CAPTION_PROMPTS,
     CaptionStatistics,
     Picture,
     agreed_words,
@@ -78,6 +79,13 @@ def test_the_base_of_an_adapter_is_captioned_too(tmp_path: Path) -> None:
     trained = str(tmp_path)
     assert list(writers({"ours": trained}).items()) == [("tiny, no adapter", "tiny"), ("ours", trained)]
     assert writers({"base": "tiny", "ours": trained}) == {"base": "tiny", "ours": trained}
+
+
+def test_dual_encoders_do_not_write(tiny: str, tmp_path: Path) -> None:
+    clip = build_clip(tmp_path)
+    assert writers({"clip": clip, "base": tiny}) == {"base": tiny}
+    with pytest.raises(ValueError, match="captions: clip only embed; name a model that can write"):
+        writers({"clip": clip})
 
 
 def test_captions_of_the_tiny_model(ray_cluster: None, scenes: Path, tiny: str, tmp_path: Path) -> None:

@@ -20,19 +20,14 @@ import pyarrow as pa
 
 from vladva.benchmarks import Task
 from vladva.benchmarks.kinds.retrieval import RetrievalTask
-from vladva.benchmarks.readers.images import ImageRef, find_images, read_images
+from vladva.benchmarks.readers.images import ImageRef, find_images
+from vladva.captioner import CAPTION_PROMPTS, Captioner
 from vladva.progress import Progress
 from vladva.scenes import COLOURS, SHAPES
 from vladva.score_tables import Cell, Row, ScoreTable
 from vladva.storage import absolute, exists, join, read_json, write_json
 from vladva.tables import digest, write_rows
 
-CAPTION_PROMPTS = (
-    "Give a detailed description of the image.",
-    "Describe the image briefly.",
-    "Describe the image very briefly.",
-    "Provide a concise description of this image.",
-)
 SCENE_OBJECT = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
 FUNCTION_WORDS = frozenset(
     re.findall(
@@ -110,41 +105,6 @@ def named(caption: str, objects: frozenset[str]) -> frozenset[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
-
-
-class Captioner:
-    """Ray Data stage: rows of (picture: JSON of an ImageRef, uri) -> the captions, written to uri."""
-
-    def __init__(self, load: dict[str, Any], max_tokens: int) -> None:
-        import torch
-        from transformers.utils import logging
-
-        from vladva.embedder import load_embedder
-
-        logging.disable_progress_bar()
-        self.embedder = load_embedder(**load, device="cuda" if torch.cuda.is_available() else "cpu")
-        self.max_tokens = max_tokens
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        """The uris that were written."""
-        for row in rows.to_pylist():
-            write_json(row["uri"], self.captions_of(ImageRef(**json.loads(row["picture"]))))
-        return rows.select(["uri"])
-
-    def captions_of(self, picture: ImageRef) -> list[dict[str, Any]]:
-        """One caption for each prompt, with its number of tokens."""
-        from vladva.examples import decode_image
-
-        [data] = read_images([picture])
-        image, tokenizer = decode_image(data), self.embedder.preprocessor.tokenizer
-        captions = []
-        for prompt in CAPTION_PROMPTS:
-            messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-            pieces = self.embedder.generate(messages, [image], max_tokens=self.max_tokens, adapter=True)
-            caption = "".join(pieces).strip()
-            tokens = len(tokenizer.encode(caption, add_special_tokens=False))
-            captions.append({"prompt": prompt, "caption": caption, "tokens": tokens})
-        return captions
 
 
 def write_captions(

@@ -1,0 +1,53 @@
+"""Captioner: pictures -> what a model writes about them. The actor that holds the model."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pyarrow as pa
+
+from vladva.benchmarks.readers.images import ImageRef, read_images
+from vladva.storage import write_json
+
+CAPTION_PROMPTS = (
+    "Give a detailed description of the image.",
+    "Describe the image briefly.",
+    "Describe the image very briefly.",
+    "Provide a concise description of this image.",
+)
+
+
+class Captioner:
+    """Ray Data stage: rows of (picture: JSON of an ImageRef, uri) -> the captions, written to uri."""
+
+    def __init__(self, load: dict[str, Any], max_tokens: int) -> None:
+        import torch
+        from transformers.utils import logging
+
+        from vladva.embedder import load_embedder
+
+        logging.disable_progress_bar()
+        self.embedder = load_embedder(**load, device="cuda" if torch.cuda.is_available() else "cpu")
+        self.max_tokens = max_tokens
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """The uris that were written."""
+        for row in rows.to_pylist():
+            write_json(row["uri"], self.captions_of(ImageRef(**json.loads(row["picture"]))))
+        return rows.select(["uri"])
+
+    def captions_of(self, picture: ImageRef) -> list[dict[str, Any]]:
+        """One caption for each prompt, with its number of tokens."""
+        from vladva.examples import decode_image
+
+        [data] = read_images([picture])
+        image, tokenizer = decode_image(data), self.embedder.preprocessor.tokenizer
+        captions = []
+        for prompt in CAPTION_PROMPTS:
+            messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+            pieces = self.embedder.generate(messages, [image], max_tokens=self.max_tokens, adapter=True)
+            caption = "".join(pieces).strip()
+            tokens = len(tokenizer.encode(caption, add_special_tokens=False))
+            captions.append({"prompt": prompt, "caption": caption, "tokens": tokens})
+        return captions
