@@ -3,74 +3,14 @@
 import base64
 import io
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from reports import METRICS, picture, scores, write_full
 
 from vladva.figures import bar_chart, line_chart
-from vladva.report import CaptionComparison, Highlight, data_uri, read_metrics, training_curves, write_report
-from vladva.showcase import Grid, GridRow, Hit, WrongChoice
-
-METRICS = {f"{way}_r{k}": 0.01 * k for way in ("t2i", "i2t") for k in (1, 5, 10)}
-
-
-def picture(size: int = 8, colour: str = "red") -> bytes:
-    data = io.BytesIO()
-    Image.new("RGB", (size, size), colour).save(data, "PNG")
-    return data.getvalue()
-
-
-def scores(labels: tuple[str, ...] = ("zero-shot", "trained")) -> dict:
-    about = {"title": "Scenes retrieval", "ties": "expected", "source": "vladva.scenes", "licence": "Apache-2.0"}
-    about |= {"counts": {"images": 1000}, "files": {"test/retrieval.json": "ab" * 32}, "chance": METRICS}
-    described = {"base_model": "tiny", "adapter": None, "image_prompt": "Sum up <image>", "text_prompt": "Sum up"}
-    described |= {"layer": 6, "dimension": 192, "dtype": "float32"}
-    model = {
-        "model": "tiny",
-        "fingerprint": "0123456789abcdef",
-        "description": described,
-        "num_items": 2100,
-        "num_embedded": 2000,
-    }
-    model |= {"seconds": {"embed": 75.0, "score": 0.5}}
-    model |= {
-        "scores": {"scenes_retrieval": METRICS},
-        "tie_rates": {"scenes_retrieval": dict.fromkeys(METRICS, 0.0012)},
-    }
-    return {
-        "created": "2026-01-01T00:00:00+00:00",
-        "data": "s3://bucket/scenes",
-        "protocol": {"texts": "as written", "similarity": "cosine"},
-        "benchmarks": {"scenes_retrieval": about},
-        "models": dict.fromkeys(labels, model),
-    }
-
-
-def write_full(path: Path) -> str:
-    hits = [Hit(picture(colour=colour), 0.5, colour == "green") for colour in ("red", "green", "blue", "cyan", "grey")]
-    texts = [Hit(f"caption {number}", 0.4, number == 2) for number in range(5)]
-    lost = [hit._replace(right=False) for hit in hits]
-    rows = [GridRow("a <b>bold</b> query", hits, 2), GridRow(picture(), texts, 3), GridRow("far", lost, 47, picture())]
-    write_report(
-        str(path),
-        title="Scenes & more",
-        command="jobs/evaluate.py tiny --data <DATA>",
-        scores=scores(),
-        metrics={"run": [{"step": step, "loss": 4.0 - step / 50, "lr": 1e-3} for step in range(100)]},
-        grids={"trained": [Grid("Found", "note", rows)]},
-        wrong_choices={
-            "trained": [WrongChoice("swap_object", picture(), "true one", "false one", 0.1, 0.2)],
-            "zero": [],
-        },
-        captions=[CaptionComparison(picture(), "Describe.", {"base": "A red square.", "trained": "Red."})],
-        timings={"training": 212.0, "index": 0.0},
-        highlights=[Highlight("R@1", "64.2%", "of 1,000")],
-        notes=["A note."],
-    )
-    return path.read_text(encoding="utf-8")
+from vladva.report import data_uri, layer_curves, read_metrics, score_bars, training_curves, write_report
 
 
 def test_page_needs_no_network(tmp_path: Path) -> None:
@@ -96,9 +36,21 @@ def test_everything_asked_for_is_there(tmp_path: Path) -> None:
         "The right one is at 47", "✓", "true one", "false one", "A red square.", "3 min 32 s", "0.12%", "1,000 images",
         "abababababababab", "0123456789abcdef", "--data &lt;DATA&gt;", "1 min 15 s for 2,100 items",
         "2,000 were not embedded before",
-        "None: the true caption won every time.", "prefers-color-scheme: dark", "@media print", "viewport",
+        "None: the true caption won every time.", "1,000 resamples", "0.5\N{EN DASH}2.0", "p &lt; 0.001",
+        "Layers (table 6): trained", "objects named, %", "Provide a concise description of this image.",
+        "prefers-color-scheme: dark", "@media print", "viewport",
     ):  # fmt: skip
         assert words in page, words
+
+
+def test_intervals_become_whiskers_and_layers_a_curve() -> None:
+    [bars] = score_bars(scores()).values()
+    assert bars.count('class="whisker"') == 2 * len(METRICS)
+    assert "<title>trained, R@10 text to image: 10.0% (5.0 to 20.0)</title>" in bars
+    assert "whisker" not in score_bars(scores() | {"bootstrap": 0})["Scenes retrieval"]
+    curves = layer_curves(scores())
+    assert list(curves) == ["Scenes retrieval, image retrieval R@1", "Scenes retrieval, text retrieval R@1"]
+    assert all(curve.count("<circle") == 2 * 3 for curve in curves.values())  # two models, three layers
 
 
 def test_text_is_escaped(tmp_path: Path) -> None:
@@ -165,18 +117,3 @@ def test_bars_show_values_and_chance() -> None:
     assert heights[1] == pytest.approx(2 * heights[0], abs=0.2)
     assert "chance: 50.00%" in figure
     assert "<title>b, swap object: 100.0%</title>" in figure
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-def test_a_browser_finds_nothing_wrong(tmp_path: Path) -> None:
-    write_full(tmp_path / "report.html")
-    shot = tmp_path / "shot.png"
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
-    command += ["--enable-logging=stderr", "--window-size=400,3000", f"--screenshot={shot}"]
-    done = subprocess.run(
-        [*command, f"file://{tmp_path}/report.html"], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert "CONSOLE" not in done.stderr
-    with Image.open(shot) as image:
-        assert image.convert("RGB").getcolors(maxcolors=100_000) is not None
-        assert len(image.convert("RGB").getcolors(maxcolors=100_000)) > 20

@@ -1,0 +1,86 @@
+"""A report with every section, from made-up scores: what the tests of the page look at."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pyarrow as pa
+from PIL import Image
+
+from vladva.captions import statistics_table
+from vladva.report import CaptionComparison, Highlight, write_report
+from vladva.showcase import Grid, GridRow, Hit, WrongChoice
+
+METRICS = {f"{way}_r{k}": 0.01 * k for way in ("t2i", "i2t") for k in (1, 5, 10)}
+
+
+def picture(size: int = 8, colour: str = "red") -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (size, size), colour).save(data, "PNG")
+    return data.getvalue()
+
+
+def scores(labels: tuple[str, ...] = ("zero-shot", "trained")) -> dict:
+    about = {"title": "Scenes retrieval", "ties": "expected", "source": "vladva.scenes", "licence": "Apache-2.0"}
+    about |= {"counts": {"images": 1000}, "files": {"test/retrieval.json": "ab" * 32}, "chance": METRICS}
+    described = {"base_model": "tiny", "adapter": None, "image_prompt": "Sum up <image>", "text_prompt": "Sum up"}
+    described |= {"layer": 6, "dimension": 192, "dtype": "float32"}
+    found = {
+        "fingerprint": "0123456789abcdef",
+        "scores": {"scenes_retrieval": METRICS},
+        "tie_rates": {"scenes_retrieval": dict.fromkeys(METRICS, 0.0012)},
+        "intervals": {"scenes_retrieval": {metric: [score / 2, 2 * score] for metric, score in METRICS.items()}},
+    }
+    earlier = found | {"scores": {"scenes_retrieval": {metric: score / 2 for metric, score in METRICS.items()}}}
+    model = {"model": "tiny", "description": described, "num_items": 2100, "num_embedded": 2000}
+    model |= {"seconds": {"embed": 75.0, "score": 0.5}, "layers": {"6": found, "4": earlier, "2": earlier}}
+    change = {"difference": 0.031, "low": -0.002, "high": 0.0641, "p": 0.0004}
+    comparison = {"model": "trained", "against": "zero-shot"}
+    return {
+        "created": "2026-01-01T00:00:00+00:00",
+        "data": "s3://bucket/scenes",
+        "protocol": {"texts": "as written", "similarity": "cosine"},
+        "bootstrap": 1000,
+        "benchmarks": {"scenes_retrieval": about},
+        "models": dict.fromkeys(labels, model | found),
+        "comparisons": [comparison | {"benchmarks": {"scenes_retrieval": dict.fromkeys(METRICS, change)}}],
+    }
+
+
+def write_full(path: Path) -> str:
+    """Write the report; what is in it."""
+    hits = [Hit(picture(colour=colour), 0.5, colour == "green") for colour in ("red", "green", "blue", "cyan", "grey")]
+    texts = [Hit(f"caption {number}", 0.4, number == 2) for number in range(5)]
+    lost = [hit._replace(right=False) for hit in hits]
+    rows = [GridRow("a <b>bold</b> query", hits, 2), GridRow(picture(), texts, 3), GridRow("far", lost, 47, picture())]
+    wrong = WrongChoice("swap_object", picture(), "true one", "false one", 0.1, 0.2)
+    write_report(
+        str(path),
+        title="Scenes & more",
+        command="jobs/evaluate.py tiny --data <DATA>",
+        scores=scores(),
+        metrics={"run": [{"step": step, "loss": 4.0 - step / 50, "lr": 1e-3} for step in range(100)]},
+        grids={"trained": [Grid("Found", "note", rows)]},
+        wrong_choices={"trained": [wrong], "zero": []},
+        captions=[CaptionComparison(picture(), "Describe.", {"base": "A red square.", "trained": "Red."})],
+        caption_table=statistics_table(captions()),
+        timings={"training": 212.0, "index": 0.0},
+        highlights=[Highlight("R@1", "64.2%", "of 1,000")],
+        notes=["A note."],
+    )
+    return path.read_text(encoding="utf-8")
+
+
+def captions() -> pa.Table:
+    """One picture, captioned by two systems."""
+    from vladva.captioner import CAPTION_PROMPTS
+
+    return pa.Table.from_pylist(
+        [
+            {"system": system, "picture": "0", "prompt": prompt, "caption": caption, "tokens": len(caption.split())}
+            | {"words": len(caption.split()), "named": ["red square"][: "square" in caption], "objects": ["red square"]}
+            for system, caption in (("base", "A red square."), ("trained", "Red."))
+            for prompt in CAPTION_PROMPTS
+        ]
+    )
