@@ -53,7 +53,11 @@ def main() -> None:
     from vladva.encode import describe, encode
     from vladva.windows import preprocessor_of
 
-    config, _ = describe(options.model, adapter=not options.no_adapter, dtype=options.dtype)
+    config, description = describe(options.model, adapter=not options.no_adapter, dtype=options.dtype)
+    if description.get("vectors_per_image", 1) > 1:
+        raise ValueError(
+            f"{options.model} gives a picture several vectors, which no index takes; jobs/evaluate.py does"
+        )
     cluster.connect()
     corpus = open_corpus(options.data, options.kinds, count_tokens=preprocessor_of(config).count_tokens)
     summary = encode(

@@ -108,6 +108,24 @@ def test_blocks_change_nothing_and_nearest_are_the_best() -> None:
     assert np.allclose(whole.similarity, -np.sort(-similarity, axis=1)[:, :5])
 
 
+def test_an_item_of_several_vectors_is_as_near_as_its_nearest() -> None:
+    """Against a loop over pairs; with one vector an item, and with P equal ones, it is the ordinary cosine."""
+    texts, images = gaussian(35), gaussian(7 * 4, seed=1).reshape(7, 4, 32)
+    largest = np.array([[max(float(text @ vector) for vector in image) for image in images] for text in texts])
+    owners, numbers = np.repeat(np.arange(7), 5), np.arange(7)
+    for block in (4, 1024):
+        to_images = rank(texts, images, owners, numbers, keep=3, block=block)
+        to_texts = rank(images, texts, numbers, owners, keep=3, block=block)
+        assert np.array_equal(to_images.nearest, np.argsort(-largest, axis=1)[:, :3])
+        assert np.array_equal(to_texts.nearest, np.argsort(-largest.T, axis=1)[:, :3])
+        assert np.allclose(to_texts.similarity, -np.sort(-largest.T, axis=1)[:, :3], atol=1e-6)
+    assert np.allclose(cosines(images[owners], texts), largest[np.arange(35), owners], atol=1e-6)
+    assert np.allclose(np.linalg.norm(unit_rows(3 * images), axis=-1), 1)
+    first = rank(texts, images[:, 0], owners, numbers)
+    assert np.array_equal(first.above, rank(texts, images[:, :1].repeat(4, axis=1), owners, numbers).above)
+    assert not np.array_equal(first.above, to_images.above)  # negative control: the first vector alone
+
+
 def test_query_without_a_positive_is_refused() -> None:
     with pytest.raises(ValueError, match="label 7 has no match"):
         rank_scores(SCORES, np.array([0, 0, 1, 2, 7]), IMAGES)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from vladva.benchmarks import Result, Task, find, names
 from vladva.benchmarks.readers.images import ImageRef, read_images
@@ -28,6 +29,7 @@ PROTOCOL = {
     "texts": "as written, without the space around them",
     "similarity": "cosine of embeddings raised to float32",
 }
+KINDS = ("text", "image")
 BLOCK_ROWS = 1024  # items per Ray Data block
 ITEMS = pa.schema(
     [
@@ -109,7 +111,7 @@ def evaluate(
         by_layer = {}
         for layer, table_uri in embedded.tables.items():
             own = layer == embedded.layer
-            embeddings = Embeddings(read_embeddings(table_uri), _read_quarantine(table_uri))
+            embeddings = open_embeddings(table_uri)
             found = {name: embeddings.score(task) for name, task in tasks.items()}
             for name, result in found.items():
                 write_rows(outcomes_uri(out_uri, label if own else f"{label}, layer {layer}", name), result.outcomes)
@@ -208,11 +210,34 @@ class Embeddings:
         return self.matrix[[self.row[item] for item in ids]]
 
 
+class SeveralVectors(Embeddings):
+    """The embeddings of a model whose pictures have P vectors each (BLIP-2): longer rows, in a table of their own."""
+
+    def __init__(self, texts: Embeddings, images: Embeddings) -> None:
+        self.texts, self.images, self.description = texts, images, texts.description
+
+    def of_texts(self, texts: Iterable[str]) -> np.ndarray:
+        """Rows [T, D] of the texts, in their order."""
+        return self.texts.of_texts(texts)
+
+    def of_images(self, images: Iterable[ImageRef]) -> np.ndarray:
+        """Rows [I, P, D] of the pictures, in their order."""
+        rows = self.images.of_images(images)
+        return rows.reshape(len(rows), self.description["vectors_per_image"], -1)
+
+
+def open_embeddings(uri: str) -> Embeddings:
+    """What `embed` left at `uri`."""
+    if exists(join(uri, "text")):
+        return SeveralVectors(*(open_embeddings(join(uri, kind)) for kind in KINDS))
+    return Embeddings(read_embeddings(uri), _read_quarantine(uri))
+
+
 class Embedded(NamedTuple):
     """Where the embeddings of one model are, by layer; `layer` is its own."""
 
-    layer: int
-    tables: dict[int, str]
+    layer: int | None  # None: a dual encoder has no choice
+    tables: dict[int | None, str]
     num_items: int
     num_embedded: int  # of them; the others had been embedded before
 
@@ -232,17 +257,23 @@ def embed(
         _, description = describe(model, adapter=True, dtype=dtype, layer=layer)
         tables[layer] = join(out_uri, "embeddings", f"{description['fingerprint']}-{dtype}")
     rows = items(tasks.values())
-    blocks = [rows.slice(first, BLOCK_ROWS) for first in range(0, len(rows), BLOCK_ROWS)]
-    summary = encode(
-        ray.data.from_arrow(blocks),
-        model,
-        tables if layers else tables[own],
-        dtype=dtype,
-        read_images=picture_bytes,
-        total=len(rows),
-        **resources,
-    )
-    return Embedded(own, tables, num_items=len(rows), num_embedded=summary.embedded)
+    pieces = {tables[own]: rows} if not layers else {None: rows}
+    if description.get("vectors_per_image", 1) > 1:
+        pieces = {join(tables[own], kind): rows.filter(pc.equal(rows["kind"], kind)) for kind in KINDS}
+    num_embedded = 0
+    for uri, piece in pieces.items():
+        blocks = [piece.slice(first, BLOCK_ROWS) for first in range(0, len(piece), BLOCK_ROWS)]
+        summary = encode(
+            ray.data.from_arrow(blocks),
+            model,
+            uri or tables,
+            dtype=dtype,
+            read_images=picture_bytes,
+            total=len(piece),
+            **resources,
+        )
+        num_embedded += summary.embedded
+    return Embedded(own, tables, num_items=len(rows), num_embedded=num_embedded)
 
 
 def items(tasks: Iterable[Task]) -> pa.Table:

@@ -7,7 +7,10 @@ policies (`Outcomes`), and the share of outcomes that depend on the policy, the 
 Embeddings are raised to float32 before they are normalised and multiplied. Similarities are never rounded below that:
 in bfloat16 the cosines near 0.3 lie 0.002 apart, which ties 3 to 6% of realistic pairs.
 
-Letters: N samples, Q queries, G gallery items, D width, k cut-off.
+A picture may have several vectors (BLIP-2: one for each query token); its cosine with a text is then the largest of
+theirs.
+
+Letters: N samples, Q queries, G gallery items, P vectors of one item, D width, k cut-off.
 """
 
 from collections.abc import Iterator
@@ -62,11 +65,13 @@ class Ranks(NamedTuple):
 
 
 def unit_rows(embeddings: np.ndarray, *, block: int = 4096) -> np.ndarray:
-    """Rows [N, D] of any float type -> float32 rows of length 1.
+    """Rows [N, D], or [N, P, D], of any float type -> float32 rows of length 1.
 
     Norms are taken in float64 and in blocks, so that equal rows stay equal bit for bit and memory stays bounded.
     Raises ValueError for a row with no direction (zero, NaN or infinite).
     """
+    if embeddings.ndim == 3:
+        return unit_rows(embeddings.reshape(-1, embeddings.shape[2]), block=block).reshape(embeddings.shape)
     rows = np.empty(embeddings.shape, np.float32)
     for start in range(0, len(rows), block):
         raw = np.asarray(embeddings[start : start + block], np.float64)
@@ -79,14 +84,15 @@ def unit_rows(embeddings: np.ndarray, *, block: int = 4096) -> np.ndarray:
 
 
 def cosines(left: np.ndarray, right: np.ndarray, *, block: int = 4096) -> np.ndarray:
-    """Unit rows [N, D] and [N, D] -> their cosines row by row, float32 [N].
+    """Unit rows [N, D] (or [N, P, D]) and [N, D] -> their cosines row by row (the largest of P), float32 [N].
 
     Summed in float64 and rounded once: equal pairs give equal cosines wherever in the array they lie.
     """
     values = np.empty(len(left), np.float32)
     for start in range(0, len(left), block):
         part = slice(start, start + block)
-        values[part] = np.einsum("nd,nd->n", left[part].astype(np.float64), right[part].astype(np.float64))
+        products = np.einsum("n...d,nd->n...", left[part].astype(np.float64), right[part].astype(np.float64))
+        values[part] = products.reshape(len(products), -1).max(axis=1)
     return values
 
 
@@ -101,9 +107,10 @@ def rank(
 ) -> Ranks:
     """Rank a gallery for every query; a gallery item is a positive of a query when their labels are equal.
 
-    queries [Q, D] and gallery [G, D] are unit rows. Texts against images: labels are each caption's image and the
-    images' own numbers; images against texts: the same two the other way round; classification: each picture's class
-    and the class numbers. Any number of positives per query, at least one. At most `block` x G similarities are held.
+    queries [Q, D] and gallery [G, D] are unit rows; one of them may have P vectors an item, [.., P, D]. Texts against
+    images: labels are each caption's image and the images' own numbers; images against texts: the same two the other
+    way round; classification: each picture's class and the class numbers. Any number of positives per query, at least
+    one. At most `block` x G similarities are held (with several vectors, of vectors).
     """
     parts = [
         rank_scores(scores, query_labels[rows], gallery_labels, keep=keep)
@@ -198,15 +205,24 @@ def _both(first: Outcomes, second: Outcomes) -> Outcomes:
 
 def _similarity_blocks(queries: np.ndarray, gallery: np.ndarray, block: int) -> Iterator[tuple[slice, np.ndarray]]:
     """Cosines of `block` queries at a time against the whole gallery, float32 [<= block, G], with the rows they are."""
+    block = max(1, block // (queries[0].size // queries.shape[-1]) // (gallery[0].size // gallery.shape[-1]))
     # A matrix product may round a column differently by its position, which would break the ties between equal items.
     first: dict[bytes, int] = {}
     original = np.array([first.setdefault(sha1(row).digest(), number) for number, row in enumerate(gallery)])
     copies = np.flatnonzero(original != np.arange(len(gallery)))
     for start in range(0, len(queries), block):
         part = slice(start, start + block)
-        scores = queries[part] @ gallery.T
+        scores = _similarities(queries[part], gallery)
         scores[:, copies] = scores[:, original[copies]]
         yield part, scores
+
+
+def _similarities(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    """Cosines of every query with every gallery item, the largest where one of them has P vectors; float32 [Q, G]."""
+    products = queries.reshape(-1, queries.shape[-1]) @ gallery.reshape(-1, gallery.shape[-1]).T
+    if queries.ndim == gallery.ndim == 2:
+        return products
+    return products.reshape(len(queries), -1, len(gallery), products.shape[1] // len(gallery)).max(axis=(1, 3))
 
 
 def _nearest(scores: np.ndarray, keep: int) -> np.ndarray:

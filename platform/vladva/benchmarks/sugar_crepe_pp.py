@@ -13,7 +13,11 @@ BENCHMARK = TwoCaptions(
     images=("sugar_crepe_pp/images", "sugar_crepe/images", "sugar_crepe/val2017", "coco/val2017"),
     subsets=(
         Subset("swap_object", ("swap_obj.json", "swap_object.parquet"), {245: "5f33cae824de431a"}),
-        Subset("swap_attribute", ("swap_att.json", "swap_attribute.parquet"), {666: "450d0fd9fcad3e6f"}),
+        Subset(
+            "swap_attribute",
+            ("swap_att.json", "swap_atribute.parquet", "swap_attribute.parquet"),
+            {666: "450d0fd9fcad3e6f"},
+        ),
         Subset("replace_object", ("replace_obj.json", "replace_object.parquet"), {1652: "5c6dc499ec8f511a"}),
         Subset("replace_attribute", ("replace_att.json", "replace_attribute.parquet"), {788: "6826413592894754"}),
         Subset("replace_relation", ("replace_rel.json", "replace_relation.parquet"), {1406: "040fb95d3f0619bf"}),

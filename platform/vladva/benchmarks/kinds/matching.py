@@ -67,8 +67,9 @@ class MatchingTask:
     def score(self, text_embeddings: np.ndarray, image_embeddings: np.ndarray) -> Result:
         """See `Task.score`. Metrics: text, image, group."""
         texts = unit_rows(text_embeddings)[self.captions]  # [2, N, D]
-        images = unit_rows(image_embeddings).reshape(texts.shape)
-        pairs = [[cosines(texts[caption], images[image]) for image in (0, 1)] for caption in (0, 1)]
+        images = unit_rows(image_embeddings)
+        images = images.reshape(2, len(self.examples), *images.shape[1:])
+        pairs = [[cosines(images[image], texts[caption]) for image in (0, 1)] for caption in (0, 1)]
         cosine = np.array(pairs).transpose(2, 0, 1)  # [N, caption, image]
         outcomes = winoground(cosine)
         columns = {
