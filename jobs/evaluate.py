@@ -29,7 +29,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="run or checkpoint folder, `tiny`, Hugging Face name or one of --systems; LABEL=... names its row",
     )
     parser.add_argument("--systems", action=ListSystems, nargs=0, help="list the paper's systems and how each is run")
-    parser.add_argument("--benchmarks", default="all", help="names with commas between, or `all` that --data holds")
+    parser.add_argument(
+        "--benchmarks",
+        default="all",
+        help="names with commas between (coco:5 for 5 captions a picture), or `all` that --data holds",
+    )
     parser.add_argument("--data", default=".vladva/scenes", help="folder or s3://... with the benchmarks' files")
     parser.add_argument("--out", default=".vladva/evaluation", help="folder or s3://... for scores and embeddings")
     parser.add_argument("--actors", type=int, default=2, help="processes that hold the model")

@@ -261,6 +261,22 @@ def test_almost_constant_model_is_at_chance() -> None:
     assert hits_at(ranks, 10).mean("expected") == pytest.approx(10 / 400, abs=0.012)
 
 
+def test_embeddings_that_are_almost_constant_are_at_chance() -> None:
+    """Every picture the same vector and every text another, up to a millionth: what is measured is that noise."""
+    rng = np.random.default_rng(1)
+    base = rng.standard_normal((2, 1, 64))
+    images = unit_rows(base[0] + 1e-6 * rng.standard_normal((20_000, 64)))
+    first, second, third = (unit_rows(base[1] + 1e-6 * rng.standard_normal((20_000, 64))) for _ in range(3))
+    scores = np.stack([cosines(images, texts) for texts in (first, second, third)], axis=1)
+    assert all_above(scores[:, :1], scores[:, 1:2]).mean("expected") == pytest.approx(1 / 2, abs=0.015)
+    assert all_above(scores[:, :2], scores[:, 2:]).mean("expected") == pytest.approx(1 / 3, abs=0.015)
+    # Not Winoground: this noise belongs to a text or a picture and not to a pair, so its four scores are not independent.
+    owners, numbers = np.repeat(np.arange(400), 5), np.arange(400)
+    assert hits_at(rank(first[:2000], images[:400], owners, numbers), 10).mean("expected") == pytest.approx(
+        10 / 400, abs=0.012
+    )
+
+
 # Precision ------------------------------------------------------------------------------------------------------------
 
 

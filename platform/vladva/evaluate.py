@@ -10,6 +10,7 @@ what is new, one that was interrupted goes on where it stopped, and a model that
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from hashlib import sha1
 from itertools import combinations
@@ -49,10 +50,12 @@ ITEMS = pa.schema(
 def read_benchmarks(benchmarks: Sequence[str], data_uri: str) -> dict[str, Task]:
     """Read the benchmarks called for, or with `["all"]` those whose files are under `data_uri`.
 
+    `coco:5` keeps the first five captions of each picture, as some papers do; the cap is in the benchmark's counts.
+
     Raises ValueError for an unknown name and, with "all", where there is none; FileNotFoundError for missing files.
     """
     if list(benchmarks) != ["all"]:
-        return {name: find(name).read(data_uri) for name in benchmarks}
+        return dict(_read(benchmark, data_uri) for benchmark in benchmarks)
     tasks = {name: task for name in names() if (task := _read_if_there(name, data_uri))}
     if not tasks:
         raise ValueError(f"benchmarks: none of {', '.join(names())} has its files under {data_uri}")
@@ -296,6 +299,18 @@ def picture_bytes(rows: pa.Table) -> list[bytes]:
 def text_id(text: str) -> str:
     """A text is known by its contents."""
     return f"text/{sha1(text.encode()).hexdigest()}"
+
+
+def _read(benchmark: str, data_uri: str) -> tuple[str, Task]:
+    name, colon, cap = benchmark.partition(":")
+    if not colon:
+        return name, find(name).read(data_uri)
+    declared = find(name)
+    if not cap.isdecimal() or not hasattr(declared, "max_captions_per_image"):
+        raise ValueError(
+            f"benchmarks: {benchmark!r} is not a retrieval benchmark with a number of captions, like coco:5"
+        )
+    return name, replace(declared, max_captions_per_image=int(cap)).read(data_uri)
 
 
 def _read_if_there(name: str, data_uri: str) -> Task | None:

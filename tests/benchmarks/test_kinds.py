@@ -1,5 +1,6 @@
 """Each kind of benchmark, read from small files written here and scored with embeddings made up here: no model."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -130,6 +131,43 @@ def test_captions_can_be_capped(tmp_path: Path) -> None:
     assert capped.read(str(tmp_path)).counts["captions"] == 17
 
 
+def test_groups_restrict_the_queries_and_not_the_gallery(tmp_path: Path) -> None:
+    groups = ["in-domain", "out-domain", "in-domain", "near-domain"]
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.png", "domain": group} for n, group in enumerate(groups)],
+        "annotations": [{"image_id": n, "caption": f"{n} {k}"} for n in range(4) for k in range(3)],
+    }
+    write(tmp_path, "val.json", content)
+    draw(tmp_path / "images", [f"{n}.png" for n in range(4)])
+    declared = {"in-domain": 2, "near-domain": 1, "out-domain": 1}
+    benchmark = Retrieval(title="N", annotations=("val.json",), images=("images",), groups=declared, **ABOUT)
+    task = benchmark.read(str(tmp_path))
+    images = np.eye(4, WIDTH, dtype=np.float32)
+    texts = images[task.caption_image].copy()
+    texts[:3] = images[1]  # the captions of picture 0 say picture 1, which is in another group
+    result = task.score(texts, images)
+    scores = {name: result.scores[f"t2i_r1{name}"] for name in ("", "_in_domain", "_out_domain", "_near_domain")}
+    assert scores == {"": 3 / 4, "_in_domain": 1 / 2, "_out_domain": 1.0, "_near_domain": 1.0}
+    # Picture 1's own captions tie with picture 0's: the gallery is that of all groups.
+    assert result.tie_rates["i2t_r1_out_domain"] == 1.0
+    assert set(task.chance) == set(result.scores)
+    assert task.score(*constant(task)).scores == pytest.approx(task.chance)
+    wrong = Retrieval(title="N", annotations=("val.json",), images=("images",), groups={"in-domain": 3}, **ABOUT)
+    with pytest.raises(ValueError, match=r"expected 3 in-domain pictures in val\.json, found 2"):
+        wrong.read(str(tmp_path))
+
+
+def test_the_numbers_of_the_pictures_are_known(tmp_path: Path) -> None:
+    names = [f"COCO_val2014_{number:012}.png" for number in (42, 1042, 7)]
+    write(tmp_path, "test.json", [{"image": name, "caption": ["c"]} for name in names])
+    draw(tmp_path / "images", names)
+    expected = hashlib.sha256(b"7\n42\n1042\n").hexdigest()
+    declared = {"title": "C", "annotations": ("test.json",), "images": ("images",), **ABOUT}
+    assert Retrieval(image_ids=expected, **declared).read(str(tmp_path)).counts["images"] == 3
+    with pytest.raises(ValueError, match=r"not those of the split: expected sha256 000.*, found " + expected[:16]):
+        Retrieval(image_ids="0" * 64, **declared).read(str(tmp_path))
+
+
 # Caption choice (SugarCrepe) ------------------------------------------------------------------------------------------
 
 CHOICE = CaptionChoice(
@@ -210,6 +248,7 @@ def two_files(folder: Path) -> None:
 def test_two_captions_against_one(tmp_path: Path) -> None:
     two_files(tmp_path)
     task = TWO.read(str(tmp_path))
+    assert task.counts["rows_that_cannot_be_won"] == 1
     direction = {"a": [1.0, 0.1, 0], "b": [1.0, -0.1, 0], "n": [0.5, 0, 1.0]}
     texts = np.array([direction[text] for text in task.texts])
     result = task.score(texts, np.array([[1.0, 0, 0], [1.0, 0, 0]]))

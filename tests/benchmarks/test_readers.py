@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vladva.benchmarks.readers.captions import CaptionedImage, read_captions
+from vladva.benchmarks.readers.captions import CaptionedImage, read_caption_tables, read_captions
 from vladva.benchmarks.readers.files import AnnotationFile, check_hash, read_first
 from vladva.benchmarks.readers.images import find_images, parquet_images, pick_images, read_images
 from vladva.benchmarks.readers.labels import read_labelled
@@ -72,7 +72,7 @@ def test_coco_captions_join_ids_from_zero_in_any_order() -> None:
         ],
     }
     rows = read_captions("nocaps_val_4500_captions.json", as_json(content))
-    assert rows == [CaptionedImage("a.jpg", ("a1",)), CaptionedImage("b.jpg", ("b1", "b2"))]
+    assert rows == [CaptionedImage("a.jpg", ("a1",), "in-domain"), CaptionedImage("b.jpg", ("b1", "b2"))]
 
 
 def test_blip_list_with_lists_or_single_captions() -> None:
@@ -85,6 +85,33 @@ def test_clip_benchmark_lines_have_commas_in_captions() -> None:
     lines = "image,caption\n1.jpg,A man, a dog\n2.jpg,B\n1.jpg,C\n"
     rows = read_captions("flickr30k_test_karpathy.txt", lines.encode())
     assert rows == [CaptionedImage("1.jpg", ("A man, a dog", "C")), CaptionedImage("2.jpg", ("B",))]
+
+
+def test_csv_with_a_json_list_in_a_cell() -> None:
+    lines = 'raw,filename\n"[""A man, a """"dog"""""", ""B""]",1.jpg\n"[""C""]",2.jpg\n'.replace('""""', '\\""')
+    rows = read_captions("test_1k_flickr.csv", lines.encode())
+    assert rows == [CaptionedImage("1.jpg", ('A man, a "dog"', "B")), CaptionedImage("2.jpg", ("C",))]
+
+
+@pytest.mark.parametrize("column", ["text", "annotations_captions"])
+def test_parquet_with_pictures_and_lists_of_captions(column: str, tmp_path: Path) -> None:
+    (tmp_path / "set/data").mkdir(parents=True)
+    for part in (0, 1):
+        rows = [
+            {"image": {"bytes": bytes([part, row]), "path": None}, column: [f"{part}{row}a", f"{part}{row}b"]}
+            for row in range(2)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"set/data/test-{part}.parquet")
+    pq.write_table(pa.table({"image": [b"x"], "other": ["y"]}), tmp_path / "set/data/validation-0.parquet")
+    found = read_caption_tables(str(tmp_path), ("absent/*.parquet", "set/data/test-*.parquet"))
+    assert [row.captions for row in found.rows] == [
+        (f"{part}{row}a", f"{part}{row}b") for part in (0, 1) for row in (0, 1)
+    ]
+    assert read_images(found.images) == [bytes([part, row]) for part in (0, 1) for row in (0, 1)]
+    assert [row.name for row in found.rows] == [image.name for image in found.images]
+    assert read_caption_tables(str(tmp_path), ("absent/*.parquet",)) is None
+    with pytest.raises(ValueError, match=r"validation-0\.parquet: holds no captions; expected one of the columns text"):
+        read_caption_tables(str(tmp_path), ("set/data/validation-*.parquet",))
 
 
 def test_files_without_captions_are_refused() -> None:

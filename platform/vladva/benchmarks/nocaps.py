@@ -8,10 +8,12 @@ from vladva.benchmarks.kinds.retrieval import Retrieval
 BENCHMARK = Retrieval(
     title="nocaps",
     annotations=("nocaps/nocaps_val_4500_captions.json", "nocaps/nocaps_val.json"),
+    tables=("nocaps/data/val*.parquet",),
     images=("nocaps/val", "nocaps/images", "nocaps"),
     num_images=4500,
     num_captions=45000,
     min_captions_per_image=10,
+    groups={"in-domain": 648, "near-domain": 2938, "out-domain": 914},
     source="https://nocaps.org",
     licence="CC BY 2.0",
 )

@@ -2,20 +2,23 @@
 
 `t2i_r<k>`: of all captions, the share whose picture is among the k nearest pictures. `i2t_r<k>`: of all pictures, the
 share with at least one of their captions among the k nearest captions of the whole split. Any number of captions per
-picture; a caption of another picture is a negative even when it reads the same, which makes a tie.
+picture; a caption of another picture is a negative even when it reads the same, which makes a tie. Where the pictures
+are in groups (nocaps' domains), each score is there for the queries of each group too, against the whole gallery.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 import pyarrow as pa
 
 from vladva.benchmarks import Result, check, summarise
 from vladva.benchmarks.kinds.samples import Unique, clean, in_lists
-from vladva.benchmarks.readers.captions import CaptionedImage, read_captions
-from vladva.benchmarks.readers.files import read_first
+from vladva.benchmarks.readers.captions import read_caption_tables, read_captions
+from vladva.benchmarks.readers.files import AnnotationFile, read_first
 from vladva.benchmarks.readers.images import ImageRef, pick_images
-from vladva.metrics import Ranks, Ties, hits_at, rank, unit_rows
+from vladva.metrics import Outcomes, Ranks, Ties, hits_at, rank, unit_rows
 
 CUTOFFS = (1, 5, 10)
 NEAREST = 10  # neighbours kept per query in the outcomes, for looking at
@@ -34,30 +37,56 @@ class Retrieval:
     num_captions: int | tuple[int, ...] | None = None
     min_captions_per_image: int = 1
     max_captions_per_image: int | None = None  # keep only the first ones (some papers cut COCO at 5); None keeps all
+    tables: tuple[str, ...] = ()  # patterns of Parquet files that hold pictures and captions, tried first
+    groups: Mapping[str, int] | None = None  # group -> its pictures, where the annotations name groups
+    image_ids: str = ""  # sha256 of the numbers in the pictures' names, sorted, one a line; empty expects nothing
     ties: Ties = "expected"
 
     def read(self, data_uri: str) -> "RetrievalTask":
         """See `Benchmark.read`."""
-        file = read_first(data_uri, self.annotations, self.title)
-        rows = [
-            CaptionedImage(row.name, row.captions[: self.max_captions_per_image])
-            for row in read_captions(file.path, file.data)
-        ]
-        owners = np.repeat(np.arange(len(rows)), [len(row.captions) for row in rows])
+        tables = read_caption_tables(data_uri, self.tables)
+        if tables:
+            file = AnnotationFile(self.tables[0], b"", tables.sha256)
+            rows = tables.rows
+        else:
+            file = read_first(data_uri, self.annotations, self.title)
+            rows = read_captions(file.path, file.data)
+            check_ids(self.title, file.path, [row.name for row in rows], self.image_ids)
         check(self.title, f"pictures in {file.path}", self.num_images, len(rows))
         check(self.title, f"distinct pictures in {file.path}", len(rows), len({row.name for row in rows}))
-        check(self.title, f"captions in {file.path}", self.num_captions, len(owners))
+        check(self.title, f"captions in {file.path}", self.num_captions, sum(len(row.captions) for row in rows))
         poor = [row.name for row in rows if len(row.captions) < self.min_captions_per_image]
         check(self.title, f"pictures with fewer than {self.min_captions_per_image} captions", 0, len(poor))
 
+        rows = [row._replace(captions=row.captions[: self.max_captions_per_image]) for row in rows]
+        owners = np.repeat(np.arange(len(rows)), [len(row.captions) for row in rows])
         texts = Unique()
         caption_text = texts.add(clean(caption) for row in rows for caption in row.captions)
-        images = pick_images(data_uri, self.images, (row.name for row in rows), self.title)
+        images = tables.images if tables else pick_images(data_uri, self.images, (row.name for row in rows), self.title)
         counts = {"images": len(rows), "captions": len(owners), "distinct_captions": len(texts.items)}
         if self.max_captions_per_image:
             counts["max_captions_per_image"] = self.max_captions_per_image
+        groups = np.array([row.group for row in rows])
+        if self.groups and groups[0]:
+            for name, expected in self.groups.items():
+                check(self.title, f"{name} pictures in {file.path}", expected, int((groups == name).sum()))
         return RetrievalTask(
-            texts.items, images, caption_text, owners, self.ties, counts=counts, files={file.path: file.sha256}
+            texts.items, images, caption_text, owners, self.ties, counts, {file.path: file.sha256}, groups
+        )
+
+
+def check_ids(title: str, path: str, names: Sequence[str], expected: str) -> None:
+    """Raise ValueError unless the numbers that end the pictures' names are those expected; "" expects nothing."""
+    if not expected:
+        return
+    numbers = [name.rpartition(".")[0].rpartition("_")[2].lstrip("0") for name in names]
+    # The published hash is of sorted numbers; whether as numbers or as texts is not said.
+    orders = sorted(numbers, key=int), sorted(numbers)
+    found, other = (sha256("".join(f"{number}\n" for number in order).encode()).hexdigest() for order in orders)
+    if expected not in (found, other):
+        raise ValueError(
+            f"{title}: the pictures of {path} are not those of the split: expected sha256 {expected[:16]}... of their "
+            f"sorted numbers, found {found[:16]}..."
         )
 
 
@@ -72,28 +101,44 @@ class RetrievalTask:
     ties: Ties
     counts: dict[str, int]
     files: dict[str, str]
+    image_group: np.ndarray  # "" where there are no groups
 
     @property
     def chance(self) -> dict[str, float]:
         """Scores of a model to which all items are equal: every negative ties with the positives."""
         owned = np.bincount(self.caption_image, minlength=len(self.images))
-        one = np.ones(1, np.int64)
+        one = np.ones(len(self.caption_image), np.int64)
         guesses = {
             "t2i": Ranks(0 * one, one * (len(self.images) - 1), one, one, one),
             "i2t": Ranks(0 * owned, len(self.caption_image) - owned, owned, owned, owned),
         }
-        return {f"{way}_r{k}": hits_at(ranks, k).mean("expected") for way, ranks in guesses.items() for k in CUTOFFS}
+        return {metric: hits.mean("expected") for of in self._hits(guesses).values() for metric, hits in of.items()}
 
     def score(self, text_embeddings: np.ndarray, image_embeddings: np.ndarray) -> Result:
-        """See `Task.score`. Metrics: t2i_r1, t2i_r5, t2i_r10, i2t_r1, i2t_r5, i2t_r10."""
+        """See `Task.score`. Metrics: t2i_r1, t2i_r5, t2i_r10, i2t_r1, i2t_r5, i2t_r10; of each group, with its name."""
         captions, images = unit_rows(text_embeddings)[self.caption_text], unit_rows(image_embeddings)
         numbers = np.arange(len(images))
         to_image = rank(captions, images, self.caption_image, numbers, keep=NEAREST)
         to_text = rank(images, captions, numbers, self.caption_image, keep=NEAREST)
-        ways = {"t2i": to_image, "i2t": to_text}
-        hits = {f"{way}_r{k}": hits_at(ranks, k) for way, ranks in ways.items() for k in CUTOFFS}
-        samples = {way: {f"{way}_r{k}": hits[f"{way}_r{k}"].under(self.ties) for k in CUTOFFS} for way in ways}
+        sets = self._hits({"t2i": to_image, "i2t": to_text})
+        samples = {name: {metric: hits.under(self.ties) for metric, hits in of.items()} for name, of in sets.items()}
+        hits = {metric: outcomes for of in sets.values() for metric, outcomes in of.items()}
         return Result(*summarise(hits, self.ties), self._outcomes(to_image, to_text), samples)
+
+    def _hits(self, ways: Mapping[str, Ranks]) -> dict[str, dict[str, Outcomes]]:
+        """Set of queries -> metric -> outcomes: all queries of each way, then those of each group."""
+        group_of = {"t2i": self.image_group[self.caption_image], "i2t": self.image_group}
+        sets = {}
+        for way, ranks in ways.items():
+            hits = {f"{way}_r{k}": hits_at(ranks, k) for k in CUTOFFS}
+            sets[way] = hits
+            for group in sorted(set(self.image_group) - {""}):
+                among = group_of[way] == group
+                sets[f"{way} {group}"] = {
+                    f"{metric}_{group.replace('-', '_')}": Outcomes(*(policy[among] for policy in outcomes))
+                    for metric, outcomes in hits.items()
+                }
+        return sets
 
     def _outcomes(self, to_image: Ranks, to_text: Ranks) -> pa.Table:
         """One row per query. `rank` counts from 1 and is the worst place the best positive can take among its ties."""

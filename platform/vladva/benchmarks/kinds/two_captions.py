@@ -49,13 +49,16 @@ class TwoCaptions:
             for metric, rows in subsets.rows.items()
         }
         check(self.title, "distinct pictures in all subsets", self.num_images, len(images.items))
+        unwinnable = sum(
+            int(((negative == p1) | (negative == p2)).sum()) for _, p1, p2, negative in quadruples.values()
+        )
         return TwoCaptionsTask(
             texts.items,
             pick_images(data_uri, self.images, images.items, self.title),
             quadruples,
             subsets.rows,
             self.ties,
-            counts=subsets.counts | {"images": len(images.items)},
+            counts=subsets.counts | {"images": len(images.items), "rows_that_cannot_be_won": unwinnable},
             files=subsets.files,
         )
 
