@@ -270,7 +270,7 @@ def test_embeddings_that_are_almost_constant_are_at_chance() -> None:
     scores = np.stack([cosines(images, texts) for texts in (first, second, third)], axis=1)
     assert all_above(scores[:, :1], scores[:, 1:2]).mean("expected") == pytest.approx(1 / 2, abs=0.015)
     assert all_above(scores[:, :2], scores[:, 2:]).mean("expected") == pytest.approx(1 / 3, abs=0.015)
-    # Not Winoground: this noise belongs to a text or a picture and not to a pair, so its four scores are not independent.
+    # Not Winoground: this noise belongs to a text or a picture, not to a pair, so its four scores are not independent.
     owners, numbers = np.repeat(np.arange(400), 5), np.arange(400)
     assert hits_at(rank(first[:2000], images[:400], owners, numbers), 10).mean("expected") == pytest.approx(
         10 / 400, abs=0.012
