@@ -19,13 +19,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from vladva.batches import BATCH_TOKENS, cut
 from vladva.corpora import open_corpus, read_pictures
 from vladva.encode import describe, encode, read_embeddings
 from vladva.hits import matrix_of
 from vladva.parts import TableInProgress, contains, write_part, write_repeats
 from vladva.progress import Progress
 from vladva.tables import FingerprintMismatch, digest, find_note, keys_of, open_table
-from vladva.windows import BATCH_TOKENS, Owners, cut
+from vladva.windows import Owners
 
 ROOT = Path(__file__).parents[1]
 MODEL = {"fingerprint": "0123456789abcdef", "dimension": 4}

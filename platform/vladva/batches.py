@@ -9,7 +9,7 @@ B pictures or texts, T tokens (right-padded).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Side = Literal["image", "text"]
+
+BATCH_TOKENS = 32_768  # in one batch, padding included; long items come in smaller batches
 
 
 @dataclass
@@ -91,6 +93,18 @@ def key_of(data: bytes) -> int:
     import hashlib
 
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+def cut(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Positions of the items of each batch: like lengths together, longest first so that the biggest fails first."""
+    batch: list[int] = []
+    for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[batch[0]] > BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(position)
+    if batch:
+        yield batch
 
 
 class Preprocessor:

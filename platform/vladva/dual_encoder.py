@@ -93,6 +93,10 @@ class DualEncoder:
         self._description = describe_dual_encoder(checkpoint, dtype)
         self.fingerprint: str = self._description["fingerprint"]
 
+    def forward(self, tokens: dict[str, torch.Tensor], pixels: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """Unit vectors of texts [B, D], or of pictures [B, Q * D]."""
+        return self.model(tokens, pixels)[0]
+
     def description(self) -> dict[str, Any]:
         """What tables made with this model carry."""
         return self._description

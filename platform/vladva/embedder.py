@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,10 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from vladva.backbones import resolve
-from vladva.batches import Pixels, Preprocessor, Tokens
+from vladva.batches import Pixels, Preprocessor, Tokens, cut, key_of
 from vladva.config import ModelConfig
 from vladva.dual_encoders import family_of
+from vladva.fast_forward import Forward, embedding_forward
 from vladva.losses.next_token import next_token
 from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT
 
@@ -271,6 +273,11 @@ class Embedder:
         self.layer: int = config.layer or model.base.config.get_text_config().num_hidden_layers
         self.fingerprint = fingerprint_of(config, adapter, self.layer, self.dimension, self.preprocessor)
 
+    @cached_property
+    def forward(self) -> Forward:
+        """Tokens, pixels -> unit vectors [B, D]. Made when first asked for: to chat, a model needs none."""
+        return embedding_forward(self.model)
+
     def description(self) -> dict[str, Any]:
         """What tables and indexes made with this embedder carry."""
         return {
@@ -293,27 +300,33 @@ class Embedder:
         """Tokens that embedding a picture costs, prompt included."""
         return len(self.preprocessor.image_prompt((width, height)))
 
-    @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
-        """Unit vectors [N, D], float32. Equal texts are embedded once; lengths are sorted so that little is padded."""
-        unique = sorted(set(texts), key=lambda text: (len(text), text))
+        """Unit vectors [N, D], float32. Equal texts are embedded once; those of like length share a batch."""
+        unique = list(dict.fromkeys(texts))
         row = {text: i for i, text in enumerate(unique)}
-        parts = [np.zeros((0, self.dimension), np.float32)]
-        for first in range(0, len(unique), batch_size):
-            tokens = self.preprocessor.texts(unique[first : first + batch_size])
-            parts.append(self.model(as_tensors(tokens, self.device))[0].cpu().numpy())
-        return np.concatenate(parts)[[row[text] for text in texts]]
+        return self.embed([self.preprocessor.text_prompt(text) for text in unique], None, batch_size)[
+            [row[text] for text in texts]
+        ]
+
+    def embed_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> np.ndarray:
+        """Unit vectors [N, D], float32. Equal pictures are embedded once."""
+        keys = [key_of(f"{image.mode} {image.size}".encode() + image.tobytes()) for image in images]
+        unique = dict(zip(keys, images, strict=True))
+        row = {key: i for i, key in enumerate(unique)}
+        prompts = [self.preprocessor.image_prompt(image.size) for image in unique.values()]
+        return self.embed(prompts, list(unique.values()), batch_size)[[row[key] for key in keys]]
 
     @torch.inference_mode()
-    def embed_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> np.ndarray:
-        """Unit vectors [N, D], float32."""
-        parts = [np.zeros((0, self.dimension), np.float32)]
-        for first in range(0, len(images), batch_size):
-            batch = images[first : first + batch_size]
-            tokens = self.preprocessor.images([image.size for image in batch], [None] * len(batch))
-            pixels = as_tensors(self.preprocessor.pixels(batch), self.device)
-            parts.append(self.model(as_tensors(tokens, self.device), pixels)[0].cpu().numpy())
-        return np.concatenate(parts)
+    def embed(
+        self, prompts: Sequence[list[int]], images: Sequence[Image.Image] | None = None, batch_size: int = 64
+    ) -> np.ndarray:
+        """Unit vectors [N, D], float32, of prompts and the pictures in them; batches are cut by what they cost."""
+        embeddings_ND = np.zeros((len(prompts), self.dimension), np.float32)
+        for chosen in cut([len(prompt) for prompt in prompts], batch_size):
+            tokens = as_tensors(self.preprocessor.pad([(prompts[i], []) for i in chosen]), self.device)
+            pixels = images and as_tensors(self.preprocessor.pixels([images[i] for i in chosen]), self.device)
+            embeddings_ND[chosen] = self.forward(tokens, pixels).cpu().numpy()
+        return embeddings_ND
 
     def generate(
         self,

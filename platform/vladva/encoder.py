@@ -77,7 +77,7 @@ class Encoder:
         tokens = as_tensors(self.embedder.preprocessor.pad([(prompt, []) for prompt in prompts]), self.embedder.device)
         pictures = None if pixels is None else as_tensors(Pixels.concatenate(pixels), self.embedder.device)
         with torch.inference_mode():
-            return self.embedder.model(tokens, pictures)[0].cpu().numpy()
+            return self.embedder.forward(tokens, pictures).cpu().numpy()
 
     def one_by_one(self, batch: Prepared) -> tuple[np.ndarray, list[str | None]]:
         """Embeddings [N, D], and why an item has none (its row is then not a number)."""

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vladva.batches import cut
 from vladva.config import ModelConfig
 from vladva.parts import contains, write_repeats
 from vladva.tables import CONTENT, digest, keys_of
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 WINDOW = 2048  # items that are sorted by length together
 PICTURES = 256  # of them, pictures that are in memory together
-BATCH_TOKENS = 32_768  # in one batch, padding included; long items come in smaller batches
 
 
 @dataclass(frozen=True)
@@ -147,18 +147,6 @@ def _pictures(rows: pa.Table, done: np.ndarray, settings: WindowSettings) -> Ite
         batch, decoded, bad = _without(rows.take(chosen), decoded, reasons)
         prepared = Prepared(batch, [prompt for _, prompt in decoded], [pixel for pixel, _ in decoded])
         yield _row(prepared if decoded else None, bad=bad)
-
-
-def cut(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Positions of the items of each batch: like lengths together, longest first so that the biggest fails first."""
-    batch: list[int] = []
-    for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[batch[0]] > BATCH_TOKENS):
-            yield batch
-            batch = []
-        batch.append(position)
-    if batch:
-        yield batch
 
 
 def _first_of_content(

@@ -5,6 +5,7 @@ A file holds only what differs between families, under agreed names:
     load(checkpoint, dtype)                    the pretrained model
     LORA_TARGETS                               regular expression of the language model's linear layers
     EMBED_TOKENS                               name of the token embedding, for PEFT's trainable_token_indices
+    FAST_DECODERS                              `model_type`s of its language models that fast_forward.py computes
     num_image_tokens(config, processor, size)  image tokens of a picture of (width, height)
     pixels(processor, image)                   a picture as the image processor cuts it up, neither rescaled nor
                                                normalised [R, 3, h, w], and its (height, width) where that matters

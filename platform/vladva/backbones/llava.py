@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 EMBED_TOKENS = "embed_tokens"
+FAST_DECODERS = ("llama", "mistral", "qwen2")
 
 
 def load(checkpoint: str, dtype: torch.dtype) -> LlavaForConditionalGeneration:

@@ -8,14 +8,23 @@ import torch
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers.image_processing_utils import select_best_resolution
 
-from vladva.backbones.llava import EMBED_TOKENS, LORA_TARGETS, hidden_states
+from vladva.backbones.llava import EMBED_TOKENS, FAST_DECODERS, LORA_TARGETS, hidden_states
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
     from transformers import BaseImageProcessor
 
-__all__ = ["EMBED_TOKENS", "LORA_TARGETS", "hidden_states", "load", "model_inputs", "num_image_tokens", "pixels"]
+__all__ = [
+    "EMBED_TOKENS",
+    "FAST_DECODERS",
+    "LORA_TARGETS",
+    "hidden_states",
+    "load",
+    "model_inputs",
+    "num_image_tokens",
+    "pixels",
+]
 
 
 def load(checkpoint: str, dtype: torch.dtype) -> LlavaNextForConditionalGeneration:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EMBED_TOKENS", "LORA_TARGETS", "hidden_states", "load", "model_inputs", "num_image_tokens", "pixels"]
 
+FAST_DECODERS = ("qwen2_vl_text",)
+
 
 def load(checkpoint: str, dtype: torch.dtype) -> Qwen2VLForConditionalGeneration:
     """The pretrained model."""

@@ -9,6 +9,8 @@ from vladva.backbones.qwen2_vl import EMBED_TOKENS, LORA_TARGETS, hidden_states,
 
 __all__ = ["EMBED_TOKENS", "LORA_TARGETS", "hidden_states", "load", "model_inputs", "num_image_tokens", "pixels"]
 
+FAST_DECODERS = ()  # features of the vision tower go into several layers
+
 
 def load(checkpoint: str, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
     """The pretrained model."""

@@ -1,0 +1,193 @@
+"""The fast forward gives what the plain forward gives, whatever it leaves out; and what it leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from itertools import islice
+from pathlib import Path
+
+import families
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+from vladva import fast_forward
+from vladva.batches import Preprocessor
+from vladva.config import ModelConfig
+from vladva.embedder import EmbeddingModel, add_adapter, as_tensors
+from vladva.fast_forward import FastForward, Layer, embedding_forward, product
+from vladva.packing import groups, pack
+from vladva.scenes import captions, render, scenes
+
+FAST = [name for name in families.BUILDERS if name != "qwen3_vl"]
+WORDED = [text for scene, random in islice(scenes("train"), 8) for text in captions(scene, random)[:3]]
+TEXTS = [*WORDED, WORDED[0], f"{WORDED[0]} once more", "x"]  # one is there twice, one begins with another
+IMAGE_TOKEN = 9
+
+
+@pytest.fixture(scope="module", params=FAST)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return families.build(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def load(folder: str, dtype: str = "float32", layer: int | None = None, *, adapter: bool = False) -> EmbeddingModel:
+    """A model, with biases and norms that are not as they begin; with an adapter, LoRA is not merged."""
+    config = ModelConfig(checkpoint=folder, dtype=dtype, layer=layer, lora_rank=4)  # type: ignore[arg-type]
+    model = EmbeddingModel(config, Preprocessor(folder, soft_prompts=adapter)).eval()
+    if adapter:
+        add_adapter(model, config)
+    torch.manual_seed(1)
+    for name, parameter in model.lvlm.named_parameters():
+        if "lora_B" in name or name.endswith((".bias", "norm.weight")):
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def inputs(model: EmbeddingModel, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
+    """Texts of many lengths; pictures of several sizes, two of them the same, with captions that are not to be seen."""
+    preprocessor = model.preprocessor
+    if kind == "text":
+        return as_tensors(preprocessor.texts(TEXTS), "cpu"), None
+    pictures = [render(scene) for scene, _ in islice(scenes("train"), 5)]
+    pictures = [*pictures, pictures[1].resize((90, 40)), pictures[0]]
+    long = [None, *TEXTS[: len(pictures) - 1]]
+    tokens = preprocessor.images([picture.size for picture in pictures], long)
+    return as_tensors(tokens, "cpu"), as_tensors(preprocessor.pixels(pictures), "cpu")
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("kind", "layer", "adapter"), [("text", None, False), ("image", 2, False), ("text", 1, True), ("image", None, True)]
+)
+def test_embeddings_are_those_of_the_plain_forward(folder: str, kind: str, layer: int | None, adapter: bool) -> None:
+    model = load(folder, layer=layer, adapter=adapter)
+    fast = embedding_forward(model)
+    assert isinstance(fast, FastForward)
+    tokens, pixels = inputs(model, kind)
+    plain = model(tokens, pixels)[0]
+    torch.testing.assert_close(fast(tokens, pixels), plain, atol=1e-5, rtol=0)
+    # What equality is worth: the token before the last is embedded elsewhere.
+    earlier = fast(tokens | {"prompt_lengths": tokens["prompt_lengths"] - 1}, pixels)
+    assert (earlier - plain).abs().max() > 1e-2
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_small_groups_and_fused_attention_change_nothing(
+    folder: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(folder)
+    tokens, pixels = inputs(model, kind)
+    plain = model(tokens, pixels)[0]
+    monkeypatch.setattr(fast_forward, "CPU_TOKENS", 1)
+    monkeypatch.setattr(fast_forward, "SHORT", 0)
+    torch.testing.assert_close(FastForward(model)(tokens, pixels), plain, atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_with_bfloat16_the_direction_is_the_same(folder: str, kind: str) -> None:
+    model = load(folder, "bfloat16")
+    tokens, pixels = inputs(model, kind)
+    fast, plain = FastForward(model)(tokens, pixels), model(tokens, pixels)[0]
+    exact = load(folder)(tokens, pixels)[0]
+    assert cosine_similarity(fast, plain).min() > 0.999
+    assert (fast - exact).abs().max() < 1.5 * (plain - exact).abs().max() + 1e-3  # no further from it than the plain
+    assert cosine_similarity(fast.roll(1, 0), plain).min() < 0.99
+
+
+@torch.inference_mode()
+def test_what_an_embedding_does_not_need_is_not_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_forward, "CPU_TOKENS", 10_000)  # one group
+    model = load(families.build("llava", tmp_path), layer=2)
+    tokens, _ = inputs(model, "text")
+    rows: dict[str, list[int]] = {}
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda module, args, output: rows.setdefault(name, []).append(args[0].flatten(0, -2).shape[0])
+
+    for name, module in model.base.named_modules():
+        if name.endswith(("_proj", "lm_head")):
+            module.register_forward_hook(count(name.split("language_model.")[-1]))
+    FastForward(model)(tokens)
+    prompts = len(TEXTS)
+    assert set(rows) == {name for name in rows if name.startswith(("layers.0.", "layers.1."))}
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+        assert rows[f"layers.1.{name}"] == [prompts]
+        assert rows[f"layers.0.{name}"] == rows["layers.1.self_attn.k_proj"]
+    assert prompts < rows["layers.0.mlp.up_proj"][0] < tokens["lengths"].sum()  # shared beginnings: once
+
+
+def test_a_family_that_is_not_known_takes_the_plain_forward(tmp_path: Path) -> None:
+    model = load(families.build("qwen3_vl", tmp_path))
+    forward = embedding_forward(model)
+    assert not isinstance(forward, FastForward)
+    tokens, _ = inputs(model, "text")
+    with torch.inference_mode():
+        assert torch.equal(forward(tokens, None), model(tokens)[0])
+
+
+# --- packing ---------------------------------------------------------------------------------------------------------
+
+
+def prompts_of(*rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Padded ids [B, T] and lengths [B]."""
+    lengths = np.array([len(row) for row in rows])
+    ids = np.zeros((len(rows), lengths.max()), np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    return ids, lengths
+
+
+def test_a_token_is_packed_once_if_all_before_it_are_the_same() -> None:
+    ids, lengths = prompts_of([1, 2, 3, 4], [1, 2, 3], [1, 5, 3], [2, 2, 3, 4], [1, 2, 3, 4])
+    packed = pack(ids, lengths, np.arange(5), IMAGE_TOKEN)
+    # As a tree: 1 -> 2 -> 3 -> 4; 1 -> 5 -> 3; 2 -> 2 -> 3 -> 4.
+    assert packed.ids.tolist() == [1, 2, 3, 4, 5, 3, 2, 2, 3, 4]
+    for row, prompt in enumerate(packed.prompts.tolist()):
+        found = packed.ids[packed.index[row, : lengths[prompt]]]
+        assert found.tolist() == ids[prompt, : lengths[prompt]].tolist()
+    assert packed.index.flatten()[packed.place].tolist() == list(range(10))
+
+
+def test_nothing_is_shared_from_the_picture_on() -> None:
+    ids, lengths = prompts_of([1, IMAGE_TOKEN, IMAGE_TOKEN, 4], [1, IMAGE_TOKEN, IMAGE_TOKEN, 4])
+    packed = pack(ids, lengths, np.arange(2), IMAGE_TOKEN)
+    assert packed.ids.tolist() == [1, IMAGE_TOKEN, IMAGE_TOKEN, 4, IMAGE_TOKEN, IMAGE_TOKEN, 4]
+    assert packed.feature.tolist() == [0, 1, 2, 3]
+    second = pack(ids, lengths, np.array([1]), IMAGE_TOKEN)
+    assert second.feature.tolist() == [2, 3]
+
+
+def test_groups_hold_like_lengths_and_everything_once() -> None:
+    lengths = np.random.default_rng(0).integers(18, 40, 500)
+    found = list(groups(lengths, 512))
+    assert sorted(np.concatenate(found).tolist()) == list(range(500))
+    sizes = [lengths[rows].sum() for rows in found]
+    assert max(sizes) <= 512 + 40
+    assert min(sizes) > 512 / 2
+    padded = sum(lengths[rows].max() * len(rows) for rows in found)
+    assert 1 - lengths.sum() / padded < 0.05  # of the attention; the linear layers have none
+    unsorted = sum(lengths[first : first + 18].max() * 18 for first in range(0, 500, 18))
+    assert 1 - lengths.sum() / unsorted > 0.2  # what sorting is worth
+    assert [rows.tolist() for rows in groups(np.array([900, 3]), 512)] == [[1], [0]]
+
+
+# --- products --------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_packed_products_are_those_of_the_layers(tmp_path: Path) -> None:
+    model = load(families.build("qwen2_vl", tmp_path), "bfloat16")  # it has biases
+    layer = model.base.model.language_model.layers[0]
+    x = torch.randn(70, 32, dtype=torch.bfloat16)
+    attention = layer.self_attn
+    expected = torch.cat([attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)], dim=-1)
+    found = product(attention.q_proj, attention.k_proj, attention.v_proj)(x)
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.01)
+    exact = deepcopy(layer.mlp).float()(x.float())
+    gated = Layer(layer).down(Layer(layer).gated(x))
+    assert (gated - exact).abs().max() <= 1.5 * (layer.mlp(x) - exact).abs().max() + 1e-3
+    assert (gated - layer.mlp(x.roll(1, 0))).abs().max() > 0.1
