@@ -12,7 +12,9 @@ import pyarrow as pa
 
 from vladva.benchmarks import Task
 from vladva.benchmarks.kinds.caption_choice import CaptionChoiceTask
+from vladva.benchmarks.kinds.matching import MatchingTask
 from vladva.benchmarks.kinds.retrieval import RetrievalTask
+from vladva.benchmarks.kinds.two_captions import TwoCaptionsTask
 from vladva.benchmarks.readers.images import ImageRef, read_images
 from vladva.evaluate import read_outcomes
 
@@ -43,6 +45,17 @@ class Grid(NamedTuple):
     title: str
     note: str
     rows: list[GridRow]
+
+
+class Choice(NamedTuple):
+    """A picture, a true and a false caption, and their cosines with it."""
+
+    kind: str
+    image: ImageRef
+    caption: str
+    negative: str
+    caption_score: float
+    negative_score: float
 
 
 class WrongChoice(NamedTuple):
@@ -76,11 +89,11 @@ def grids_of(scores: Mapping[str, Any], tasks: Mapping[str, Task], out_uri: str,
 def wrong_choices_of(
     scores: Mapping[str, Any], tasks: Mapping[str, Task], out_uri: str, label: str
 ) -> dict[str, list[WrongChoice]]:
-    """Wrong choices in all caption-choice benchmarks of an evaluation for the system `label`, by a heading."""
+    """Wrong choices in all compositional benchmarks of an evaluation for the system `label`, by a heading."""
     return {
-        _heading(scores, name, label): wrong_choices(read_outcomes(out_uri, label, name), task.images)
+        _heading(scores, name, label): wrong_choices(choices_of(task, read_outcomes(out_uri, label, name)))
         for name, task in tasks.items()
-        if isinstance(task, CaptionChoiceTask)
+        if isinstance(task, CaptionChoiceTask | TwoCaptionsTask | MatchingTask)
     }
 
 
@@ -125,21 +138,44 @@ def retrieval_grids(
     ] + _image_to_text(outcomes, by_name, successes)
 
 
-def wrong_choices(outcomes: pa.Table, images: Sequence[ImageRef], *, per_kind: int = 2) -> list[WrongChoice]:
-    """For each subset of a caption-choice benchmark, the pictures where the false caption won by most."""
-    by_name = {image.name: image for image in images}
-    lost = [row for row in outcomes.to_pylist() if row["negative_score"] >= row["caption_score"]]
-    chosen = []
-    for kind in dict.fromkeys(outcomes["task"].to_pylist()):
-        rows = [row for row in lost if row["task"] == kind]
-        chosen += sorted(rows, key=lambda row: row["caption_score"] - row["negative_score"])[:per_kind]
-    data = read_images([by_name[row["image"]] for row in chosen])
-    return [
-        WrongChoice(
-            row["task"], image, row["caption"], row["negative_caption"], row["caption_score"], row["negative_score"]
-        )
-        for row, image in zip(chosen, data, strict=True)
-    ]
+def choices_of(task: CaptionChoiceTask | TwoCaptionsTask | MatchingTask, outcomes: pa.Table) -> list[Choice]:
+    """Every picture with a true and a false caption that a compositional benchmark sets against each other.
+
+    Of two true captions (SugarCrepe++) the weaker one; Winoground sets each picture's caption against the other's.
+    """
+    rows = outcomes.to_pylist()
+    if isinstance(task, MatchingTask):
+        return [
+            Choice(
+                f"{row['tag']}, {row['sample']}",
+                task.images[side * len(rows) + number],
+                row[f"caption_{side}"],
+                row[f"caption_{1 - side}"],
+                row[f"cosine_c{side}_i{side}"],
+                row[f"cosine_c{1 - side}_i{side}"],
+            )
+            for number, row in enumerate(rows)
+            for side in (0, 1)
+        ]
+    by_name = {image.name: image for image in task.images}
+    if isinstance(task, TwoCaptionsTask):
+        for row in rows:
+            weaker = min(("caption", "cosine_i_p1"), ("caption2", "cosine_i_p2"), key=lambda names: row[names[1]])
+            row["caption"], row["caption_score"] = (row[name] for name in weaker)
+            row["negative_score"] = row["cosine_i_n"]
+    columns = ("caption", "negative_caption", "caption_score", "negative_score")
+    return [Choice(row["task"], by_name[row["image"]], *(row[column] for column in columns)) for row in rows]
+
+
+def wrong_choices(choices: Sequence[Choice], *, per_kind: int = 2, most: int = 14) -> list[WrongChoice]:
+    """For each kind of choice, the pictures where the false caption won by most; kinds with the worst ones first."""
+    lost: dict[str, list[Choice]] = {}
+    for choice in sorted(choices, key=lambda choice: choice.caption_score - choice.negative_score):
+        if choice.negative_score >= choice.caption_score:
+            lost.setdefault(choice.kind, []).append(choice)
+    chosen = [choice for of_kind in lost.values() for choice in of_kind[:per_kind]][:most]
+    data = read_images([choice.image for choice in chosen])
+    return [WrongChoice(choice.kind, image, *choice[2:]) for choice, image in zip(chosen, data, strict=True)]
 
 
 def _heading(scores: Mapping[str, Any], benchmark: str, label: str) -> str:

@@ -1,0 +1,60 @@
+"""What the report shows of compositional benchmarks: the false captions that won, and only those."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vladva.benchmarks.kinds.matching import MatchingTask
+from vladva.benchmarks.kinds.two_captions import TwoCaptionsTask
+from vladva.benchmarks.readers.images import ImageRef
+from vladva.benchmarks.readers.sugar_crepe import Row
+from vladva.benchmarks.readers.winoground import Example
+from vladva.showcase import choices_of, wrong_choices
+
+
+def pictures(folder: Path, names: list[str]) -> list[ImageRef]:
+    refs = []
+    for name in names:
+        Image.new("RGB", (2, 2), (ord(name[0]), 0, 0)).save(folder / name)
+        refs.append(ImageRef(name, name, str(folder / name), 0, (folder / name).stat().st_size))
+    return refs
+
+
+def at(*degrees: float) -> np.ndarray:
+    return np.stack([(np.cos(np.radians(angle)), np.sin(np.radians(angle))) for angle in degrees])
+
+
+def test_of_two_true_captions_the_weaker_one_is_shown(tmp_path: Path) -> None:
+    rows = [Row("0", "a.png", "near", "far", "between"), Row("1", "b.png", "far", "near", "opposite")]
+    task = TwoCaptionsTask(
+        ("near", "far", "between", "opposite"),
+        pictures(tmp_path, ["a.png", "b.png"]),
+        {"swap_object": np.array([[0, 1], [0, 1], [1, 0], [2, 3]])},
+        {"swap_object": rows},
+        "strict",
+        counts={},
+        files={},
+    )
+    outcomes = task.score(at(0, 60, 30, 180), at(0, 0)).outcomes
+    [wrong] = wrong_choices(choices_of(task, outcomes))
+    assert (wrong.kind, wrong.caption, wrong.negative) == ("swap_object", "far", "between")
+    assert wrong.image == (tmp_path / "a.png").read_bytes()
+    np.testing.assert_allclose([wrong.caption_score, wrong.negative_score], np.cos(np.radians([60, 30])), rtol=1e-6)
+
+
+def test_winogrounds_pictures_are_shown_with_each_others_captions(tmp_path: Path) -> None:
+    task = MatchingTask(
+        ("a", "b"),
+        pictures(tmp_path, ["0.png", "1.png"]),
+        np.array([[0], [1]]),
+        [Example(7, ("a", "b"), ("0.png", "1.png"), "Object")],
+        "strict",
+        counts={},
+        files={},
+    )
+    outcomes = task.score(at(0, 50), at(10, 20)).outcomes  # both pictures are nearer to caption a
+    [wrong] = wrong_choices(choices_of(task, outcomes))
+    assert (wrong.kind, wrong.caption, wrong.negative) == ("Object, 7", "b", "a")
+    assert wrong.image == (tmp_path / "1.png").read_bytes()
+    np.testing.assert_allclose([wrong.caption_score, wrong.negative_score], np.cos(np.radians([30, 20])), rtol=1e-6)
