@@ -124,7 +124,7 @@ def main() -> None:
 
     from vladva import cluster, storage
     from vladva.captions import find_pictures, statistics_table, write_captions, writers
-    from vladva.report import write_report
+    from vladva.report import headline_highlights, write_report
     from vladva.score_changes import comparison_tables, layer_tables
     from vladva.score_tables import as_rich, score_tables
     from vladva.showcase import caption_comparisons, grids_of, wrong_choices_of
@@ -170,6 +170,7 @@ def main() -> None:
         grids=grids_of(scores, tasks, options.out, last),
         wrong_choices=wrong_choices_of(scores, tasks, options.out, last),
         timings=timings,
+        highlights=headline_highlights(scores),
         **captioned,
     )
     print(f"{storage.join(options.out, 'scores.json')} and {report}, in {time.monotonic() - started:.0f} s")

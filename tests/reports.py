@@ -63,7 +63,9 @@ def write_full(path: Path) -> str:
         metrics={"run": [{"step": step, "loss": 4.0 - step / 50, "lr": 1e-3} for step in range(100)]},
         grids={"trained": [Grid("Found", "note", rows)]},
         wrong_choices={"trained": [wrong], "zero": []},
-        captions=[CaptionComparison(picture(), "Describe.", {"base": "A red square.", "trained": "Red."})],
+        captions=[
+            CaptionComparison(picture(), "Describe.", {"base": "A red square.", "trained": "Red."}, ["red square"])
+        ],
         caption_table=statistics_table(captions()),
         timings={"training": 212.0, "index": 0.0},
         highlights=[Highlight("R@1", "64.2%", "of 1,000")],

@@ -12,7 +12,7 @@ import pytest
 
 from vladva.evaluate import Embeddings, evaluate, items, picture_bytes, read_benchmarks, read_outcomes, text_id
 from vladva.score_changes import comparison_tables, layer_tables
-from vladva.score_tables import as_rich, layouts, paper_tables, score_tables
+from vladva.score_tables import ScoreTable, as_rich, layouts, paper_tables, score_tables
 from vladva.showcase import grids_of, wrong_choices_of
 
 ROOT = Path(__file__).parents[1]
@@ -98,16 +98,20 @@ def test_every_column_of_every_table_finds_its_number_in_the_paper() -> None:
         assert {name for name in absent if not name.endswith("R@5")} == set(), layout.title
 
 
+def printed(table: ScoreTable, width: int) -> str:
+    from rich.console import Console
+
+    console = Console(width=width, record=True)
+    console.print(as_rich(table))
+    return console.export_text()
+
+
 @pytest.mark.parametrize("width", [80, 200])
 @pytest.mark.parametrize("name", ["scenes_compositionality", "sugar_crepe_pp"])
 def test_numbers_are_whole_on_a_narrow_terminal(name: str, width: int) -> None:
-    from rich.console import Console
-
     columns = [column for layout in layouts() for column in layout.columns if column.benchmark == name]
     [table] = score_tables(scores_of(name, {column.metric: 1.0 for column in columns}))
-    console = Console(width=width, record=True)
-    console.print(as_rich(table))
-    text = console.export_text()
+    text = printed(table, width)
     assert text.count("100.0") == len(columns)
     last = [cell.value for cell in table.rows[-1].cells]
     assert all(f"{value:.1f}" in text for value in last)
@@ -132,7 +136,7 @@ def test_layers_are_laid_out_like_table_6() -> None:
     assert [cell.paper for cell in text.cells] == [None, 0.3, -0.2, -1.1, -13.5, -59.0]
     assert [cell.paper for cell in image.cells] == [None] * 6  # table 6 has text retrieval only
     assert text.cells[5].text == "\N{MINUS SIGN}16.0"
-    assert text.cells[5].details == ["\N{MINUS SIGN}59.0", "+43.0"]
+    assert text.cells[5].details() == ["\N{MINUS SIGN}59.0", "+43.0"]
     [other] = layer_tables(layered("tiny", [6, 4]))
     assert all(cell.paper is None for row in other.rows for cell in row.cells)
     assert "+0.3 at 31" in other.note
@@ -150,17 +154,17 @@ def test_changes_come_with_interval_and_p() -> None:
     [row] = table.rows
     assert row.label == "b \N{MINUS SIGN} a"
     assert row.cells[0].text == "+3.1"
-    assert row.cells[0].details == ["\N{MINUS SIGN}0.2 +6.4", "p < 0.001"]
+    assert row.cells[0].details() == ["\N{MINUS SIGN}0.2 to +6.4", "p < 0.001"]
     assert comparison_tables(scores_of("flickr30k", metrics)) == []
+    text = printed(table, 60)
+    assert text.count("p < 0.001") == text.count("\N{PLUS-MINUS SIGN}3.3") == text.count("+3.1") == 4
+    assert "b \N{MINUS SIGN} a" in text
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
 
 
 def test_table_for_the_terminal() -> None:
-    from rich.console import Console
-
     [table] = score_tables(scores_of("winoground", {"image": 0.5, "text": 0.001, "group": 0.25}))
-    console = Console(width=80, record=True)
-    console.print(as_rich(table))
-    lines = console.export_text().splitlines()
+    lines = printed(table, 80).splitlines()
     assert next(line.split() for line in lines if "ours" in line) == ["ours", "50.0", "0.10", "25.0"]
     assert sum("paper:" in line for line in lines) == 14
 

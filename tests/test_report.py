@@ -10,7 +10,15 @@ from PIL import Image
 from reports import METRICS, picture, scores, write_full
 
 from vladva.figures import bar_chart, line_chart
-from vladva.report import data_uri, layer_curves, read_metrics, score_bars, training_curves, write_report
+from vladva.report import (
+    data_uri,
+    headline_highlights,
+    layer_curves,
+    read_metrics,
+    score_bars,
+    training_curves,
+    write_report,
+)
 
 
 def test_page_needs_no_network(tmp_path: Path) -> None:
@@ -33,7 +41,8 @@ def test_everything_asked_for_is_there(tmp_path: Path) -> None:
     page = write_full(tmp_path / "report.html")
     for words in (
         "Scenes &amp; more", "64.2%", "A note.", "zero-shot", "trained", "VladVA (LLaVA-1.5-7B), Flickr30K", "98.5",
-        "The right one is at 47", "✓", "true one", "false one", "A red square.", "3 min 32 s", "0.12%", "1,000 images",
+        "The right one is at 47", "✓", "true one", "false one", "A <mark>red square</mark>.", "3 min 32 s", "0.12%",
+        "1,000 images",
         "abababababababab", "0123456789abcdef", "--data &lt;DATA&gt;", "1 min 15 s for 2,100 items",
         "2,000 were not embedded before",
         "None: the true caption won every time.", "1,000 resamples", "0.5\N{EN DASH}2.0", "p &lt; 0.001",
@@ -51,6 +60,12 @@ def test_intervals_become_whiskers_and_layers_a_curve() -> None:
     curves = layer_curves(scores())
     assert list(curves) == ["Scenes retrieval, image retrieval R@1", "Scenes retrieval, text retrieval R@1"]
     assert all(curve.count("<circle") == 2 * 3 for curve in curves.values())  # two models, three layers
+
+
+def test_highlights_set_the_last_model_beside_the_first() -> None:
+    found = headline_highlights(scores())
+    assert found[0] == ("Scenes retrieval, image retrieval R@1", "1.0%", "trained; zero-shot 1.0%")
+    assert headline_highlights(scores(("alone",)))[1] == ("Scenes retrieval, text retrieval R@1", "1.0%", "alone")
 
 
 def test_text_is_escaped(tmp_path: Path) -> None:

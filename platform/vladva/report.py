@@ -10,10 +10,12 @@ import base64
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from markupsafe import Markup, escape
 from PIL import Image
 
 from vladva.figures import bar_chart, colour, line_chart
@@ -81,6 +83,7 @@ def write_report(
         "header": header_rows,
         "colour": _colour,
         "seconds": _seconds,
+        "mark": _mark,
     }
     page = environment.get_template("report.html.j2").render(
         title=title,
@@ -183,6 +186,27 @@ def data_uri(picture: bytes) -> str:
 
 def _colour(label: str, labels: Sequence[str]) -> str:
     return colour(list(labels).index(label), len(labels))
+
+
+def _mark(caption: str, objects: Sequence[str]) -> Markup:
+    """The caption as HTML, with the objects that it names marked."""
+    if not objects:
+        return escape(caption)
+    parts = re.split(rf"\b({'|'.join(map(re.escape, objects))})(?=s?\b)", caption, flags=re.IGNORECASE)
+    return Markup("").join(
+        escape(part) if i % 2 == 0 else Markup("<mark>{}</mark>").format(part) for i, part in enumerate(parts)
+    )
+
+
+def headline_highlights(scores: Mapping[str, Any]) -> list[Highlight]:
+    """The last model's score in each benchmark's main metrics, beside the first model's."""
+    labels = list(scores["models"])
+    first, last = labels[0], labels[-1]
+    found = []
+    for name, metric, title in headlines(dict(scores)):
+        score = {label: f"{scores['models'][label]['scores'][name][metric]:.1%}" for label in (first, last)}
+        found.append(Highlight(title, score[last], last if first == last else f"{last}; {first} {score[first]}"))
+    return found
 
 
 def _metric_title(metric: str) -> str:

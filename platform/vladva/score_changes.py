@@ -52,14 +52,11 @@ def _change(comparison: dict[str, Any], column: Column) -> Cell:
 
 def layer_tables(scores: dict[str, Any]) -> list[ScoreTable]:
     """Table 6 for every model that was scored at several layers: changes against the model's own layer."""
-    return [
-        _layer_table(label, model, scores)
-        for label, model in scores["models"].items()
-        if len(model.get("layers", {})) > 1
-    ]
+    models = {label: model for label, model in scores["models"].items() if len(model.get("layers", {})) > 1}
+    return [_layer_table(label, model, scores, is_last=label == list(models)[-1]) for label, model in models.items()]
 
 
-def _layer_table(label: str, model: dict[str, Any], scores: dict[str, Any]) -> ScoreTable:
+def _layer_table(label: str, model: dict[str, Any], scores: dict[str, Any], *, is_last: bool) -> ScoreTable:
     own = model["description"]["layer"]
     others = [int(layer) for layer in model["layers"] if int(layer) != own]
     paper = paper_tables()["table6_layers"]
@@ -71,7 +68,7 @@ def _layer_table(label: str, model: dict[str, Any], scores: dict[str, Any]) -> S
         papers = dict(zip(paper["layer"], reported, strict=False))
         cells = [Cell(values[layer] - values[own], papers.get(layer), is_change=True) for layer in others]
         rows.append(Row(title, (Cell(values[own]), *cells), reported=False))
-    note = "" if is_papers else "; ".join(_reported(paper))
+    note = "; ".join(_reported(paper)) if is_last and not is_papers else ""
     headings = (("score at layer", str(own)), *(("change at layer", str(layer)) for layer in others))
     return ScoreTable(f"Layers (table 6): {label}", note, headings, tuple(rows))
 

@@ -68,13 +68,16 @@ class Cell(NamedTuple):
             return signed(self.value)
         return f"{self.value:.2f}" if self.value < 1 else f"{self.value:.1f}"
 
-    @property
-    def details(self) -> list[str]:
-        """What is printed below it, line by line: interval, p, the paper's number, the difference to that."""
+    def details(self, *, brief: bool = False) -> list[str]:
+        """What is printed below it, line by line: interval, p, the paper's number, the difference to that.
+
+        `brief` gives half the width of an interval instead of its ends.
+        """
         lines = []
         if self.interval:
             low, high = self.interval
-            lines.append(f"{signed(low)} {signed(high)}" if self.is_change else f"{low:.1f}\N{EN DASH}{high:.1f}")
+            ends = f"{signed(low)} to {signed(high)}" if self.is_change else f"{low:.1f}\N{EN DASH}{high:.1f}"
+            lines.append(f"\N{PLUS-MINUS SIGN}{(high - low) / 2:.1f}" if brief else ends)
         if self.p is not None:
             lines.append("p < 0.001" if self.p < 0.001 else f"p {self.p:.3f}")
         if self.paper is not None and self.value is not None:
@@ -246,17 +249,23 @@ def _draw(table: ScoreTable, columns: range) -> RenderableType:
     drawn.title_justify = drawn.caption_justify = "left"
     drawn.add_column(table.unit, min_width=18)  # names may wrap on a narrow terminal, numbers never
     previous: tuple[str, ...] = ()
-    for heading in (table.headings[column] for column in columns):
-        shown = [part if heading[: level + 1] != previous[: level + 1] else "" for level, part in enumerate(heading)]
-        drawn.add_column("\n".join(SHORT.get(part, part) for part in shown), justify="right", no_wrap=True, min_width=5)
+    for column in columns:
+        heading = table.headings[column]
+        shown = [
+            SHORT.get(part, part) if heading[: level + 1] != previous[: level + 1] else ""
+            for level, part in enumerate(heading)
+        ]
+        # Given, because rich measures the longest word of a cell: it would cut "p < 0.001" short.
+        lines = [*shown, *(line for row in table.rows for line in _lines(row.cells[column]))]
+        drawn.add_column("\n".join(shown), justify="right", no_wrap=True, min_width=max(map(len, lines)))
         previous = heading
     ours = [row for row in table.rows if not row.reported]
     for row in table.rows:
         name = f"paper: {row.label}" if row.reported else row.label
-        cells = [_cell_text(row.cells[column]) for column in columns]
+        cells = ["\n[not bold]".join(_lines(row.cells[column])) for column in columns]
         drawn.add_row(name, *cells, style="dim" if row.reported else "bold", end_section=row is ours[-1])
     return drawn
 
 
-def _cell_text(cell: Cell) -> str:
-    return "\n".join([cell.text, *(f"[not bold]{line}[/]" for line in cell.details)])
+def _lines(cell: Cell) -> list[str]:
+    return [cell.text, *cell.details(brief=True)]

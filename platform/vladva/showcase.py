@@ -75,6 +75,7 @@ class CaptionComparison(NamedTuple):
     image: bytes
     prompt: str
     captions: Mapping[str, str]  # by system
+    objects: Sequence[str] = ()  # known to be in the picture
 
 
 def grids_of(scores: Mapping[str, Any], tasks: Mapping[str, Task], out_uri: str, label: str) -> dict[str, list[Grid]]:
@@ -102,12 +103,14 @@ def caption_comparisons(
 ) -> list[CaptionComparison]:
     """From the table of `captions.write_captions`: a few pictures at even distances, each with all prompts."""
     by_prompt: dict[tuple[str, str], dict[str, str]] = {}
+    objects: dict[str, list[str]] = {}
     for row in captions.to_pylist():
         by_prompt.setdefault((row["picture"], row["prompt"]), {})[row["system"]] = row["caption"]
+        objects[row["picture"]] = row["objects"]
     prompts = list(dict.fromkeys(prompt for _, prompt in by_prompt))
     chosen = _spread(list(images), pictures)
     return [
-        CaptionComparison(data, prompt, by_prompt[image.id, prompt])
+        CaptionComparison(data, prompt, by_prompt[image.id, prompt], objects[image.id])
         for image, data in zip(chosen, read_images(chosen), strict=True)
         for prompt in prompts
     ]

@@ -122,5 +122,7 @@ def test_printed_pages_are_light(browser: Browser, report: Path) -> None:
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.evaluate("getComputedStyle(document.querySelector('.scroll')).overflow") == "visible"
+    page.set_viewport_size({"width": 703, "height": 1000})  # A4 between margins of 12 mm
+    assert page.evaluate(OVERFLOW) <= 0
     assert page.pdf(format="A4").startswith(b"%PDF")
     page.context.close()
