@@ -183,6 +183,9 @@ def test_layer_k_is_the_model_cut_off_after_k_layers(
         whole.layer = None
     torch.testing.assert_close(found, normalize(last, dim=-1), atol=2e-6, rtol=0)
     torch.testing.assert_close(several, found[: len(SIZES)], atol=1e-6, rtol=0)
+    if layer == 3:
+        fast = np.concatenate([embedder.embed_images(PICTURES), embedder.embed_texts(texts)])
+        np.testing.assert_allclose(fast, found.numpy(), atol=2e-6)
 
 
 def test_one_forward_serves_both_losses(embedder: Embedder, folder: str) -> None:
