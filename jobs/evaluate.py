@@ -124,6 +124,7 @@ def main() -> None:
 
     from vladva import cluster, storage
     from vladva.captions import find_pictures, statistics_table, write_captions, writers
+    from vladva.leaderboard import write_results
     from vladva.report import headline_highlights, write_report
     from vladva.score_changes import comparison_tables, layer_tables
     from vladva.score_tables import as_rich, score_tables
@@ -157,6 +158,7 @@ def main() -> None:
         captioned["caption_table"] = statistics_table(captions)
         captioned["captions"] = caption_comparisons(captions, [picture.image for picture in pictures])
         tables.append(captioned["caption_table"])
+    write_results(scores, options.out)
     console = Console()
     for table in tables:
         console.print(as_rich(table))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from checkpoints import build_blip, build_blip_2, build_clip
@@ -15,6 +16,8 @@ from vladva.dual_encoder import DualEncoder, describe_dual_encoder
 from vladva.dual_encoders import family_of
 from vladva.dual_encoders.blip import clean
 from vladva.embedder import load_embedder
+from vladva.encoder import Encoder
+from vladva.windows import Prepared
 
 BUILD = {"clip": build_clip, "blip": build_blip, "blip_2": build_blip_2}
 TEXTS = ["a dog, 2 cats", " A Dog! ", "x", "one caption that is much longer than twenty tokens in all"]
@@ -79,6 +82,24 @@ def test_a_picture_of_blip_2_is_as_near_as_its_nearest_query_token(checkpoints: 
     texts, images = embedder.embed_texts(TEXTS), embedder.embed_images(pictures())
     expected = theirs("blip_2", checkpoints["blip_2"], [clean(text) for text in TEXTS])
     assert np.abs(texts @ images[:, 1].T - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_the_batch_job_embeds_as_the_embedder(name: str, checkpoints: dict[str, str], tmp_path: Path) -> None:
+    """What the job's actor does with a batch of texts and one of pictures, item by item too."""
+    description = describe_dual_encoder(checkpoints[name], "float32")
+    encoder = Encoder({"model": checkpoints[name]}, str(tmp_path), description)
+    preprocessor, embedder = encoder.embedder.preprocessor, encoder.embedder
+    items = pa.table({"id": ["a", "b", "c", "d"]})
+    prompts = [preprocessor.text_prompt(text) for text in TEXTS]
+    images = [preprocessor.pixels([picture]) for picture in pictures()]
+    texts, vectors = embedder.embed_texts(TEXTS), embedder.embed_images(pictures()).reshape(3, -1)
+    assert np.allclose(encoder.forward(prompts, None), texts, atol=1e-6)
+    assert np.allclose(encoder.forward([[]] * 3, images), vectors, atol=1e-6)
+    rows, reasons = encoder.one_by_one(Prepared(items.slice(0, 3), [[]] * 3, images))
+    assert np.allclose(rows, vectors, atol=1e-6)
+    assert reasons == [None] * 3
+    assert np.allclose(encoder.one_by_one(Prepared(items, prompts, None))[0], texts, atol=1e-6)
 
 
 def test_blip_reads_a_cleaned_caption() -> None:

@@ -68,9 +68,7 @@ class DualEncoderModel(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    def forward(
-        self, tokens: dict[str, torch.Tensor], pixels: dict[str, torch.Tensor] | None = None
-    ) -> tuple[torch.Tensor]:
+    def forward(self, tokens: dict[str, torch.Tensor], pixels: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Vectors of texts [B, D], or of pictures [B, Q * D]: float32, each of unit length. uint8 pixels."""
         if pixels is None:
             positions = torch.arange(tokens["ids"].shape[1], device=tokens["ids"].device)
@@ -79,7 +77,7 @@ class DualEncoderModel(nn.Module):
         else:
             values = (pixels["values"].float() - self.pixel_mean) / self.pixel_std
             vectors = self.family.image_vectors(self.towers, values.to(self.dtype))
-        return (normalize(vectors.float(), dim=-1).flatten(1),)
+        return normalize(vectors.float(), dim=-1).flatten(1)
 
 
 class DualEncoder:
@@ -97,6 +95,10 @@ class DualEncoder:
         """Unit vectors of texts [B, D], or of pictures [B, Q * D]."""
         return self.model(tokens, pixels)[0]
 
+    def forward(self, tokens: dict[str, torch.Tensor], pixels: dict[str, torch.Tensor] | None) -> torch.Tensor:
+        """Tokens of texts, or pixels -> vectors [B, D], [B, Q * D]."""
+        return self.model(tokens, pixels)
+
     def description(self) -> dict[str, Any]:
         """What tables made with this model carry."""
         return self._description
@@ -107,7 +109,7 @@ class DualEncoder:
         parts = [np.zeros((0, self.dimension), np.float32)]
         for first in range(0, len(texts), batch_size):
             tokens = as_tensors(self.preprocessor.texts(texts[first : first + batch_size]), self.device)
-            parts.append(self.model(tokens)[0].cpu().numpy())
+            parts.append(self.model(tokens).cpu().numpy())
         return np.concatenate(parts)
 
     @torch.inference_mode()
@@ -117,7 +119,7 @@ class DualEncoder:
         parts = [np.zeros((0, vectors * self.dimension), np.float32)]
         for first in range(0, len(images), batch_size):
             pixels = as_tensors(self.preprocessor.pixels(images[first : first + batch_size]), self.device)
-            parts.append(self.model({}, pixels)[0].cpu().numpy())
+            parts.append(self.model({}, pixels).cpu().numpy())
         rows = np.concatenate(parts)
         return rows if vectors == 1 else rows.reshape(len(rows), vectors, self.dimension)
 

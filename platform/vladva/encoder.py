@@ -81,7 +81,9 @@ class Encoder:
 
     def one_by_one(self, batch: Prepared) -> tuple[np.ndarray, list[str | None]]:
         """Embeddings [N, D], and why an item has none (its row is then not a number)."""
-        embeddings_ND = np.full((len(batch.items), self.width), np.nan, np.float32)
+        # A dual encoder may give a picture several vectors: then its row is longer than those of texts.
+        width = self.width * (getattr(self.embedder.preprocessor, "vectors", 1) if batch.pixels else 1)
+        embeddings_ND = np.full((len(batch.items), width), np.nan, np.float32)
         reasons: list[str | None] = [None] * len(batch.items)
         for i, prompt in enumerate(batch.prompts):
             try:

@@ -47,6 +47,7 @@ def test_all_benchmarks_of_a_folder(
     for title in ("table 1", "table 3", "table 4", "Scenes"):
         assert title in shown
     assert (out / "report.html").exists()
+    assert len(list((out / "mteb").rglob("*.json"))) == 2 * 4
     for model in scores["models"].values():
         for name, about in scores["benchmarks"].items():
             assert set(model["scores"][name]) == set(about["chance"])

@@ -1,0 +1,131 @@
+"""Leaderboard: our embedders as models of the mteb package, and our scores in the form of its result files.
+
+    import mteb
+    from vladva.leaderboard import LeaderboardEncoder
+
+    mteb.evaluate(LeaderboardEncoder("RUN_OR_MODEL"), mteb.get_tasks(tasks=["Winoground"]))
+
+needs `pip install 'vladva[mteb]'`. The result files need nothing: `jobs/evaluate.py` leaves them beside `scores.json`,
+for mteb's `TaskResult.from_disk`. Winoground and SugarCrepe have the names that mteb gives them, and the same protocol
+but for ties (which mteb counts as hits). What mteb scores otherwise (retrieval by nDCG over merged captions, ImageNet
+with one template) or not at all keeps our title, so that nobody takes one for the other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from vladva.metrics import cosines, unit_rows
+from vladva.storage import join, write_json
+
+if TYPE_CHECKING:
+    from mteb.models.model_meta import ModelMeta
+
+
+class Counterpart(NamedTuple):
+    """The mteb task that measures what a benchmark does, the revision of its data, and its metrics, the main first."""
+
+    task: str
+    revision: str
+    metrics: dict[str, str]  # mteb's name -> ours
+
+
+COUNTERPARTS = {
+    "winoground": Counterpart(
+        "Winoground",
+        "b400e173549071916ad1b3d449293bc8d8b4b763",
+        {"accuracy": "group", "text_acc": "text", "image_acc": "image"},
+    ),
+    "sugar_crepe": Counterpart("SugarCrepe", "e9e0e3ce40c94023c819d3413edb5d090ec9f0d8", {"text_acc": "average_micro"}),
+}
+
+
+def write_results(scores: dict[str, Any], out_uri: str) -> None:
+    """Write `mteb/<label>/<fingerprint>/<task>.json` for every model and benchmark of `scores` (see `evaluate`)."""
+    for label, model in scores["models"].items():
+        for name, metrics in model["scores"].items():
+            result = task_result(name, scores["benchmarks"][name], metrics)
+            folder = join(out_uri, "mteb", label.replace("/", "-"), model["fingerprint"])
+            write_json(join(folder, f"{result['task_name'].replace(' ', '')}.json"), result)
+
+
+def task_result(benchmark: str, about: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
+    """What mteb's TaskResult reads: one split, one subset, all our metrics and a main score."""
+    counterpart = COUNTERPARTS.get(benchmark)
+    theirs = {name: metrics[ours] for name, ours in counterpart.metrics.items()} if counterpart else {}
+    subset = {
+        "hf_subset": "default",
+        "languages": ["eng-Latn"],
+        "main_score": next(iter((theirs or metrics).values())),
+        **metrics,
+        **theirs,
+    }
+    return {
+        "task_name": counterpart.task if counterpart else about["title"],
+        "dataset_revision": counterpart.revision if counterpart else "/".join(h[:16] for h in about["files"].values()),
+        "mteb_version": None,
+        "evaluation_time": None,
+        "scores": {"test": [subset]},
+    }
+
+
+class LeaderboardEncoder:
+    """mteb's EncoderProtocol: texts and pictures of its data loaders -> embeddings.
+
+    An item of a picture and a text gets the sum of its two unit vectors, as mteb's own dual encoders do it.
+    """
+
+    def __init__(self, model_name: str, revision: str | None = None, *, device: str | None = None, **_: Any) -> None:
+        """Load a run, checkpoint or model name. Raises ValueError for BLIP-2, whose pictures have several vectors."""
+        from vladva.embedder import load_embedder
+
+        self.embedder = load_embedder(model_name, merge=True, device=device or "cpu")
+        self.name, self.revision = model_name, revision or self.embedder.fingerprint
+        if self.embedder.description().get("vectors_per_image", 1) > 1:
+            raise ValueError(f"{model_name} gives a picture several vectors, and mteb takes one; jobs/evaluate.py does")
+
+    def encode(self, inputs: Any, **_: Any) -> np.ndarray:
+        """Embeddings [N, D] of a data loader of batches with `text`, `image` or both."""
+        texts: list[str] = []
+        pictures: list[np.ndarray] = []
+        for batch in inputs:
+            texts += batch.get("text", [])
+            if "image" in batch:
+                pictures.append(self.embedder.embed_images([image.convert("RGB") for image in batch["image"]]))
+        sides = [self.embedder.embed_texts(texts)] if texts else []  # together: equal texts get equal vectors
+        sides += [np.concatenate(pictures)] if pictures else []
+        return np.sum(sides, axis=0)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """Cosines [N, M]."""
+        import torch
+
+        return torch.from_numpy(_rows(embeddings1) @ _rows(embeddings2).T)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """Cosines [N] of rows with the same number."""
+        import torch
+
+        return torch.from_numpy(cosines(_rows(embeddings1), _rows(embeddings2)))
+
+    @property
+    def mteb_model_meta(self) -> ModelMeta:
+        """What mteb wants to know of a model."""
+        from mteb.models.model_meta import ModelMeta, ScoringFunction
+
+        known = {
+            "name": f"vladva/{self.name.rstrip('/').rpartition('/')[2]}",
+            "revision": self.revision,
+            "embed_dim": self.embedder.dimension,
+            "languages": ["eng-Latn"],
+            "modalities": ["image", "text"],
+            "framework": ["PyTorch"],
+            "similarity_fn_name": ScoringFunction.COSINE,
+        }
+        return ModelMeta.create_empty(known)
+
+
+def _rows(embeddings: Any) -> np.ndarray:
+    return unit_rows(np.atleast_2d(np.asarray(embeddings)))
