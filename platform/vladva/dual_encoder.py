@@ -93,10 +93,6 @@ class DualEncoder:
 
     def forward(self, tokens: dict[str, torch.Tensor], pixels: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Unit vectors of texts [B, D], or of pictures [B, Q * D]."""
-        return self.model(tokens, pixels)[0]
-
-    def forward(self, tokens: dict[str, torch.Tensor], pixels: dict[str, torch.Tensor] | None) -> torch.Tensor:
-        """Tokens of texts, or pixels -> vectors [B, D], [B, Q * D]."""
         return self.model(tokens, pixels)
 
     def description(self) -> dict[str, Any]:
