@@ -120,7 +120,7 @@ def test_upserts_add_and_replace(store: VectorStore) -> None:
     assert store.num_rows == 61
     assert [hit.id for hit in store.search(axis[6], 1)] == ["r1000"]
     assert [hit.id for hit in store.search(axis[5], 1)] == ["r3"]
-    assert [hit.id for hit in store.search(fan(60)[3], 2)] == ["r2", "r4"]
+    assert {hit.id for hit in store.search(fan(60)[3], 2)} == {"r2", "r4"}  # equally near
     assert store.version > before
 
 
@@ -195,7 +195,7 @@ def test_the_least_that_suffices_is_chosen() -> None:
 
     def recall(nprobes: int, effort: int) -> Measured:
         tried.append((nprobes, effort))
-        return Measured(min(nprobes / 40, effort / 10), 1.0, 2.0)
+        return Measured(min(nprobes / 40, effort / 10), 0.0, 1.0, 2.0)
 
     steps = ladder(195)
     assert (steps[0], steps[-1]) == (1, 195)
@@ -226,7 +226,7 @@ def test_built_indexes_find_what_brute_force_finds(
     assert found / 2000 >= 0.97
     # With a condition: exactly where it leaves few rows, else in so many more partitions as it leaves fewer rows.
     for few, least in (1000, 1.0), (0, 0.95):
-        monkeypatch.setattr(searches, "EXACT_BELOW", few)
+        monkeypatch.setattr(searches, "EXACT_LEFT", few)
         found = 0
         for query_D in vectors_ND[3000:3050]:
             scores = np.where(np.arange(3000) % 5 == 0, vectors_ND[:3000] @ query_D, -1)

@@ -20,21 +20,19 @@ import pyarrow as pa
 
 from vladva import storage
 from vladva.hits import Hit, VectorStore, check_rows
+from vladva.partitions import IndexType, num_partitions, partition
 from vladva.searches import (
     EFFORTS,
     EXACT,
     EXACT_BELOW,
     NUM_QUERIES,
     WANTED,
-    IndexType,
+    Searcher,
     SearchSettings,
     fit,
-    num_partitions,
-    partition,
     plain_errors,
     queries_of,
     sample,
-    search,
 )
 from vladva.storage import join
 from vladva.tables import FingerprintMismatch, TableNote, open_table, sample_rows, stream_rows
@@ -104,7 +102,7 @@ def build_index(
     for column in dict.fromkeys(["id", *filter_columns]):
         dataset.create_scalar_index(column, "BTREE")
     # Texts are what pictures will be asked for with, so both are tried, whichever are in the index.
-    queries = queries_of(sample_rows(table_uri, NUM_QUERIES, seed=0))
+    queries = queries_of(sample_rows(table_uri, 2 * NUM_QUERIES, seed=0))
     kinds = {None: rows} | {f"kind = '{one}'": dataset.count_rows(f"kind = '{one}'") for one in ("image", "text")}
     wheres = [where for where, count in kinds.items() if count and (where is None or count < rows)]
     settings = fit(dataset, settings, queries, wheres, recall)
@@ -145,9 +143,14 @@ class VectorIndex:
 
     def _see(self, dataset: lance.LanceDataset) -> None:
         self.dataset = dataset
-        self.settings = SearchSettings.of(dataset)
+        self.searcher = Searcher(dataset, SearchSettings.of(dataset))
         self.model: dict[str, Any] = json.loads(dataset.schema.metadata[b"vladva"])
         self.corpus = dataset.schema.metadata[b"vladva.corpus"].decode()
+
+    @property
+    def settings(self) -> SearchSettings:
+        """How it is searched, and what recall was measured."""
+        return self.searcher.settings
 
     @property
     def fingerprint(self) -> str:
@@ -162,7 +165,7 @@ class VectorIndex:
     @property
     def num_rows(self) -> int:
         """Rows that can be found."""
-        return self.dataset.count_rows()
+        return self.searcher.num_rows
 
     @property
     def version(self) -> int:
@@ -180,12 +183,25 @@ class VectorIndex:
 
         Raises ValueError for a vector of another dimension, k below 1, or a condition that cannot be evaluated.
         """
-        return search(self.dataset, self.settings, vector, k, filter)
+        return self.searcher.search(vector, k, filter)
+
+    def warm(self) -> None:
+        """Read into memory what searches use, so that the first is as fast as the next."""
+        self.searcher.warm()
+
+    def _newest(self) -> lance.LanceDataset:
+        """The newest version, with what is in memory of the index already."""
+        return _open(self.dataset.uri, session=self.dataset.session())
+
+    def refresh(self) -> None:
+        """See the newest version from now on."""
+        if self.dataset.latest_version != self.version:
+            self._see(self._newest())
 
     def upsert(self, rows: pa.Table) -> None:
         """Add rows (an embeddings table), in place of those with the same (id, kind). Raises FingerprintMismatch."""
         check_rows(rows, self.fingerprint, f"the index {self.dataset.uri}")
-        newest = _open(self.dataset.uri)
+        newest = self._newest()
         fields = [field for field in newest.schema if field.name in rows.column_names]
         rows = rows.select([field.name for field in fields]).cast(pa.schema(fields))
         merge = newest.merge_insert(KEY).when_matched_update_all().when_not_matched_insert_all()
@@ -194,7 +210,7 @@ class VectorIndex:
 
     def delete(self, ids: Sequence[str]) -> int:
         """Remove the rows with these ids; returns how many there were."""
-        newest = _open(self.dataset.uri)
+        newest = self._newest()
         gone = 0
         for first in range(0, len(ids), 1000):
             quoted = ", ".join("'" + one.replace("'", "''") + "'" for one in ids[first : first + 1000])
@@ -204,7 +220,7 @@ class VectorIndex:
 
     def optimize(self) -> None:
         """Merge small files, take new rows into the partitions, and measure again."""
-        newest = _open(self.dataset.uri)
+        newest = self._newest()
         settings = SearchSettings.of(newest)
         newest.optimize.compact_files()
         newest.optimize.optimize_indices(num_indices_to_merge=1)
@@ -220,10 +236,10 @@ class VectorIndex:
         return name
 
 
-def _open(uri: str, version: int | str | None = None) -> lance.LanceDataset:
+def _open(uri: str, version: int | str | None = None, session: lance.Session | None = None) -> lance.LanceDataset:
     import lance
 
-    return lance.dataset(uri, version=version, storage_options=_options())
+    return lance.dataset(uri, version=version, storage_options=_options(), session=session)
 
 
 def _options() -> dict[str, str]:

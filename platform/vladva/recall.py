@@ -7,6 +7,7 @@ N rows, Q queries, D width.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,11 +29,17 @@ class Queries:
 
 @dataclass(frozen=True)
 class Measured:
-    """Recall at k, and milliseconds per search."""
+    """Recall at k with its standard error, and milliseconds per search."""
 
     recall: float
+    error: float
     p50_ms: float
     p99_ms: float
+
+    @property
+    def assured(self) -> float:
+        """What recall exceeds, the sample being one of many: two standard errors less than was measured."""
+        return self.recall - 2 * self.error
 
 
 def exact_thresholds(
@@ -55,15 +62,15 @@ def measure(
     search: Callable[[np.ndarray, int], list[Hit]], queries: Queries, thresholds: np.ndarray, k: int
 ) -> Measured:
     """Recall at k and latency of a search, one query at a time."""
-    found, expected, times = 0, 0, []
+    found, times = [], []
     for vector, key, threshold in zip(queries.vectors_QD, queries.keys, thresholds, strict=True):
         began = time.perf_counter()
         hits = search(vector, k + 1)
         times.append(1e3 * (time.perf_counter() - began))
         others = [hit for hit in hits if (hit.id, hit.columns["kind"]) != key][:k]
-        found += sum(hit.score >= float(threshold) - TOLERANCE for hit in others)
-        expected += k
-    return Measured(found / expected, float(np.median(times)), float(np.percentile(times, 99)))
+        found.append(sum(hit.score >= float(threshold) - TOLERANCE for hit in others) / k)
+    error = float(np.std(found)) / math.sqrt(len(found))
+    return Measured(float(np.mean(found)), error, float(np.median(times)), float(np.percentile(times, 99)))
 
 
 def ladder(partitions: int) -> list[int]:
@@ -79,18 +86,18 @@ def cheapest(
 ) -> tuple[int, int, Measured]:
     """(partitions, effort, measured) that find enough, at the least of effort, then of partitions.
 
-    Recall grows with both, so halving finds the step. Where nothing is enough, the most that there is.
+    Enough is what is assured. Recall grows with both, so halving finds the step. Where nothing is enough, the most that there is.
     """
     steps = ladder(partitions)
     for effort in efforts:
         best = try_out(steps[-1], effort)
-        if best.recall < wanted and effort != efforts[-1]:
+        if best.assured < wanted and effort != efforts[-1]:
             continue
         low, high = 0, len(steps) - 1
-        while low < high and best.recall >= wanted:
+        while low < high and best.assured >= wanted:
             middle = (low + high) // 2
             tried = try_out(steps[middle], effort)
-            if tried.recall >= wanted:
+            if tried.assured >= wanted:
                 high, best = middle, tried
             else:
                 low = middle + 1

@@ -1,8 +1,8 @@
 """Searches: how a Lance data set of embeddings is searched, and how much is found.
 
-A small data set is searched exactly. A large one is partitioned (IVF) and its vectors are quantised; the nearest
-candidates are compared again by their full vectors, so that scores are exact. How many partitions a search looks at is
-not a guess: it is the least that finds 98% of the exact ten neighbours of a sample of queries.
+A small data set is held in memory and searched exactly. A large one is partitioned (IVF) and its vectors are quantised;
+the nearest candidates are compared again by their full vectors, so that scores are exact. How many partitions a search
+looks at is not a guess: it is the least with which 98% of the exact ten neighbours of a sample of queries are found.
 
 N rows, Q queries, D width.
 """
@@ -11,32 +11,28 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from vladva.hits import Hit, check_query, hit_of, matrix_of
+from vladva.partitions import VECTORS, IndexType
 from vladva.recall import Measured, Queries, cheapest, exact_thresholds, measure
 
 if TYPE_CHECKING:
     import lance
 
-IndexType = Literal["exact", "IVF_SQ", "IVF_HNSW_SQ", "IVF_PQ"]
-
-EXACT_BELOW = 20_000  # rows of a data set, or left by a filter, below which every vector is compared
-PARTITION_ROWS = 512
-GRAPH_ROWS = 200_000  # of a partition that is searched by a graph (HNSW)
-RECALL_AT, WANTED, MARGIN = 10, 0.98, 0.005  # the margin is for the sample's error
-NUM_QUERIES = 200
-VECTORS = "embedding_idx"
+EXACT_BELOW = 20_000  # rows of a data set below which every vector is compared
+EXACT_LEFT = 4_000  # rows left by a filter below which every one of them is compared
+RECALL_AT, WANTED = 10, 0.98
+NUM_QUERIES = 300  # of each kind
 
 # What is tried until recall suffices: candidates compared again by their full vectors, as a multiple of k; of graphs,
 # the length of the list of candidates.
@@ -66,43 +62,83 @@ class SearchSettings:
 
     def nearest(self, k: int, share: float) -> dict[str, Any]:
         """Arguments of Lance's search; `share` is the fraction of the rows that a filter leaves."""
-        if self.index_type == "exact":
-            return {"use_index": False}
-        nprobes = min(self.partitions, math.ceil(self.nprobes / share))
+        # The further neighbours are spread over more partitions: recall@100 as recall@10 takes nearly twice as many.
+        nprobes = min(self.partitions, math.ceil(self.nprobes * max(1, k // RECALL_AT) ** 0.25 / share))
+        # As many as it says and no guess of Lance's own, except that it goes on until there are k hits.
+        probes = {"minimum_nprobes": nprobes, "search_effort": 0.0}
         if self.index_type == "IVF_HNSW_SQ":
-            return {"minimum_nprobes": nprobes, "ef": max(self.effort, k), "refine_factor": 3}
-        return {"minimum_nprobes": nprobes, "refine_factor": self.effort}
+            return probes | {"ef": max(self.effort, k), "refine_factor": 3}
+        return probes | {"refine_factor": self.effort}
 
 
 EXACT = SearchSettings()
 
 
-def search(
-    dataset: lance.LanceDataset, settings: SearchSettings, vector: np.ndarray, k: int, where: str | None = None
-) -> list[Hit]:
-    """The k rows nearest to a vector [D] among those for which the SQL condition holds. Raises ValueError."""
-    query_D = check_query(vector, k, dataset.schema.field("embedding").type.list_size)
-    share = 1.0
-    with plain_errors(where):
-        if where is not None and settings.index_type != "exact":
-            left, rows = rows_left(dataset, where), dataset.count_rows()
-            settings, share = (EXACT, 1.0) if left < EXACT_BELOW else (settings, left / rows)
-        nearest = {"column": "embedding", "q": query_D, "k": k, "metric": "cosine", **settings.nearest(k, share)}
-        found = dataset.to_table(
-            columns=[*_carried(dataset), "_distance"], nearest=nearest, filter=where, prefilter=where is not None
-        )
-    # Lance's cosine distance is 1 - cosine.
-    return [hit_of(row, 1.0 - row.pop("_distance")) for row in found.to_pylist()]
+class Searcher:
+    """One version of a data set, with what it keeps between searches."""
+
+    def __init__(self, dataset: lance.LanceDataset, settings: SearchSettings) -> None:
+        self.dataset = dataset
+        self.settings = settings
+        self.dimension: int = dataset.schema.field("embedding").type.list_size
+        self.num_rows: int = dataset.count_rows()
+        self.columns = [*(name for name in dataset.schema.names if name != "embedding"), "_distance"]
+        self.rows_left = lru_cache(maxsize=64)(dataset.count_rows)
+
+    @cached_property
+    def rows(self) -> Rows:
+        """All rows, in memory."""
+        return Rows.of(self.dataset)
+
+    def warm(self) -> None:
+        """Read into memory what the searches will use, so that the first is as fast as the next."""
+        if self.settings.index_type == "exact":
+            assert self.rows
+        else:
+            self.dataset.prewarm_index(VECTORS)
+
+    def search(self, vector: np.ndarray, k: int, where: str | None = None) -> list[Hit]:
+        """The k rows nearest to a vector [D] among those for which the SQL condition holds. Raises ValueError."""
+        query_D = check_query(vector, k, self.dimension)
+        with plain_errors(where):
+            if self.settings.index_type == "exact":
+                return self.rows.search(query_D, k, where)
+            left = self.num_rows if where is None else self.rows_left(where)
+            how = {"use_index": False} if left < EXACT_LEFT else self.settings.nearest(k, left / self.num_rows)
+            nearest = {"column": "embedding", "q": query_D, "k": k, "metric": "cosine", **how}
+            found = self.dataset.to_table(columns=self.columns, nearest=nearest, filter=where, prefilter=True)
+        # Lance's cosine distance is 1 - cosine.
+        return [hit_of(row, 1.0 - row.pop("_distance")) for row in found.to_pylist()]
 
 
-def _carried(dataset: lance.LanceDataset) -> list[str]:
-    return [name for name in dataset.schema.names if name != "embedding"]
+@dataclass(frozen=True)
+class Rows:
+    """All rows of a small data set, in the order of their addresses: comparing each takes less than asking Lance."""
 
+    dataset: lance.LanceDataset
+    addresses_N: np.ndarray
+    matrix_ND: np.ndarray  # unit norm
+    carried: pa.Table
 
-@lru_cache(maxsize=64)
-def rows_left(dataset: lance.LanceDataset, where: str) -> int:
-    """Rows for which the SQL condition holds."""
-    return dataset.count_rows(where)
+    @classmethod
+    def of(cls, dataset: lance.LanceDataset) -> Rows:
+        """Read them."""
+        rows = dataset.to_table(with_row_address=True).sort_by("_rowaddr")
+        matrix_ND = matrix_of(rows)
+        matrix_ND = matrix_ND / np.linalg.norm(matrix_ND, axis=1, keepdims=True)
+        return cls(dataset, rows["_rowaddr"].to_numpy(), matrix_ND, rows.drop_columns(["_rowaddr", "embedding"]))
+
+    def search(self, query_D: np.ndarray, k: int, where: str | None) -> list[Hit]:
+        """The k rows nearest to a unit vector among those for which the condition holds."""
+        allowed_N = np.arange(len(self.addresses_N))
+        if where is not None:
+            found = self.dataset.to_table(columns=[], filter=where, with_row_address=True)["_rowaddr"].to_numpy()
+            allowed_N = np.searchsorted(self.addresses_N, np.sort(found))
+        scores_N = (self.matrix_ND if where is None else self.matrix_ND[allowed_N]) @ query_D
+        best = np.argpartition(-scores_N, k)[:k] if k < len(scores_N) else np.arange(len(scores_N))
+        best = best[np.argsort(-scores_N[best], kind="stable")]
+        found = self.carried.take(allowed_N[best]).to_pylist()
+        return [hit_of(row, float(score)) for row, score in zip(found, scores_N[best], strict=True)]
 
 
 @contextmanager
@@ -115,76 +151,53 @@ def plain_errors(where: str | None) -> Iterator[None]:
         raise ValueError(f"filter {where!r}: {reason}" if where is not None else reason) from None
 
 
-# --- building --------------------------------------------------------------------------------------------------------
-
-
-def partition(dataset: lance.LanceDataset, index_type: IndexType, workers: int) -> int:
-    """Partition and quantise the vectors, with several workers on the cluster; returns the number of partitions."""
-    rows = GRAPH_ROWS if index_type == "IVF_HNSW_SQ" else PARTITION_ROWS
-    options: dict[str, Any] = {"metric": "cosine", "replace": True, "name": VECTORS}
-    if index_type == "IVF_PQ":
-        options["num_sub_vectors"] = _sub_vectors(dataset.schema.field("embedding").type.list_size)
-    if workers > 1:
-        import lance_ray
-
-        options["num_partitions"] = max(1, dataset.count_rows() // rows)
-        lance_ray.create_index(dataset.uri, "embedding", index_type, num_workers=workers, **options)
-        dataset.checkout_latest()
-    else:
-        # The size, not the number: Lance keeps it and holds to it when it takes in new rows.
-        dataset.create_index("embedding", index_type, target_partition_size=rows, **options)
-    return num_partitions(dataset)
-
-
-def num_partitions(dataset: lance.LanceDataset) -> int:
-    """Partitions of the vector index."""
-    os.environ.setdefault("LANCE_INCLUDE_VECTOR_CENTROIDS", "false")  # they would come along otherwise
-    return max(part["num_partitions"] for part in dataset.stats.index_stats(VECTORS)["indices"])
-
-
-def _sub_vectors(dimension: int) -> int:
-    """Product quantisation: sub-vectors of eight numbers, one byte each, or of the next size that divides D."""
-    return dimension // next(size for size in (8, 4, 2, 1) if dimension % size == 0)
-
-
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def sample(dataset: lance.LanceDataset, seed: int = 0) -> Queries:
+def sample(dataset: lance.LanceDataset, seed: int = 0) -> list[Queries]:
     """Rows of a data set, to be used as queries."""
     rows = dataset.count_rows()
-    chosen = sorted(random.Random(seed).sample(range(rows), min(NUM_QUERIES, rows)))
+    chosen = sorted(random.Random(seed).sample(range(rows), min(2 * NUM_QUERIES, rows)))
     return queries_of(dataset.take(chosen, columns=["id", "kind", "embedding"]))
 
 
-def queries_of(rows: pa.Table) -> Queries:
-    """Rows of an embeddings table, as queries."""
-    return Queries(matrix_of(rows), _keys(rows))
+def queries_of(rows: pa.Table) -> list[Queries]:
+    """Rows of an embeddings table as queries, those of each kind by themselves, at most NUM_QUERIES of each."""
+    tables = [rows.filter(pa.compute.equal(rows["kind"], kind)).slice(0, NUM_QUERIES) for kind in ("image", "text")]
+    return [Queries(matrix_of(table), _keys(table)) for table in tables if len(table)]
 
 
 def fit(
-    dataset: lance.LanceDataset, settings: SearchSettings, queries: Queries, wheres: list[str | None], wanted: float
+    dataset: lance.LanceDataset,
+    settings: SearchSettings,
+    samples: Sequence[Queries],
+    wheres: Sequence[str | None],
+    wanted: float,
 ) -> SearchSettings:
-    """The settings with the least work that find enough, for the worst of the conditions, and what was measured.
+    """The settings with the least work that find enough, for the worst of the samples and of the conditions.
 
     `settings` say the type of index, and the least number of partitions to look at.
     """
     k = max(1, min(RECALL_AT, min(dataset.count_rows(where) for where in wheres) - 1))
-    thresholds = [exact_thresholds(_blocks(dataset, where), queries, k) for where in wheres]
+    cases = [
+        (where, queries, exact_thresholds(_blocks(dataset, where), queries, k))
+        for where in wheres
+        for queries in samples
+    ]
 
     def try_out(nprobes: int, effort: int) -> Measured:
-        tried = replace(settings, nprobes=max(nprobes, settings.nprobes), effort=effort)
+        searcher = Searcher(dataset, replace(settings, nprobes=max(nprobes, settings.nprobes), effort=effort))
+        searcher.warm()
         measured = [
-            measure(partial(search, dataset, tried, where=where), queries, threshold, k)
-            for where, threshold in zip(wheres, thresholds, strict=True)
+            measure(lambda vector, k, where=where: searcher.search(vector, k, where), queries, thresholds, k)
+            for where, queries, thresholds in cases
         ]
-        return min(measured, key=lambda one: one.recall)
+        return min(measured, key=lambda one: one.assured)
 
     if settings.index_type == "exact":
         nprobes, effort, measured = 0, 0, try_out(0, 0)
     else:
-        efforts = EFFORTS[settings.index_type]
-        nprobes, effort, measured = cheapest(settings.partitions, efforts, try_out, min(1.0, wanted + MARGIN))
+        nprobes, effort, measured = cheapest(settings.partitions, EFFORTS[settings.index_type], try_out, wanted)
     return replace(
         settings,
         nprobes=max(nprobes, settings.nprobes),

@@ -1,0 +1,44 @@
+"""Partitions: the vectors of a Lance data set divided by nearness (IVF) and quantised, here or by many workers."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import lance
+
+IndexType = Literal["exact", "IVF_SQ", "IVF_HNSW_SQ", "IVF_PQ"]
+
+PARTITION_ROWS = 512
+GRAPH_ROWS = 200_000  # of a partition that is searched by a graph (HNSW)
+VECTORS = "embedding_idx"  # name of the index
+
+
+def partition(dataset: lance.LanceDataset, index_type: IndexType, workers: int) -> int:
+    """Partition and quantise the vectors, with several workers on the cluster; returns the number of partitions."""
+    rows = GRAPH_ROWS if index_type == "IVF_HNSW_SQ" else PARTITION_ROWS
+    options: dict[str, Any] = {"metric": "cosine", "replace": True, "name": VECTORS}
+    if index_type == "IVF_PQ":
+        options["num_sub_vectors"] = _sub_vectors(dataset.schema.field("embedding").type.list_size)
+    if workers > 1:
+        import lance_ray
+
+        options["num_partitions"] = max(1, dataset.count_rows() // rows)
+        lance_ray.create_index(dataset.uri, "embedding", index_type, num_workers=workers, **options)
+        dataset.checkout_latest()
+    else:
+        # The size, not the number: Lance keeps it and holds to it when it takes in new rows.
+        dataset.create_index("embedding", index_type, target_partition_size=rows, **options)
+    return num_partitions(dataset)
+
+
+def num_partitions(dataset: lance.LanceDataset) -> int:
+    """Partitions of the vector index."""
+    os.environ.setdefault("LANCE_INCLUDE_VECTOR_CENTROIDS", "false")  # they would come along otherwise
+    return max(part["num_partitions"] for part in dataset.stats.index_stats(VECTORS)["indices"])
+
+
+def _sub_vectors(dimension: int) -> int:
+    """Product quantisation: sub-vectors of eight numbers, one byte each, or of the next size that divides D."""
+    return dimension // next(size for size in (8, 4, 2, 1) if dimension % size == 0)
