@@ -86,7 +86,8 @@ def cheapest(
 ) -> tuple[int, int, Measured]:
     """(partitions, effort, measured) that find enough, at the least of effort, then of partitions.
 
-    Enough is what is assured. Recall grows with both, so halving finds the step. Where nothing is enough, the most that there is.
+    Enough is what is assured. Recall grows with both, so halving finds the step. Where nothing is enough, the most that
+    there is.
     """
     steps = ladder(partitions)
     for effort in efforts:

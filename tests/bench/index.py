@@ -30,12 +30,12 @@ from typing import Any
 os.environ |= {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "4"}
 os.environ.setdefault("LANCE_LOG", "error")
 
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
+import numpy as np
+import pyarrow as pa
 
-from vladva.index import build_index, open_index  # noqa: E402
-from vladva.parts import TableInProgress, write_part  # noqa: E402
-from vladva.tables import digest  # noqa: E402
+from vladva.index import build_index, open_index
+from vladva.parts import TableInProgress, write_part
+from vladva.tables import digest
 
 K = 10
 WARM_UP = 20  # queries that are not counted
@@ -66,8 +66,8 @@ def embeddings(rows: int, dimension: int, seed: int) -> np.ndarray:
     for block in np.array_split(vectors_ND, max(1, rows // 10_000)):
         chosen = random.choice(topics, len(block), p=sizes / sizes.sum())
         within = widths[chosen, None] * random.normal(size=block.shape) * scale
-        block[:] = cone + (centres[chosen] + within) @ basis
-        block /= np.linalg.norm(block, axis=1, keepdims=True)
+        points = cone + (centres[chosen] + within) @ basis
+        block[:] = points / np.linalg.norm(points, axis=1, keepdims=True)
     return vectors_ND
 
 
@@ -138,7 +138,7 @@ def race(searches: dict[str, Search], queries_QD: np.ndarray) -> dict[str, dict[
 
 
 def under_writes(uri: str, tag: str, new_ND: np.ndarray, query_D: np.ndarray, model: dict[str, Any]) -> dict[str, Any]:
-    """Upserts are seen by the next search, two processes that write at once lose nothing, a pinned reader sees no change."""
+    """Upserts are seen by the next search, two processes that write lose nothing, a pinned reader sees no change."""
     pinned = open_index(uri, version=tag)
     before = [hit.id for hit in pinned.search(query_D, K)]
     rows = pinned.num_rows
@@ -149,7 +149,8 @@ def under_writes(uri: str, tag: str, new_ND: np.ndarray, query_D: np.ndarray, mo
     seconds = time.perf_counter() - began
     seen = sum(index.search(vector_D, 1)[0].id == str(rows + i) for i, vector_D in enumerate(new_ND[:UPSERTS]))
     halves = [new.slice(UPSERTS, UPSERTS // 2), new.slice(UPSERTS * 3 // 2, UPSERTS // 2)]
-    writers = [multiprocessing.get_context("spawn").Process(target=write, args=(uri, half)) for half in halves]
+    spawn = multiprocessing.get_context("spawn")
+    writers = [spawn.Process(target=write, args=(uri, half)) for half in halves]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -246,10 +247,8 @@ def main() -> None:
     first, last = results[0], results[-1]
     # 1 would be linear.
     exponent = math.log(last["p50_ms"] / first["p50_ms"]) / math.log(last["rows"] / first["rows"])
-    growth = {
-        name: [one[name] for one in results]
-        for name in ("rows", "p50_ms", "exact_p50_ms", "p50_vs_exact", "recall_at_10")
-    }
+    names = ("rows", "p50_ms", "exact_p50_ms", "p50_vs_exact", "recall_at_10")
+    growth = {name: [one[name] for one in results] for name in names}
     print(json.dumps(rounded(growth | {"growth_exponent": exponent})))
 
 
