@@ -27,7 +27,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--filter-columns", default="", help="carried columns often used in conditions, commas between")
     parser.add_argument("--tag", help="name of this version; v<version> by default")
     parser.add_argument("--replace", action="store_true", help="also in place of another model's index")
-    parser.add_argument("--workers", type=int, help="Ray workers that build; by default all, from a million rows on")
+    parser.add_argument(
+        "--workers", type=int, help="Ray workers that build, 1 to 8; by default one a node, from a million rows"
+    )
     return parser.parse_args(arguments)
 
 

@@ -14,6 +14,7 @@ import pytest
 from vladva import searches
 from vladva.hits import ExactStore, VectorStore
 from vladva.index import FingerprintMismatch, build_index, open_index
+from vladva.partitions import VECTORS
 from vladva.parts import TableInProgress, write_part
 from vladva.recall import Measured, Queries, cheapest, exact_thresholds, ladder, measure
 from vladva.tables import digest, read_embeddings
@@ -333,6 +334,7 @@ def test_a_build_by_ray_workers_gives_the_same_answers(tmp_path: Path, ray_clust
     assert summary.settings.recall_at_10 >= 0.98
     index = open_index(str(tmp_path / "index"))
     assert len(index.dataset.get_fragments()) == 2
+    assert len(index.dataset.stats.index_stats(VECTORS)["segments"]) == 2  # one for each worker
     for number in range(0, 3000, 150):
         scores = vectors_ND @ vectors_ND[number]
         hits = index.search(vectors_ND[number], 5)

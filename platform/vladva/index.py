@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["FingerprintMismatch", "Hit", "IndexSummary", "VectorIndex", "VectorStore", "build_index", "open_index"]
 
 PARALLEL_FROM = 1_000_000  # rows from which on the whole cluster builds
+MAX_WORKERS = 8  # each adds a little to the time of a search
 RETRIES = 100  # of a writer that meets others
 KEY = ["id", "kind"]
 
@@ -81,7 +82,8 @@ def build_index(
     filter_columns: carried columns that are often used in conditions.
     tag: name of this version; `v<version>` by default.
     replace: also in place of an index of another model.
-    workers: Ray workers that build; by default one for each CPU of the cluster from PARALLEL_FROM rows on, else none.
+    workers: Ray workers that build, each with all cores of its machine, at most MAX_WORKERS; by default one for each
+        node of the cluster from PARALLEL_FROM rows on, else none.
 
     Raises FingerprintMismatch, and ValueError for a table without rows of the kind or with unknown columns.
     """
@@ -92,7 +94,8 @@ def build_index(
     if storage.exists(join(index_uri, "_versions")) and not replace:
         open_index(index_uri, fingerprint=note.fingerprint)
     if workers is None:
-        workers = cluster_cpus() if note.num_rows >= PARALLEL_FROM else 1
+        workers = cluster_nodes() if note.num_rows >= PARALLEL_FROM else 1
+    workers = max(1, min(workers, MAX_WORKERS))
     dataset = _write(note, table_uri, index_uri, kind, filter_columns, -(-note.num_rows // workers))
     rows = dataset.count_rows()
     settings = EXACT
@@ -271,8 +274,8 @@ def _write(
     )
 
 
-def cluster_cpus() -> int:
-    """CPUs of the Ray cluster that this process has joined; 1 without one."""
+def cluster_nodes() -> int:
+    """Nodes of the Ray cluster that this process has joined; 1 without one."""
     import ray
 
-    return int(ray.cluster_resources()["CPU"]) if ray.is_initialized() else 1
+    return sum(node["Alive"] for node in ray.nodes()) if ray.is_initialized() else 1

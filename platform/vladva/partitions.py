@@ -16,7 +16,11 @@ VECTORS = "embedding_idx"  # name of the index
 
 
 def partition(dataset: lance.LanceDataset, index_type: IndexType, workers: int) -> int:
-    """Partition and quantise the vectors, with several workers on the cluster; returns the number of partitions."""
+    """Partition and quantise the vectors, with several workers on the cluster; returns the number of partitions.
+
+    Every worker leaves a segment with all partitions. They stay apart, because each quantises within the bounds of its
+    own vectors, so a search looks into each: there should be few.
+    """
     rows = GRAPH_ROWS if index_type == "IVF_HNSW_SQ" else PARTITION_ROWS
     options: dict[str, Any] = {"metric": "cosine", "replace": True, "name": VECTORS}
     if index_type == "IVF_PQ":
@@ -25,7 +29,17 @@ def partition(dataset: lance.LanceDataset, index_type: IndexType, workers: int) 
         import lance_ray
 
         options["num_partitions"] = max(1, dataset.count_rows() // rows)
-        lance_ray.create_index(dataset.uri, "embedding", index_type, num_workers=workers, **options)
+        storage = dataset.initial_storage_options
+        spread = {"scheduling_strategy": "SPREAD"}  # a worker uses all cores of its machine
+        lance_ray.create_index(
+            dataset.uri,
+            "embedding",
+            index_type,
+            num_workers=workers,
+            ray_remote_args=spread,
+            storage_options=storage,
+            **options,
+        )
         dataset.checkout_latest()
     else:
         # The size, not the number: Lance keeps it and holds to it when it takes in new rows.
@@ -36,7 +50,7 @@ def partition(dataset: lance.LanceDataset, index_type: IndexType, workers: int) 
 def num_partitions(dataset: lance.LanceDataset) -> int:
     """Partitions of the vector index."""
     os.environ.setdefault("LANCE_INCLUDE_VECTOR_CENTROIDS", "false")  # they would come along otherwise
-    return max(part["num_partitions"] for part in dataset.stats.index_stats(VECTORS)["indices"])
+    return max(part["num_partitions"] for part in dataset.stats.index_stats(VECTORS)["segments"])
 
 
 def _sub_vectors(dimension: int) -> int:
