@@ -19,7 +19,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from serve import chat, embeddings, proxy, scores, search, status
+from serve import changes, chat, embeddings, proxy, scores, search, status
 from serve.backend import Backend
 from serve.config import ServeArgs
 from serve.discriminative import Discriminative
@@ -28,7 +28,7 @@ from serve.generative import Generative
 from serve.guard import Guard, digest
 
 API_KEYS = "VLADVA_API_KEYS"  # environment variable: keys, separated by commas
-ROUTES = (status, embeddings, search, scores, chat)
+ROUTES = (status, embeddings, search, changes, scores, chat)
 INGRESS_REQUESTS = 1000
 START_S = 600
 

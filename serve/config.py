@@ -14,8 +14,8 @@ class ServeArgs(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model: str = Field("tiny", description="run folder, checkpoint folder, `tiny`, or a Hugging Face name or path")
-    index: str | None = Field(None, description="index folder that /v1/search searches; none: no search")
-    index_version: int | str | None = Field(None, description="version or tag of the index; default: the newest")
+    index: str | None = Field(None, description="index folder that /v1/search searches and /v1/index changes")
+    index_version: int | str | None = Field(None, description="version or tag to stay at; default: always the newest")
     name: str | None = Field(None, description="what clients call the adapter; default: the name of the run folder")
     dtype: Literal["float32", "bfloat16"] = "float32"
     num_cpus: float = Field(1, ge=0, description="CPUs of a replica")

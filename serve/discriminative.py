@@ -1,4 +1,4 @@
-"""Discriminative: the deployment that embeds (adapter on), and searches the index that was made with the same model.
+"""Discriminative: the deployment that embeds (adapter on), and searches and changes the index of the same model.
 
 Items of all waiting requests share batches. A batch is full by cost, not by count: an item costs its tokens, and at
 least its pixels / PIXELS_PER_TOKEN, because a model that makes 16 tokens of every picture still holds it decoded.
@@ -8,21 +8,17 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from pydantic_core import to_jsonable_python
 from ray import serve
 
 from serve.admission import TokenBudget
 from serve.config import ServeArgs
 from serve.errors import INTERNAL, Failure
+from serve.index import Changed, Entry, Found, ServedIndex
 from serve.items import Item
-
-if TYPE_CHECKING:
-    from vladva.index import Hit, VectorStore
 
 logger = logging.getLogger("ray.serve")
 
@@ -46,15 +42,6 @@ class Embedded:
     tokens: int
 
 
-@dataclass(frozen=True)
-class Found:
-    """Hits, best first, from one version of the index; tokens that the query took."""
-
-    hits: list[dict[str, Any]]
-    version: int | str
-    tokens: int
-
-
 def batch_cost(work: Sequence[Work]) -> int:
     """What a batch costs. Serve refuses an item that alone exceeds a batch; here it makes a batch by itself."""
     return sum(one.cost for one in work) if len(work) > 1 else 1
@@ -74,8 +61,7 @@ class Discriminative:
         # The event loop only hands out work, so that it always answers.
         self.model_thread = ThreadPoolExecutor(1)
         self.token_thread = ThreadPoolExecutor(1)
-        self.search_thread = ThreadPoolExecutor(1)
-        self.version = lru_cache(maxsize=8)(self.open_version)  # a version that is open stays as it is
+        self.index = ServedIndex(args, self.embedder.description())
         self.embed_batched.set_max_batch_size(args.max_batch_tokens)
         self.embed_batched.set_batch_wait_timeout_s(args.batch_wait_s)
         self.embedder.embed_texts(["ready"])
@@ -113,9 +99,28 @@ class Discriminative:
         elif len(query) != self.embedder.dimension:
             message = f"the vector has {len(query)} numbers; the model's have {self.embedder.dimension}"
             return Failure(422, message, "invalid_value").at("query")
-        return await asyncio.get_running_loop().run_in_executor(
-            self.search_thread, self.search_index, vector, tokens, k, where, version
+        found = await asyncio.get_running_loop().run_in_executor(
+            self.index.search_thread, self.index.search, vector, k, where, version
         )
+        return replace(found, tokens=tokens) if isinstance(found, Found) else found
+
+    async def upsert(self, items: list[Item], entries: list[Entry]) -> Changed | Failure:
+        """Embed the items and write them to the index."""
+        embedded = await self.embed(items)
+        if isinstance(embedded, Failure):
+            return embedded
+        for i, one in enumerate(embedded):
+            if isinstance(one, Failure):
+                return one.at(f"items[{i}]")
+        vectors_ND = np.stack([one.vector for one in embedded])
+        changed = await asyncio.get_running_loop().run_in_executor(
+            self.index.write_thread, self.index.upsert, entries, vectors_ND
+        )
+        return replace(changed, tokens=sum(one.tokens for one in embedded)) if isinstance(changed, Changed) else changed
+
+    async def delete(self, ids: list[str]) -> Changed | Failure:
+        """Remove rows from the index."""
+        return await asyncio.get_running_loop().run_in_executor(self.index.write_thread, self.index.delete, ids)
 
     def count(self, items: Sequence[Item]) -> list[Work | Failure]:
         """What each item costs; a `Failure` where the model cannot take it."""
@@ -170,32 +175,3 @@ class Discriminative:
         for i, vector in vectors:
             results[i] = Embedded(vector, work[i].tokens)
         return results
-
-    def search_index(
-        self, vector: np.ndarray, tokens: int, k: int, where: str | None, version: int | str | None
-    ) -> Found | Failure:
-        """Hits for a vector, and the version they are from."""
-        from vladva.index import FingerprintMismatch
-
-        try:
-            index = self.version(self.args.index_version if version is None else version)
-            hits = index.search(vector, k, filter=where)
-        except (FingerprintMismatch, ValueError) as error:
-            message = str(error).replace(self.args.index, self.args.index_name)  # where it lies is nobody's business
-            if isinstance(error, FingerprintMismatch):
-                return Failure(409, message, "fingerprint_mismatch")
-            return Failure(422, message, "invalid_value")
-        return Found([as_object(hit) for hit in hits], index.version, tokens)
-
-    def open_version(self, version: int | str | None) -> "VectorStore":
-        """The index at a version or tag; None is the version that is the newest when it is first searched."""
-        from vladva.index import open_index
-
-        return open_index(self.args.index, version=version, fingerprint=self.embedder.fingerprint)
-
-
-def as_object(hit: "Hit") -> dict[str, Any]:
-    """A hit with the columns that JSON can hold."""
-    columns = {name: value for name, value in hit.columns.items() if not isinstance(value, bytes)}
-    columns = to_jsonable_python(columns, inf_nan_mode="null")
-    return {"id": hit.id, "score": float(hit.score), "columns": columns}

@@ -90,6 +90,47 @@ class SearchRequest(Body):
     version: int | str | None = None
 
 
+class UpsertItem(Body):
+    """A text or a picture to write, under an id, with values for the columns that the index carries."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str = Field(min_length=1, max_length=1000)
+    text: str | None = None
+    image: str | None = None
+    columns: dict[str, JsonValue] = {}
+
+    @model_validator(mode="after")
+    def one_content(self) -> "UpsertItem":
+        """Either `text` or `image`."""
+        if (self.text is None) == (self.image is None):
+            raise ValueError("send either `text` or `image`")
+        return self
+
+    def content(self) -> JsonValue:
+        """What is to be embedded."""
+        return {"image": self.image} if self.text is None else {"text": self.text}
+
+
+class UpsertRequest(Body):
+    """POST /v1/index/upsert."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    index: str | None = None
+    items: list[UpsertItem] = Field(min_length=1)
+
+
+class DeleteRequest(Body):
+    """POST /v1/index/delete: the rows with these ids, of either kind."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    index: str | None = None
+    ids: list[str] = Field(min_length=1, max_length=100_000)
+
+
 class ScoreRequest(Body):
     """POST /v1/score: the similarity of one query with every document, or of each query with its document."""
 

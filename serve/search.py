@@ -7,8 +7,8 @@ from fastapi import APIRouter
 from pydantic import JsonValue
 
 from serve.backend import Backend
-from serve.discriminative import Found
 from serve.errors import ApiError
+from serve.index import Found
 from serve.items import Item, Limits, parse_item
 from serve.schema import SearchRequest
 
@@ -21,11 +21,7 @@ def routes(backend: Backend) -> APIRouter:
     async def search(body: SearchRequest) -> dict[str, Any]:
         served = await backend.served()
         model = served.check_embedding(body.model)
-        name = backend.args.index_name
-        if name is None:
-            raise ApiError(404, "no index is served; start the application with index=FOLDER", "index_not_found")
-        if body.index not in (None, name):
-            raise ApiError(404, f"index: no {body.index!r} here; send {name}", "index_not_found", "index")
+        name = check_index(backend, body.index)
         query = parse_query(body.query, backend.args.limits, body.modality)
         found: Found = await backend.call("search", query, body.k, body.filter, body.version)
         return {
@@ -39,6 +35,16 @@ def routes(backend: Backend) -> APIRouter:
         }
 
     return router
+
+
+def check_index(backend: Backend, asked: str | None) -> str:
+    """The name of the index that is served. Raises ApiError where there is none, or another is asked for."""
+    name = backend.args.index_name
+    if name is None:
+        raise ApiError(404, "no index is served; start the application with index=FOLDER", "index_not_found")
+    if asked not in (None, name):
+        raise ApiError(404, f"index: no {asked!r} here; send {name}", "index_not_found", "index")
+    return name
 
 
 def parse_query(value: JsonValue, limits: Limits, modality: str) -> Item | np.ndarray:

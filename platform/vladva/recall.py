@@ -74,10 +74,10 @@ def measure(
 
 
 def ladder(partitions: int) -> list[int]:
-    """Numbers of partitions to search, each half as many again as the one before, up to all of them."""
+    """Numbers of partitions to search, each a fifth more than the one before, up to all of them."""
     steps = [1]
     while steps[-1] < partitions:
-        steps.append(min(partitions, max(steps[-1] + 1, steps[-1] * 3 // 2)))
+        steps.append(min(partitions, max(steps[-1] + 1, steps[-1] * 6 // 5)))
     return steps
 
 

@@ -1,8 +1,9 @@
 """Searches: how a Lance data set of embeddings is searched, and how much is found.
 
-A small data set is held in memory and searched exactly. A large one is partitioned (IVF) and its vectors are quantised;
-the nearest candidates are compared again by their full vectors, so that scores are exact. How many partitions a search
-looks at is not a guess: it is the least with which 98% of the exact ten neighbours of a sample of queries are found.
+A small data set is searched exactly. A large one is partitioned (IVF) and its vectors are quantised; the nearest
+candidates are compared again by their full vectors, so that scores are exact: in memory where they fit, else by Lance.
+How many partitions a search looks at is not a guess: it is the least with which 98% of the exact ten neighbours of a
+sample of queries are found.
 
 N rows, Q queries, D width.
 """
@@ -16,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 
 EXACT_BELOW = 20_000  # rows of a data set below which every vector is compared
 EXACT_LEFT = 4_000  # rows left by a filter below which every one of them is compared
+IN_MEMORY = 512 << 20  # bytes of vectors up to which they are held in memory
 RECALL_AT, WANTED = 10, 0.98
-NUM_QUERIES = 300  # of each kind
+NUM_QUERIES = 200  # of each kind
 
 # What is tried until recall suffices: candidates compared again by their full vectors, as a multiple of k; of graphs,
 # the length of the list of candidates.
@@ -75,70 +77,90 @@ EXACT = SearchSettings()
 
 
 class Searcher:
-    """One version of a data set, with what it keeps between searches."""
+    """One version of a data set, and what it keeps between searches: its rows as well, if they have been warmed up."""
 
-    def __init__(self, dataset: lance.LanceDataset, settings: SearchSettings) -> None:
+    def __init__(self, dataset: lance.LanceDataset, settings: SearchSettings, rows: Rows | None = None) -> None:
         self.dataset = dataset
         self.settings = settings
+        self.rows = rows
         self.dimension: int = dataset.schema.field("embedding").type.list_size
         self.num_rows: int = dataset.count_rows()
         self.columns = [*(name for name in dataset.schema.names if name != "embedding"), "_distance"]
         self.rows_left = lru_cache(maxsize=64)(dataset.count_rows)
 
-    @cached_property
-    def rows(self) -> Rows:
-        """All rows, in memory."""
-        return Rows.of(self.dataset)
-
     def warm(self) -> None:
-        """Read into memory what the searches will use, so that the first is as fast as the next."""
-        if self.settings.index_type == "exact":
-            assert self.rows
-        else:
+        """Read into memory what searches use: the index, and the vectors unless they are large."""
+        exact = self.settings.index_type == "exact"
+        if self.rows is None and (exact or 4 * self.num_rows * self.dimension <= IN_MEMORY):
+            self.rows = Rows.of(self.dataset)
+        if not exact:
             self.dataset.prewarm_index(VECTORS)
 
     def search(self, vector: np.ndarray, k: int, where: str | None = None) -> list[Hit]:
         """The k rows nearest to a vector [D] among those for which the SQL condition holds. Raises ValueError."""
         query_D = check_query(vector, k, self.dimension)
         with plain_errors(where):
+            # In brackets, or Lance would not look at what follows a complete condition.
+            condition = None if where is None else f"({where}\n)"
             if self.settings.index_type == "exact":
-                return self.rows.search(query_D, k, where)
-            left = self.num_rows if where is None else self.rows_left(where)
-            how = {"use_index": False} if left < EXACT_LEFT else self.settings.nearest(k, left / self.num_rows)
-            nearest = {"column": "embedding", "q": query_D, "k": k, "metric": "cosine", **how}
-            found = self.dataset.to_table(columns=self.columns, nearest=nearest, filter=where, prefilter=True)
+                self.warm()
+                few, left = True, self.num_rows
+            else:
+                left = self.num_rows if condition is None else self.rows_left(condition)
+                few = left < EXACT_LEFT
+            how = {"use_index": False} if few else self.settings.nearest(k, left / self.num_rows)
+            if self.rows is not None:
+                ids = self._matching(condition) if few else self._candidates(query_D, k, condition, how)
+                return self.rows.nearest(query_D, k, ids)
+            found = self._ask(query_D, k, condition, how, self.columns)
         # Lance's cosine distance is 1 - cosine.
         return [hit_of(row, 1.0 - row.pop("_distance")) for row in found.to_pylist()]
+
+    def _ask(self, query_D: np.ndarray, k: int, where: str | None, how: dict[str, Any], columns: list[str]) -> pa.Table:
+        nearest = {"column": "embedding", "q": query_D, "k": k, "metric": "cosine", **how}
+        return self.dataset.to_table(columns=columns, nearest=nearest, filter=where, prefilter=True)
+
+    def _candidates(self, query_D: np.ndarray, k: int, where: str | None, how: dict[str, Any]) -> np.ndarray:
+        """Ids of the rows that are near by their quantised vectors: Lance neither refines nor reads the rows."""
+        count = k * how.pop("refine_factor")
+        if "ef" in how:
+            how["ef"] = max(how["ef"], count)
+        return self._ask(query_D, count, where, how, ["_rowid", "_distance"])["_rowid"].to_numpy()
+
+    def _matching(self, where: str | None) -> np.ndarray | None:
+        """Ids of the rows for which the condition holds; None for all."""
+        if where is None:
+            return None
+        return self.dataset.to_table(columns=[], filter=where, with_row_id=True)["_rowid"].to_numpy()
 
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows of a small data set, in the order of their addresses: comparing each takes less than asking Lance."""
+    """The rows of a data set in memory, in the order of their ids: here comparing takes less than asking Lance."""
 
-    dataset: lance.LanceDataset
-    addresses_N: np.ndarray
+    ids_N: np.ndarray
     matrix_ND: np.ndarray  # unit norm
     carried: pa.Table
 
     @classmethod
     def of(cls, dataset: lance.LanceDataset) -> Rows:
         """Read them."""
-        rows = dataset.to_table(with_row_address=True).sort_by("_rowaddr")
+        rows = dataset.to_table(with_row_id=True).sort_by("_rowid")
         matrix_ND = matrix_of(rows)
         matrix_ND = matrix_ND / np.linalg.norm(matrix_ND, axis=1, keepdims=True)
-        return cls(dataset, rows["_rowaddr"].to_numpy(), matrix_ND, rows.drop_columns(["_rowaddr", "embedding"]))
+        return cls(rows["_rowid"].to_numpy(), matrix_ND, rows.drop_columns(["_rowid", "embedding"]))
 
-    def search(self, query_D: np.ndarray, k: int, where: str | None) -> list[Hit]:
-        """The k rows nearest to a unit vector among those for which the condition holds."""
-        allowed_N = np.arange(len(self.addresses_N))
-        if where is not None:
-            found = self.dataset.to_table(columns=[], filter=where, with_row_address=True)["_rowaddr"].to_numpy()
-            allowed_N = np.searchsorted(self.addresses_N, np.sort(found))
-        scores_N = (self.matrix_ND if where is None else self.matrix_ND[allowed_N]) @ query_D
-        best = np.argpartition(-scores_N, k)[:k] if k < len(scores_N) else np.arange(len(scores_N))
-        best = best[np.argsort(-scores_N[best], kind="stable")]
-        found = self.carried.take(allowed_N[best]).to_pylist()
-        return [hit_of(row, float(score)) for row, score in zip(found, scores_N[best], strict=True)]
+    def nearest(self, query_D: np.ndarray, k: int, ids: np.ndarray | None) -> list[Hit]:
+        """The k rows nearest to a unit vector, among those with the ids, or among all."""
+        if ids is None:
+            allowed, scores = None, self.matrix_ND @ query_D
+        else:
+            allowed = np.searchsorted(self.ids_N, np.sort(ids))
+            scores = self.matrix_ND[allowed] @ query_D
+        best = np.argpartition(-scores, k)[:k] if k < len(scores) else np.arange(len(scores))
+        best = best[np.argsort(-scores[best], kind="stable")]
+        found = self.carried.take(best if allowed is None else allowed[best]).to_pylist()
+        return [hit_of(row, float(score)) for row, score in zip(found, scores[best], strict=True)]
 
 
 @contextmanager
@@ -185,9 +207,12 @@ def fit(
         for queries in samples
     ]
 
+    warm = Searcher(dataset, settings)
+    warm.warm()
+
     def try_out(nprobes: int, effort: int) -> Measured:
-        searcher = Searcher(dataset, replace(settings, nprobes=max(nprobes, settings.nprobes), effort=effort))
-        searcher.warm()
+        tried = replace(settings, nprobes=max(nprobes, settings.nprobes), effort=effort)
+        searcher = Searcher(dataset, tried, warm.rows)
         measured = [
             measure(lambda vector, k, where=where: searcher.search(vector, k, where), queries, thresholds, k)
             for where, queries, thresholds in cases

@@ -1,0 +1,52 @@
+"""Changes: POST /v1/index/upsert and /v1/index/delete. Both may be sent again: the second time changes nothing."""
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from serve.backend import Backend
+from serve.errors import ApiError
+from serve.index import Changed, Entry, repeated
+from serve.items import parse_item
+from serve.schema import DeleteRequest, UpsertItem, UpsertRequest
+from serve.search import check_index
+
+
+def routes(backend: Backend) -> APIRouter:
+    """The routes that change the index."""
+    router = APIRouter()
+
+    @router.post("/v1/index/upsert")
+    async def upsert(body: UpsertRequest) -> dict[str, Any]:
+        served = await backend.served()
+        model = served.check_embedding(body.model)
+        name = check_index(backend, body.index)
+        limits = backend.args.limits
+        if len(body.items) > limits.items:
+            raise ApiError(422, f"items: {len(body.items)}; send 1 to {limits.items}", "invalid_value", "items")
+        items = [parse_item(one.content(), f"items[{i}]", limits) for i, one in enumerate(body.items)]
+        entries = [entry_of(one) for one in body.items]
+        if twice := repeated([(entry.id, entry.kind) for entry in entries]):
+            raise ApiError(422, f"items: the {twice[1]} {twice[0]!r} is there twice", "invalid_value", "items")
+        changed: Changed = await backend.call("upsert", items, entries)
+        return {
+            "object": "index.upsert",
+            "model": model,
+            "index": name,
+            "version": changed.version,
+            "upserted": changed.count,
+            "usage": {"prompt_tokens": changed.tokens, "total_tokens": changed.tokens},
+        }
+
+    @router.post("/v1/index/delete")
+    async def delete(body: DeleteRequest) -> dict[str, Any]:
+        name = check_index(backend, body.index)
+        changed: Changed = await backend.call("delete", body.ids)
+        return {"object": "index.delete", "index": name, "version": changed.version, "deleted": changed.count}
+
+    return router
+
+
+def entry_of(item: UpsertItem) -> Entry:
+    """The row of an item. What an index carries of a text is the text itself, unless the item says otherwise."""
+    return Entry(item.id, "image" if item.text is None else "text", item.columns)

@@ -1,0 +1,166 @@
+"""Index: the index that the application was started with, as a replica searches and changes it.
+
+Without a version in the request or the configuration, a search sees the newest version there is, whoever wrote it. With
+a tag or number in the configuration the replica stays there, and changes are seen by those who ask for their version.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import JsonValue
+from pydantic_core import to_jsonable_python
+
+from serve.config import ServeArgs
+from serve.errors import Failure
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from vladva.index import Hit, VectorIndex
+
+logger = logging.getLogger("ray.serve")
+
+OPEN_VERSIONS = 8
+UNAVAILABLE = Failure(503, "the index cannot be read or written at the moment; try again later", "index_unavailable")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Hits, best first, from one version of the index; tokens that the query took."""
+
+    hits: list[dict[str, Any]]
+    version: int
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row to write, without its embedding: key, and values of the columns that the index carries."""
+
+    id: str
+    kind: str
+    columns: dict[str, JsonValue]
+
+
+@dataclass(frozen=True)
+class Changed:
+    """The version in which the change is to be seen, rows written or removed, and tokens that embedding them took."""
+
+    version: int
+    count: int
+    tokens: int = 0
+
+
+class ServedIndex:
+    """The index of one model. Methods return a `Failure` for what they refuse."""
+
+    def __init__(self, args: ServeArgs, model: dict[str, Any]) -> None:
+        self.args = args
+        self.model = model
+        self.search_thread = ThreadPoolExecutor(1)
+        self.write_thread = ThreadPoolExecutor(1)  # a writer that meets others waits; searches do not
+        # A version that is open stays as it is; the newest (None) is refreshed.
+        self.version = lru_cache(OPEN_VERSIONS)(self.open)
+        self.written = lru_cache(1)(partial(self.open, warm=False))
+
+    def open(self, version: int | str | None = None, warm: bool = True) -> "VectorIndex":
+        """The index at a version or tag; None is the newest."""
+        from vladva.index import open_index
+
+        index = open_index(self.args.index, version=version, fingerprint=self.model["fingerprint"])
+        if warm:
+            index.warm()
+        return index
+
+    def search(self, vector: np.ndarray, k: int, where: str | None, version: int | str | None) -> Found | Failure:
+        """The k rows nearest to a vector [D]."""
+        version = self.args.index_version if version is None else version
+
+        def hits() -> Found:
+            index = self.version(version)
+            if version is None:
+                index.refresh()
+            return Found([as_object(hit) for hit in index.search(vector, k, filter=where)], index.version)
+
+        return self.refusing(hits)
+
+    def upsert(self, entries: Sequence[Entry], vectors_ND: np.ndarray) -> Changed | Failure:
+        """Write rows, in place of those with the same id and kind."""
+
+        def write() -> Changed:
+            index = self.written()
+            index.upsert(rows_of(entries, vectors_ND, index, self.model))
+            return Changed(index.version, len(entries))
+
+        return self.refusing(write)
+
+    def delete(self, ids: Sequence[str]) -> Changed | Failure:
+        """Remove the rows with these ids."""
+
+        def remove() -> Changed:
+            index = self.written()
+            count = index.delete(ids)
+            return Changed(index.version, count)
+
+        return self.refusing(remove)
+
+    def refusing(self, work: Callable[[], Found | Changed]) -> Found | Changed | Failure:
+        """The result of the work, or why there is none."""
+        from vladva.index import FingerprintMismatch
+
+        try:
+            return work()
+        except ValueError as error:
+            message = str(error).replace(self.args.index, self.args.index_name)  # where it lies is nobody's business
+            if isinstance(error, FingerprintMismatch):
+                return Failure(409, message, "fingerprint_mismatch")
+            return Failure(422, message, "invalid_value")
+        except OSError:  # storage fails, or others wrote at the same time again and again
+            logger.exception("the index cannot be used")
+            return UNAVAILABLE
+
+
+def repeated(keys: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
+    """A key that stands there twice."""
+    key, count = Counter(keys).most_common(1)[0]
+    return key if count > 1 else None
+
+
+def rows_of(
+    entries: Sequence[Entry], vectors_ND: np.ndarray, index: "VectorIndex", model: dict[str, Any]
+) -> "pa.Table":
+    """The rows as the index holds them. Raises ValueError naming the column that it does not have or cannot hold."""
+    import pyarrow as pa
+
+    fields = [field for field in index.dataset.schema if field.name not in ("id", "kind", "embedding")]
+    names = [field.name for field in fields]
+    embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.astype(np.float32).ravel()), index.dimension)
+    columns: dict[str, Any] = {
+        "id": [entry.id for entry in entries],
+        "kind": [entry.kind for entry in entries],
+        "embedding": embedding,
+    }
+    for i, entry in enumerate(entries):
+        if unknown := set(entry.columns) - set(names):
+            have = ", ".join(names) or "none"
+            raise ValueError(f"items[{i}].columns: the index has no {sorted(unknown)[0]!r}; it carries {have}")
+    for field in fields:
+        try:
+            columns[field.name] = pa.array([entry.columns.get(field.name) for entry in entries], field.type)
+        except (pa.ArrowException, OverflowError, TypeError) as error:
+            raise ValueError(f"items: the column {field.name!r} holds {field.type}: {error}") from None
+    return pa.table(columns).replace_schema_metadata({"vladva": json.dumps(model)})
+
+
+def as_object(hit: "Hit") -> dict[str, Any]:
+    """A hit with the columns that JSON can hold."""
+    columns = {name: value for name, value in hit.columns.items() if not isinstance(value, bytes)}
+    columns = to_jsonable_python(columns, inf_nan_mode="null")
+    return {"id": hit.id, "score": float(hit.score), "columns": columns}
