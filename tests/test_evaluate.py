@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from vladva.evaluate import Embeddings, evaluate, items, picture_bytes, read_benchmarks, read_outcomes, text_id
+from vladva.embeddings import Embeddings, items, picture_bytes, text_id
+from vladva.evaluate import evaluate, read_benchmarks, read_outcomes
 from vladva.score_changes import comparison_tables, layer_tables
 from vladva.score_tables import ScoreTable, as_rich, layouts, paper_tables, score_tables
 from vladva.showcase import grids_of, wrong_choices_of
@@ -178,7 +179,7 @@ def test_evaluation_of_the_tiny_model(ray_cluster: None, scenes: Path, tiny: str
     tasks = read_benchmarks(SCENES, str(scenes))
     out = {"data_uri": str(scenes), "out_uri": str(tmp_path), "actors": 1}
     with pytest.raises(ValueError, match="nowhere"):  # stops before the second model, after the first
-        evaluate({"zero-shot": tiny, "other": "nowhere"}, tasks, layers=[4], **out)
+        evaluate({"zero-shot": tiny, "other": f"{tmp_path}/nowhere"}, tasks, layers=[4], **out)
     assert not (tmp_path / "scores.json").exists()
     models = {"zero-shot": tiny, "twin": tiny}
     scores = evaluate(models, tasks, layers=[6, 4], bootstrap=50, command="by hand", **out)
@@ -221,6 +222,23 @@ def test_evaluation_of_the_tiny_model(ray_cluster: None, scenes: Path, tiny: str
     assert all(len(row.hits) == 5 for grid in grids["Scenes retrieval, zero-shot"] for row in grid.rows)
     [choices] = wrong_choices_of(scores, tasks, str(tmp_path), "zero-shot").values()
     assert all(choice.negative_score >= choice.caption_score for choice in choices)
+
+
+def test_the_job_prints_the_tables_and_leaves_the_page(
+    ray_cluster: None, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from jobs.evaluate import main
+
+    options = ["--benchmarks", "scenes_retrieval", "--data", str(scenes), "--out", str(tmp_path), "--actors", "1"]
+    asked = ["--layers", "4", "--bootstrap", "20", "--captions", "1"]
+    monkeypatch.setattr(sys, "argv", ["jobs/evaluate.py", "one=tiny", "two=tiny", *options, *asked])
+    main()
+    printed, page = capsys.readouterr().out, (tmp_path / "report.html").read_text()
+    for title in ("Scenes: retrieval", "Scenes: retrieval, changes", "Layers (table 6): two", "Captions (figure 1)"):
+        assert title in printed
+        assert title in page
+    assert "--bootstrap 20 --captions 1" in page
+    assert len(json.loads((tmp_path / "captions.json").read_text())["systems"]["one"]) == 4
 
 
 def check_intervals(scores: dict) -> None:

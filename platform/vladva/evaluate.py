@@ -2,49 +2,30 @@
 
     read the benchmarks -> embed what they need, once -> score in float32 -> scores.json, outcomes/*.parquet
 
-Every text and picture is embedded once per model, whatever number of benchmarks asks for it, by the batch job of
-`encode.py`. The embeddings stay in a folder named after the model's exact contents: a second evaluation embeds only
-what is new, one that was interrupted goes on where it stopped, and a model that has changed starts afresh.
+Embeddings stay where they are made (`embeddings.py`): a second evaluation embeds only what is new, one that was
+interrupted goes on where it stopped, and a model that has changed starts afresh.
 """
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from hashlib import sha1
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from vladva.benchmarks import Result, Task, find, names
-from vladva.benchmarks.readers.images import ImageRef, read_images
 from vladva.bootstrap import compare, interval, resample
-from vladva.storage import exists, join, write_json
-from vladva.tables import read_embeddings, read_rows, write_rows
+from vladva.embeddings import embed, open_embeddings
+from vladva.storage import join, write_json
+from vladva.tables import read_rows, write_rows
 
 PROTOCOL = {
     "texts": "as written, without the space around them",
     "similarity": "cosine of embeddings raised to float32",
 }
-KINDS = ("text", "image")
-BLOCK_ROWS = 1024  # items per Ray Data block
-ITEMS = pa.schema(
-    [
-        ("id", pa.string()),
-        ("kind", pa.string()),
-        ("image", pa.binary()),
-        ("text", pa.string()),
-        ("name", pa.string()),
-        ("uri", pa.string()),
-        ("offset", pa.int64()),
-        ("length", pa.int64()),
-        ("column", pa.string()),
-    ]
-)
 
 
 def read_benchmarks(benchmarks: Sequence[str], data_uri: str) -> dict[str, Task]:
@@ -180,127 +161,6 @@ def read_outcomes(out_uri: str, label: str, benchmark: str) -> pa.Table:
     return read_rows(outcomes_uri(out_uri, label, benchmark))
 
 
-class Embeddings:
-    """The embeddings of one model, by text and picture."""
-
-    def __init__(self, table: pa.Table, quarantine: Mapping[str, str]) -> None:
-        self.row = {item: row for row, item in enumerate(table["id"].to_pylist())}
-        values = table["embedding"].combine_chunks()
-        self.matrix = values.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
-        self.quarantine = quarantine
-        self.description: dict[str, Any] = json.loads(table.schema.metadata[b"vladva"])
-
-    def score(self, task: Task) -> Result:
-        """The model's result in a benchmark."""
-        return task.score(self.of_texts(task.texts), self.of_images(task.images))
-
-    def of_texts(self, texts: Iterable[str]) -> np.ndarray:
-        """Rows [T, D] of the texts, in their order."""
-        return self._rows([text_id(text) for text in texts])
-
-    def of_images(self, images: Iterable[ImageRef]) -> np.ndarray:
-        """Rows [I, D] of the pictures, in their order."""
-        return self._rows([image.id for image in images])
-
-    def _rows(self, ids: list[str]) -> np.ndarray:
-        missing = [item for item in ids if item not in self.row]
-        if missing:
-            reason = self.quarantine.get(missing[0], "no reason recorded")
-            raise ValueError(
-                f"{len(missing)} of {len(ids)} items of a benchmark could not be embedded; the first is {missing[0]} "
-                f"({reason}). Scores on the others would not be comparable: repair the data and run again"
-            )
-        return self.matrix[[self.row[item] for item in ids]]
-
-
-class SeveralVectors(Embeddings):
-    """The embeddings of a model whose pictures have P vectors each (BLIP-2): longer rows, in a table of their own."""
-
-    def __init__(self, texts: Embeddings, images: Embeddings) -> None:
-        self.texts, self.images, self.description = texts, images, texts.description
-
-    def of_texts(self, texts: Iterable[str]) -> np.ndarray:
-        """Rows [T, D] of the texts, in their order."""
-        return self.texts.of_texts(texts)
-
-    def of_images(self, images: Iterable[ImageRef]) -> np.ndarray:
-        """Rows [I, P, D] of the pictures, in their order."""
-        rows = self.images.of_images(images)
-        return rows.reshape(len(rows), self.description["vectors_per_image"], -1)
-
-
-def open_embeddings(uri: str) -> Embeddings:
-    """What `embed` left at `uri`."""
-    if exists(join(uri, "text")):
-        return SeveralVectors(*(open_embeddings(join(uri, kind)) for kind in KINDS))
-    return Embeddings(read_embeddings(uri), _read_quarantine(uri))
-
-
-class Embedded(NamedTuple):
-    """Where the embeddings of one model are, by layer; `layer` is its own."""
-
-    layer: int | None  # None: a dual encoder has no choice
-    tables: dict[int | None, str]
-    num_items: int
-    num_embedded: int  # of them; the others had been embedded before
-
-
-def embed(
-    model: str, tasks: Mapping[str, Task], out_uri: str, *, dtype: str, layers: Sequence[int] = (), **resources: Any
-) -> Embedded:
-    """Embed all texts and pictures of the tasks that have not been embedded with this model before."""
-    import ray
-
-    from vladva.encode import describe, encode, pin
-
-    model = pin(model)
-    own = describe(model, adapter=True, dtype=dtype)[1]["layer"]
-    tables = {}
-    for layer in sorted({own, *layers}, reverse=True):
-        _, description = describe(model, adapter=True, dtype=dtype, layer=layer)
-        tables[layer] = join(out_uri, "embeddings", f"{description['fingerprint']}-{dtype}")
-    rows = items(tasks.values())
-    pieces = {tables[own]: rows} if not layers else {None: rows}
-    if description.get("vectors_per_image", 1) > 1:
-        pieces = {join(tables[own], kind): rows.filter(pc.equal(rows["kind"], kind)) for kind in KINDS}
-    num_embedded = 0
-    for uri, piece in pieces.items():
-        blocks = [piece.slice(first, BLOCK_ROWS) for first in range(0, len(piece), BLOCK_ROWS)]
-        summary = encode(
-            ray.data.from_arrow(blocks),
-            model,
-            uri or tables,
-            dtype=dtype,
-            read_images=picture_bytes,
-            total=len(piece),
-            **resources,
-        )
-        num_embedded += summary.embedded
-    return Embedded(own, tables, num_items=len(rows), num_embedded=num_embedded)
-
-
-def items(tasks: Iterable[Task]) -> pa.Table:
-    """Every distinct text and picture as a row for `encode`; of pictures, where `picture_bytes` finds them."""
-    texts: dict[str, str] = {}
-    images: dict[str, ImageRef] = {}
-    for task in tasks:
-        texts |= {text_id(text): text for text in task.texts}
-        images |= {image.id: image for image in task.images}
-    rows = [{"id": item, "kind": "text", "text": text} for item, text in texts.items()]
-    rows += [{"kind": "image", **image._asdict()} for image in images.values()]
-    return pa.Table.from_pylist(rows, schema=ITEMS)
-
-
-def picture_bytes(rows: pa.Table) -> list[bytes]:
-    """Encoded bytes of the pictures in rows of `items`."""
-    return read_images([ImageRef(**row) for row in rows.select(ImageRef._fields).to_pylist()])
-
-
-def text_id(text: str) -> str:
-    """A text is known by its contents."""
-    return f"text/{sha1(text.encode()).hexdigest()}"
-
-
 def _read(benchmark: str, data_uri: str) -> tuple[str, Task]:
     name, colon, cap = benchmark.partition(":")
     if not colon:
@@ -331,11 +191,3 @@ def _about(name: str, task: Task) -> dict[str, Any]:
         "files": task.files,
         "chance": task.chance,
     }
-
-
-def _read_quarantine(table_uri: str) -> dict[str, str]:
-    uri = join(table_uri, "_quarantine.parquet")
-    if not exists(uri):
-        return {}
-    table = read_rows(uri)
-    return dict(zip(table["id"].to_pylist(), table["reason"].to_pylist(), strict=True))
