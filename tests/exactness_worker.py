@@ -33,7 +33,7 @@ from vladva.train import backward_of
 PAIRS, STEPS, RATE, WEIGHT = 8, 2, 1e-2, 0.5
 # AdamW's first step is the sign of the gradient, which rounding decides where the gradient is next to nothing. With a
 # larger epsilon it is not, and weights can be compared as closely as gradients.
-EPSILON = 1e-3
+EPSILON = 1e-2
 SHAPES = [(64, 64), (96, 64), (40, 120), (64, 64), (150, 50), (64, 100)]  # (width, height) of the pictures
 
 

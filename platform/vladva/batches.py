@@ -118,7 +118,10 @@ class Preprocessor:
         text_prompt: str = TEXT_PROMPT,
         soft_prompts: bool = False,
     ) -> None:
-        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
+
+        # By its short name, older versions give it only where torchvision is installed.
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
         from transformers.utils import cached_file
 
         folder = resolve(checkpoint)

@@ -85,7 +85,8 @@ def by_transformers(folder: str, images: list[Image.Image], messages: list[dict[
 
     Qwen's cannot be built without torchvision: its image processor and tokenizer are put together here.
     """
-    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+    from transformers import AutoProcessor, AutoTokenizer
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     if "qwen" not in Path(folder).name:
         processor = AutoProcessor.from_pretrained(folder)

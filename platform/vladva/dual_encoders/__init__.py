@@ -44,7 +44,12 @@ def family_of(checkpoint: str) -> ModuleType | None:
 
 def pretrained_tools(checkpoint: str) -> tuple[Any, Any, Any]:
     """Configuration, tokenizer and image processor that lie with a Hugging Face checkpoint."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     config = AutoConfig.from_pretrained(checkpoint)
-    return config, AutoTokenizer.from_pretrained(checkpoint), AutoImageProcessor.from_pretrained(checkpoint)
+    return (
+        config,
+        AutoTokenizer.from_pretrained(checkpoint),
+        AutoImageProcessor.from_pretrained(checkpoint, backend="pil"),
+    )
