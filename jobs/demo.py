@@ -117,9 +117,8 @@ def score(scenes: str, run: str, out: str, command: str) -> dict[str, Any]:
     """Both benchmarks, for the untouched model and for the trained one."""
     from vladva.evaluate import evaluate, read_benchmarks
 
-    return evaluate(
-        {"zero-shot": "tiny", "trained": run}, read_benchmarks(list(SCORES), scenes), scenes, out, command=command
-    )
+    models, tasks = {"zero-shot": "tiny", "trained": run}, read_benchmarks(list(SCORES), scenes)
+    return evaluate(models, tasks, scenes, out, bootstrap=1000, command=command)
 
 
 def check_adapter(run: str) -> dict[str, Any]:

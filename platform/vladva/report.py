@@ -36,6 +36,7 @@ CURVES = {  # key in metrics.jsonl -> title
     "grad_norm": "Gradient norm",
     "pairs_per_s": "Pairs per second",
 }
+FEW_HIGHLIGHTS = 6
 EXACT = {"temperature", "lr"}  # set by the schedule or learned, not estimated from a batch: nothing to smooth
 
 
@@ -199,11 +200,14 @@ def _mark(caption: str, objects: Sequence[str]) -> Markup:
 
 
 def headline_highlights(scores: Mapping[str, Any]) -> list[Highlight]:
-    """The last model's score in each benchmark's main metrics, beside the first model's."""
+    """The last model's score in each benchmark's main metrics (of many, the last one), beside the first model's."""
     labels = list(scores["models"])
     first, last = labels[0], labels[-1]
+    shown = list(headlines(dict(scores)))
+    if len(shown) > FEW_HIGHLIGHTS:
+        shown = list({name: (name, metric, title) for name, metric, title in shown}.values())
     found = []
-    for name, metric, title in headlines(dict(scores)):
+    for name, metric, title in shown:
         score = {label: f"{scores['models'][label]['scores'][name][metric]:.1%}" for label in (first, last)}
         found.append(Highlight(title, score[last], last if first == last else f"{last}; {first} {score[first]}"))
     return found

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
-from reports import write_full
+from reports import write_full, write_wide
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
+PAPER = {"width": 703, "height": 1000}  # A4 between margins of 12 mm
 # Relative luminance and contrast of two CSS colours, as WCAG 2.2 defines them.
 CONTRAST = """([selector, behind]) => {
   const channels = (element, property) => getComputedStyle(document.querySelector(element))[property].match(/[\\d.]+/g);
@@ -87,6 +88,16 @@ def test_nothing_is_wrong_with_the_page(browser: Browser, report: Path, viewport
     page.context.close()
 
 
+def test_the_widest_tables_fit_screen_and_paper(browser: Browser, tmp_path: Path) -> None:
+    write_wide(tmp_path / "wide.html")
+    assert faults(browser, tmp_path / "wide.html", PHONE) == []
+    page, _ = open_page(browser, tmp_path / "wide.html", PAPER)
+    assert page.locator("th[colspan]").count() > 100
+    page.emulate_media(media="print")
+    assert page.evaluate(OVERFLOW) <= 0
+    page.context.close()
+
+
 def test_a_page_with_faults_is_caught(browser: Browser, tmp_path: Path) -> None:
     (tmp_path / "bad.html").write_text(
         '<!doctype html><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
@@ -122,7 +133,7 @@ def test_printed_pages_are_light(browser: Browser, report: Path) -> None:
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.evaluate("getComputedStyle(document.querySelector('.scroll')).overflow") == "visible"
-    page.set_viewport_size({"width": 703, "height": 1000})  # A4 between margins of 12 mm
+    page.set_viewport_size(PAPER)
     assert page.evaluate(OVERFLOW) <= 0
     assert page.pdf(format="A4").startswith(b"%PDF")
     page.context.close()
