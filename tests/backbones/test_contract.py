@@ -54,8 +54,8 @@ def embedder(folder: str) -> Embedder:
 
 
 @pytest.fixture(scope="module")
-def adapter(folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An adapter with something in every part, saved."""
+def adapter(folder: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, np.ndarray]:
+    """An adapter with something in every part, saved; and what it gave before."""
     config = ModelConfig(checkpoint=folder, lora_rank=4)
     model = EmbeddingModel(config, Preprocessor(folder, soft_prompts=True))
     add_adapter(model, config)
@@ -65,7 +65,7 @@ def adapter(folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
             parameter.data += 0.1 * torch.randn_like(parameter)
     path = tmp_path_factory.mktemp("adapter")
     save_adapter(model, config, path)
-    return str(path)
+    return str(path), Embedder(model.eval(), config, None, merged=False).embed_images(PICTURES)
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -220,8 +220,9 @@ def test_generation_is_that_of_transformers(embedder: Embedder, folder: str, pic
     assert found == expected != ""
 
 
-def test_an_adapter_can_be_turned_off_and_merged(adapter: str, embedder: Embedder) -> None:
-    trained, merged = load_embedder(adapter), load_embedder(adapter, merge=True)
+def test_an_adapter_can_be_saved_turned_off_and_merged(adapter: tuple[str, np.ndarray], embedder: Embedder) -> None:
+    path, before = adapter
+    trained, merged = load_embedder(path), load_embedder(path, merge=True)
     preprocessor = trained.preprocessor
     with torch.inference_mode():
         plain = embedder.model
@@ -235,8 +236,10 @@ def test_an_adapter_can_be_turned_off_and_merged(adapter: str, embedder: Embedde
     rows = plain.base.get_input_embeddings().num_embeddings  # a table that had no room for soft prompts has grown
     assert torch.equal(off[..., :rows], expected)
     torch.testing.assert_close(folded, on, atol=1e-5, rtol=1e-5)
-    np.testing.assert_allclose(merged.embed_images(PICTURES), trained.embed_images(PICTURES), atol=1e-5)
-    assert abs(trained.embed_images(PICTURES) - embedder.embed_images(PICTURES)).max() > 1e-2
+    found = trained.embed_images(PICTURES)
+    np.testing.assert_array_equal(found, before)
+    np.testing.assert_allclose(merged.embed_images(PICTURES), found, atol=1e-5)
+    assert abs(found - embedder.embed_images(PICTURES)).max() > 1e-2
     base = merged.model.base
     assert (base.lm_head.weight is base.get_input_embeddings().weight) == base.config.tie_word_embeddings
 
@@ -248,6 +251,13 @@ def test_a_new_adapter_changes_nothing_yet(folder: str, embedder: Embedder) -> N
     fresh = Embedder(model, config, None, merged=False)
     np.testing.assert_allclose(fresh.embed_texts(["a red circle"]), embedder.embed_texts(["a red circle"]), atol=1e-6)
     np.testing.assert_allclose(fresh.embed_images(PICTURES), embedder.embed_images(PICTURES), atol=1e-6)
+
+
+def test_bfloat16_is_float32_but_for_its_rounding(folder: str, embedder: Embedder) -> None:
+    half = load_embedder(folder, dtype="bfloat16")
+    for method, items in (("embed_images", PICTURES), ("embed_texts", ["a red circle", "two blue stars"])):
+        found, exact = (getattr(one, method)(items) for one in (half, embedder))
+        assert ((found * exact).sum(axis=1) > 0.99).all()
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
