@@ -22,7 +22,7 @@ from PIL import Image
 
 from tests.s3 import BUCKET, FaultyProxy, faulty_proxy, s3_server
 from vladva import shards, storage, tars
-from vladva.examples import decode_image
+from vladva.examples import decode_image, read_text
 from vladva.shards import ShardIndex, ShardWriter, read_samples, scan
 from vladva.sidecars import SCHEMA, SampleRef, Scanner, scan_shard
 
@@ -206,6 +206,23 @@ def test_a_bad_sample_is_named_and_its_neighbours_are_kept(tmp_path: Path, reaso
         assert rows[1]["captions"] == ["caption"]
     else:
         assert [row["key"] for row in rows] == ["a", "c"]
+
+
+def test_samples_of_text_alone_and_hard_negatives(tmp_path: Path) -> None:
+    """A text in the JSON stands for a picture that is not there; beside a picture it is another program's field."""
+    alone = {"text": " two dogs run ", "captions": ["dogs are running"], "negatives": ["a cat sleeps", " "]}
+    beside = {"text": 7, "caption": "a dog", "negatives": ["a cat"]}
+    members = [("a.json", json.dumps(alone).encode()), ("b.png", PNG), ("b.json", json.dumps(beside).encode())]
+    nothing = [("c.json", b'{"text": "  ", "caption": "no text"}'), ("d.json", b'{"text": "x", "negatives": [1]}')]
+    rows, quarantined = scanned(tmp_path, tar_of([*members, *nothing]))
+    assert quarantined == {"#c": "no picture", "#d": "caption is not text"}
+    assert [(row["key"], row["captions"], row["negatives"]) for row in rows] == [
+        ("a", ["dogs are running"], ["a cat sleeps"]),
+        ("b", ["a dog"], ["a cat"]),
+    ]
+    assert [(row["width"], row["height"]) for row in rows] == [(0, 0), (60, 60)]
+    ref = SampleRef(**{name: value for name, value in rows[0].items() if name != "key"})
+    assert read_text(read_samples(str(tmp_path), [ref])[0]) == "two dogs run"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -16,12 +17,16 @@ MAX_PIXELS = 50_000_000
 
 @dataclass(frozen=True)
 class Example:
-    """One picture (RGB) with at most one short and one long caption."""
+    """One picture (RGB), or a text in its stead, with at most one short and one long caption.
+
+    `negatives` are captions that are wrong for it on purpose.
+    """
 
     id: str
-    image: Image.Image
+    image: Image.Image | str
     short: str | None
     long: str | None
+    negatives: tuple[str, ...] = ()
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -59,6 +64,19 @@ def choose_captions(
     """The short and the long caption that an epoch uses, drawn by (seed, epoch, id); None where the sample has none."""
     short = [text for text, count in zip(captions, tokens, strict=True) if count < short_below]
     long = [text for text, count in zip(captions, tokens, strict=True) if short_below <= count < long_below]
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{sample_id}".encode(), digest_size=8).digest()
-    random = Random(int.from_bytes(digest, "little"))
+    random = _random(f"{seed}/{epoch}/{sample_id}")
     return (random.choice(short) if short else None), (random.choice(long) if long else None)
+
+
+def choose_negatives(negatives: Sequence[str], count: int, *, seed: int, epoch: int, sample_id: str) -> tuple[str, ...]:
+    """At most `count` of the hard-negative captions, drawn by (seed, epoch, id)."""
+    return tuple(_random(f"{seed}/{epoch}/{sample_id}/negatives").sample(negatives, min(count, len(negatives))))
+
+
+def read_text(data: bytes) -> str:
+    """The text in the JSON of a sample that has no picture."""
+    return json.loads(data.decode("utf-8-sig"))["text"].strip()
+
+
+def _random(key: str) -> Random:
+    return Random(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little"))

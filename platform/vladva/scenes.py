@@ -438,3 +438,19 @@ def write_scenes(
     storage.write_json(storage.join(uri, "test", "retrieval.json"), queries)
     for kind, content in rows.items():
         storage.write_json(storage.join(uri, "compositionality", f"{kind}.json"), content)
+
+
+def write_triplets(uri: str, *, count: int = 20_000, seed: int = 0, samples_per_shard: int = 1_000) -> None:
+    """Write shards of text alone, in the form of NLI data: a sentence, another that follows from it, and a false one.
+
+    All three are captions of a training scene; the false one is a hard negative of the true one.
+    """
+    from vladva.shards import ShardWriter
+
+    with ShardWriter(uri, samples_per_shard) as shards:
+        for number, (scene, random) in zip(range(count), training_scenes(seed), strict=False):
+            sentence = captions(scene, random)[0]
+            pairs = (hard_negative(random.choice(HARD_NEGATIVES), scene, random) for _ in range(100))
+            entailed, contradicted = next(pair for pair in pairs if pair)
+            content = {"text": sentence, "captions": [entailed], "negatives": [contradicted]}
+            shards.write(f"{number:06d}", {"json": json.dumps(content).encode()})

@@ -142,7 +142,7 @@ def scan(
     started = time.monotonic()
     data_uri, index_uri = _places(data_uri, index_uri)
     listed = _list_shards(data_uri)
-    settings = {"version": 1, "verify": verify, "max_pixels": max_pixels, "probe": count_tokens(PROBE)}
+    settings = {"version": 2, "verify": verify, "max_pixels": max_pixels, "probe": count_tokens(PROBE)}
     stamp = {"settings": settings, "listed": listed}
     manifest = _read_manifest(index_uri)
     if manifest and stamp.items() <= manifest.items():
@@ -288,7 +288,7 @@ class ShardIndex:
 def read_samples(data_uri: str, refs: Sequence[SampleRef], in_flight: int = 8) -> list[bytes]:
     """The encoded pictures of `refs`: one request per run of neighbours, `in_flight` at a time.
 
-    Raises ValueError when a shard is not the one that was scanned.
+    Of samples of text alone, their JSON. Raises ValueError when a shard is not the one that was scanned.
     """
     ranges = [ByteRange(storage.join(data_uri, ref.shard), ref.offset, ref.length) for ref in refs]
     bodies = storage.read_ranges(ranges, in_flight)

@@ -34,6 +34,7 @@ SCHEMA = pa.schema(
         "length": pa.int64(),
         "captions": pa.list_(pa.string()),
         "caption_tokens": pa.list_(pa.int32()),
+        "negatives": pa.list_(pa.string()),
         "width": pa.int32(),
         "height": pa.int32(),
         "crc32": pa.int64(),
@@ -43,7 +44,10 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class SampleRef:
-    """Where one sample's picture is (bytes in a shard), and what is known of it."""
+    """Where one sample's picture is (bytes in a shard), and what is known of it.
+
+    A sample of text alone has its JSON there, and 0 x 0 pixels. `negatives` are hard-negative captions.
+    """
 
     id: str
     shard: str
@@ -51,6 +55,7 @@ class SampleRef:
     length: int
     captions: list[str]
     caption_tokens: list[int]
+    negatives: list[str]
     width: int
     height: int
     crc32: int
@@ -74,7 +79,7 @@ class Scanner:
                 return {"facts": json.dumps(known | {"scanned": False})}
         options = {name: self.settings[name] for name in ("verify", "max_pixels")}
         table, quarantined = scan_shard(self.data_uri, row["shard"], self.count_tokens, **options)
-        content = table.select(["key", "offset", "length", "captions", "crc32"]).to_pylist()
+        content = table.select(["key", "offset", "length", "captions", "negatives", "crc32"]).to_pylist()
         facts = {**stamp, "num_samples": len(table), "quarantined": quarantined, "digest": short_hash(content)}
         storage.write_bytes_atomically(sidecar, parquet_bytes(table, facts))
         return {"facts": json.dumps(facts | {"scanned": True})}
@@ -94,6 +99,7 @@ def scan_shard(
             "shard": shard,
             "captions": sample.captions,
             "caption_tokens": [next(counts) for _ in sample.captions],
+            "negatives": sample.negatives,
             **(sample.picture._asdict() if sample.picture else {}),
         }
         for sample in samples

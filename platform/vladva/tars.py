@@ -1,8 +1,9 @@
 """One WebDataset tar -> its samples, with the position of each picture, and what is wrong with the others.
 
 Members `KEY.jpg` (or jpeg, png, webp, gif), `KEY.txt` and `KEY.json` are one sample, in any order. Captions come from
-"captions" or "caption" in the JSON, then from the text. Nothing in a shard is trusted: every sample is either
-returned or in the list of the quarantined, with a reason.
+"captions" or "caption" in the JSON, then from the text; "negatives" in the JSON are captions that are wrong for the
+sample on purpose. A sample without a picture is one of text alone where the JSON has a "text" in the picture's stead.
+Nothing in a shard is trusted: every sample is either returned or in the list of the quarantined, with a reason.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
@@ -42,7 +43,10 @@ class Quarantined(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """Where a picture lies in its shard (bytes), its size (pixels), and a checksum of its bytes."""
+    """Where a picture lies in its shard (bytes), its size (pixels), and a checksum of its bytes.
+
+    For a sample of text alone: the same of its JSON, and 0 x 0 pixels.
+    """
 
     offset: int
     length: int
@@ -58,12 +62,14 @@ class Sample:
     key: str
     picture: Picture | None = None
     captions: list[str] = field(default_factory=list)
+    negatives: list[str] = field(default_factory=list)
+    text: Picture | None = None  # the JSON, if it can stand for a picture
     seen: set[str] = field(default_factory=set)  # "picture", "txt", "json"
     problem: BadDataError | None = None
 
     @property
     def offset(self) -> int:
-        """Where the picture begins."""
+        """Where the picture (or what stands for it) begins."""
         assert self.picture
         return self.picture.offset
 
@@ -73,8 +79,12 @@ class Sample:
             self.picture = Picture(offset, len(data), 0, 0, zlib.crc32(data))
             width, height = check_picture(data, verify=verify, max_pixels=max_pixels)
             self.picture = self.picture._replace(width=width, height=height)
+        elif role == "txt":
+            self.captions += read_captions(data)
         else:
-            self.captions += read_captions(data, role)
+            captions, self.negatives, text = read_json(data)
+            self.captions += captions
+            self.text = Picture(offset, len(data), 0, 0, zlib.crc32(data)) if text else None
 
 
 def read_tar(
@@ -108,6 +118,7 @@ def read_tar(
     good = []
     for sample in samples.values():
         sample.captions = list(dict.fromkeys(sample.captions))
+        sample.picture = sample.picture or sample.text
         problem = sample.problem or _incomplete(sample)
         if problem:
             quarantined.append(Quarantined(f"{shard}#{sample.key}", problem.reason, problem.detail))
@@ -118,7 +129,8 @@ def read_tar(
 
 def _incomplete(sample: Sample) -> BadDataError | None:
     if sample.picture is None:
-        return BadDataError("no picture", f"there is no member with the ending {', '.join(PICTURES)}")
+        detail = f'there is no member with the ending {", ".join(PICTURES)}, and no "text" in a JSON in its stead'
+        return BadDataError("no picture", detail)
     return None if sample.captions else BadDataError("no caption")
 
 
@@ -203,27 +215,44 @@ def check_picture(data: bytes, *, verify: bool, max_pixels: int) -> tuple[int, i
     return width, height
 
 
-def read_captions(data: bytes, kind: str) -> list[str]:
-    """The captions in the content of a `txt` or `json` member, without empty ones. Raises BadDataError."""
-    try:
-        text = data.decode("utf-8-sig")
-        captions = [text] if kind == "txt" else _captions_in_json(text)
-        "".join(captions).encode()  # JSON can spell out halves of characters, which no UTF-8 has
-    except UnicodeError as error:
-        raise BadDataError("caption is not UTF-8", str(error)) from None
-    return [caption.strip() for caption in captions if caption.strip()]
+def read_captions(data: bytes) -> list[str]:
+    """The caption in the content of a `txt` member; none if it is empty. Raises BadDataError."""
+    return _stripped([_decoded(data)])
 
 
-def _captions_in_json(text: str) -> list[str]:
+def read_json(data: bytes) -> tuple[list[str], list[str], str | None]:
+    """Captions, hard-negative captions and text in the content of a `json` member. Raises BadDataError."""
     try:
-        content = json.loads(text)
+        content = json.loads(_decoded(data))
     except (ValueError, RecursionError) as error:
         raise BadDataError("broken JSON", str(error)) from None
-    captions = []
-    for column in ("captions", "caption"):
-        value = content.get(column) if isinstance(content, dict) else None
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(caption, str) for caption in values):
-            raise BadDataError("caption is not text", f"{column} = {json.dumps(value)}")
-        captions += values
-    return captions
+    content = content if isinstance(content, dict) else {}
+    captions, caption, negatives = (_strings(content, name) for name in ("captions", "caption", "negatives"))
+    # Not a problem where it is no text: it is another program's field then, beside a picture.
+    text = content.get("text")
+    text = text.strip() if isinstance(text, str) else None
+    return _stripped(captions + caption), _stripped(negatives), text or None
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeError as error:
+        raise BadDataError("caption is not UTF-8", str(error)) from None
+
+
+def _strings(content: dict[str, Any], column: str) -> list[str]:
+    value = content.get(column)
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(text, str) for text in values):
+        raise BadDataError("caption is not text", f"{column} = {json.dumps(values)}")
+    return values
+
+
+def _stripped(texts: list[str]) -> list[str]:
+    """The texts without the space around them and without empty ones."""
+    try:
+        "".join(texts).encode()  # JSON can spell out halves of characters, which no UTF-8 has
+    except UnicodeError as error:
+        raise BadDataError("caption is not UTF-8", str(error)) from None
+    return [text.strip() for text in texts if text.strip()]
