@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Fine-tune an LVLM by the VladVA method: `jobs/train.py RECIPE [--train.steps 50 ...]`.
+"""Fine-tune an LVLM by the VladVA method: `jobs/train.py RECIPE [--train.steps 50 ...] [--dry-run]`.
 
-The same command goes on with a run that was interrupted, and does nothing for one that is complete.
+The same command goes on with a run that was interrupted, and does nothing for one that is complete. With --dry-run it
+says how much memory each worker needs, and by which part, and stops; what does not fit is refused with exit status 2.
 """
 
 from __future__ import annotations
@@ -33,9 +34,23 @@ def parse(arguments: list[str]) -> RunConfig:
         raise ValueError(" ".join(line for line in lines if line)) from None
 
 
+def dry_run(config: RunConfig) -> None:
+    """Print the memory plan. Raises ValueError for a run that does not fit."""
+    from rich import print as show
+
+    from vladva.memory import check_memory, memory_table, plan_memory
+
+    show(memory_table(config, plan_memory(config)))
+    check_memory(config)
+
+
 @user_errors
 def main() -> None:
-    config = parse(sys.argv[1:])
+    arguments = [argument for argument in sys.argv[1:] if argument != "--dry-run"]
+    config = parse(arguments)
+    if len(arguments) < len(sys.argv) - 1:
+        dry_run(config)
+        return
 
     from vladva.train import train
 

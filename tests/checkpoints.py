@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 
-def build_llava(folder: Path) -> str:
-    """A LLaVA of 32 wide, 3 layers, with the tiny model's tokenizer and image processor."""
+def build_llava(folder: Path, *, width: int = 32) -> str:
+    """A LLaVA of 32 wide (language model: `width`), 3 layers, with tokenizer and image processor of the tiny one."""
     import torch
     from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -19,8 +19,8 @@ def build_llava(folder: Path) -> str:
     )
     text = LlamaConfig(
         vocab_size=576,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=3,
         num_attention_heads=2,
         num_key_value_heads=2,

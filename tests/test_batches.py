@@ -89,3 +89,30 @@ def test_a_batch_survives_the_object_store(ray_cluster: None, preprocessor: Prep
     assert (back.image.ids == batch.image.ids).all()
     assert back.has_short.tolist() == [True, False]
     assert back.image_keys[0] != back.image_keys[1]
+
+
+def test_hard_negatives_follow_the_captions(preprocessor: Preprocessor) -> None:
+    examples = [
+        Example("a#0", picture(64, 64), "a red ring", None, ("a blue ring", "a red star")),
+        Example("a#1", picture(80, 64), None, None),
+        Example("a#2", picture(80, 64), "two stars", None, ("a red ring",)),
+    ]
+    batch = preprocessor.collate(0, examples)
+    texts = ["a red ring", "", "two stars", "a blue ring", "a red star", "a red ring"]
+    assert (batch.text.ids == preprocessor.texts(texts).ids).all()
+    assert batch.text_owners.tolist() == [0, 1, 2, 0, 0, 2]
+    assert batch.caption_keys[5] == batch.caption_keys[0]
+    assert len(set(batch.caption_keys.tolist())) == 5
+
+
+def test_texts_in_the_stead_of_pictures(preprocessor: Preprocessor) -> None:
+    batch = preprocessor.collate(0, [Example("a#0", "two dogs run", "dogs are running", None, ("a cat sleeps",))])
+    assert batch.image.ids[0].tolist() == preprocessor.text_prompt("two dogs run")
+    back = Batch.from_row(batch.to_row())
+    assert back.pixels is None
+    assert (back.text.ids == batch.text.ids).all()
+
+
+def test_a_text_is_cut_between_tokens(preprocessor: Preprocessor) -> None:
+    assert preprocessor.first_tokens("a red ring and a blue star", 3) == "a red ring"
+    assert preprocessor.first_tokens("a red ring", 3) == "a red ring"

@@ -12,7 +12,11 @@ from checkpoints import build_llava
 from safetensors.torch import load_file
 
 from vladva import checkpoint
+from vladva.benchmarks import find
+from vladva.benchmarks.readers.images import read_images
 from vladva.config import ClusterConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from vladva.embedder import load_embedder
+from vladva.examples import decode_image
 from vladva.recipes import tiny as tiny_recipe
 from vladva.tracking import read_metrics
 from vladva.train import train
@@ -27,9 +31,18 @@ def config(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> RunConfig:
         name="two-workers",
         storage=str(tmp_path_factory.mktemp("runs")),
         model=ModelConfig(checkpoint=build_llava(tmp_path_factory.mktemp("llava")), lora_rank=4),
-        data=DataConfig(uri=str(scenes / "train"), run_length=2),
+        data=DataConfig(uri=str(scenes / "train"), run_length=2, validation_uri=str(scenes)),
         optim=OptimConfig(lr=1e-2, warmup_fraction=0.3),
-        train=TrainConfig(steps=STEPS, global_batch=16, chunk_size=4, checkpoint_every=2, keep_last=3),
+        train=TrainConfig(
+            steps=STEPS,
+            global_batch=16,
+            chunk_size=4,
+            checkpoint_every=2,
+            keep_last=3,
+            keep_best="validation/scenes_retrieval/t2i_r10",
+            validate_on="scenes_retrieval",
+            validate_every=2,
+        ),
         cluster=ClusterConfig(workers=2, cpus_per_worker=0.5),
     )
 
@@ -46,6 +59,14 @@ def curve(config: RunConfig) -> list[tuple[float, float]]:
     return [(row["contrastive_loss"], row["next_token_loss"]) for row in read_metrics(config.uri)]
 
 
+def validations(config: RunConfig) -> dict[int, dict[str, float]]:
+    """Scores of the validation, by step."""
+    rows = {
+        row["step"]: {k: v for k, v in row.items() if k.startswith("validation/")} for row in read_metrics(config.uri)
+    }
+    return {step: scores for step, scores in rows.items() if scores}
+
+
 def adapter_of(config: RunConfig) -> dict:
     return load_file(checkpoint.load_adapter(checkpoint.latest(config.uri)) / "adapter_model.safetensors")
 
@@ -54,6 +75,7 @@ def assert_same_run(a: RunConfig, b: RunConfig) -> None:
     assert len(curve(a)) == len(curve(b)) == STEPS
     for one, other in zip(curve(a), curve(b), strict=True):
         assert one == pytest.approx(other, rel=1e-4)
+    assert validations(a) == validations(b)
     first, second = adapter_of(a), adapter_of(b)
     assert first.keys() == second.keys()
     assert max((first[k] - second[k]).abs().max().item() for k in first) < 1e-4
@@ -67,9 +89,23 @@ def test_a_run_leaves_what_the_design_says(finished: RunConfig) -> None:
     assert {"loss", "temperature", "in_batch_accuracy", "effective_negatives", "pairs_per_s", "lr", "grad_norm"} <= set(
         rows[0]
     )
+    assert {"in_batch_recall_i2t", "in_batch_recall_t2i", "tokens_per_s_per_worker", "peak_memory_gib"} <= set(rows[0])
     assert rows[0]["effective_negatives"] == pytest.approx(15)
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-2", "step-4", "step-6"]
     assert list((folder / "tensorboard").glob("events*"))
+
+
+def test_validation_is_what_evaluation_finds_later(finished: RunConfig, scenes: Path) -> None:
+    """64 pictures over two workers in batches of four: the scores are those of the saved model, embedded anew."""
+    task = find("scenes_retrieval").read(str(scenes))
+    embedder = load_embedder(finished.uri)
+    pictures = [decode_image(data) for data in read_images(task.images)]
+    expected = task.score(embedder.embed_texts(task.texts), embedder.embed_images(pictures)).scores
+    found = validations(finished)
+    assert sorted(found) == [1, 3, 5]
+    assert {name.rpartition("/")[2]: score for name, score in found[5].items()} == pytest.approx(expected, abs=1 / 64)
+    state = json.loads((Path(checkpoint.latest(finished.uri)) / "state.json").read_text())
+    assert {name: score for name, score in state["metrics"].items() if "/" in name} == found[5]
 
 
 def test_the_loss_falls(finished: RunConfig) -> None:

@@ -3,7 +3,7 @@
 Token ids come from the model's own tokenizer and chat template and equal those of its Hugging Face processor; pictures
 are resized and cropped by its own image processor and stay uint8 until they are on the device.
 
-B pictures or texts, T tokens (right-padded).
+B pictures or texts, N hard-negative captions, T tokens (right-padded).
 """
 
 from __future__ import annotations
@@ -60,25 +60,33 @@ class Batch:
 
     number: int
     ids: list[str]
-    pixels: Pixels
-    image: Tokens  # prompt, then the long caption where there is one
-    text: Tokens
+    pixels: Pixels | None  # None where texts stand in the pictures' stead
+    image: Tokens  # [B] prompt, then the long caption where there is one
+    text: Tokens  # [B + N] the short captions, then the hard negatives
+    text_owners: np.ndarray  # int64 [B + N]; the pair that each text belongs to: 0 .. B-1, then those of the negatives
     has_short: np.ndarray  # bool [B]; pairs without a short caption take no part in the contrastive loss
     image_keys: np.ndarray  # int64 [B]; equal for equal pictures
-    caption_keys: np.ndarray  # int64 [B]; equal for equal short captions
+    caption_keys: np.ndarray  # int64 [B + N]; equal for equal texts
 
     def to_row(self) -> dict[str, Any]:
         """The batch as one row of a Ray data set."""
         row = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in RECORDS}
-        for name, kind in RECORDS.items():
+        for name, kind in self.records():
             row |= {f"{name}.{f.name}": getattr(getattr(self, name), f.name) for f in fields(kind)}
         return row
+
+    def records(self) -> list[tuple[str, type[Pixels] | type[Tokens]]]:
+        """The names and kinds of the records that are there."""
+        return [(name, kind) for name, kind in RECORDS.items() if getattr(self, name) is not None]
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Batch:
         """The batch that `to_row` gave."""
         records = {
-            name: kind(**{f.name: row[f"{name}.{f.name}"] for f in fields(kind)}) for name, kind in RECORDS.items()
+            name: kind(**{f.name: row[f"{name}.{f.name}"] for f in fields(kind)})
+            if f"{name}.{fields(kind)[0].name}" in row
+            else None
+            for name, kind in RECORDS.items()
         }
         names = [f.name for f in fields(cls) if f.name not in RECORDS]
         return cls(**{name: row[name] for name in names}, **records)
@@ -230,19 +238,35 @@ class Preprocessor:
             ids[i, : lengths[i]] = prompt + caption
         return Tokens(ids, np.array([len(prompt) for prompt, _ in rows], np.int64), lengths)
 
+    def first_tokens(self, text: str, count: int) -> str:
+        """The text of the first `count` tokens."""
+        ids = self._encode(text)
+        return text if len(ids) <= count else self.tokenizer.decode(ids[:count]).strip()
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text by itself, without prompt."""
         return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False).input_ids] if texts else []
 
     def collate(self, number: int, examples: Sequence[Example]) -> Batch:
-        """The chunk `number` from its examples."""
+        """The chunk `number` from its examples, which all have a picture, or all a text in its stead."""
+        anchors = [example.image for example in examples]
+        texts = [anchor for anchor in anchors if isinstance(anchor, str)]
+        assert len(texts) in (0, len(anchors)), examples[0].id
+        if texts:
+            image = self.texts(texts)
+        else:
+            image = self.images([picture.size for picture in anchors], [example.long for example in examples])
+        negatives = [(owner, text) for owner, example in enumerate(examples) for text in example.negatives]
+        captions = [example.short or "" for example in examples] + [text for _, text in negatives]
+        named = [example.short or example.id for example in examples] + [text for _, text in negatives]
         return Batch(
             number=number,
             ids=[example.id for example in examples],
-            pixels=self.pixels([example.image for example in examples]),
-            image=self.images([example.image.size for example in examples], [example.long for example in examples]),
-            text=self.texts([example.short or "" for example in examples]),
+            pixels=None if texts else self.pixels(anchors),
+            image=image,
+            text=self.texts(captions),
+            text_owners=np.array([*range(len(examples)), *(owner for owner, _ in negatives)], np.int64),
             has_short=np.array([example.short is not None for example in examples]),
-            image_keys=np.array([key_of(example.image.tobytes()) for example in examples], np.int64),
-            caption_keys=np.array([key_of((example.short or example.id).encode()) for example in examples], np.int64),
+            image_keys=np.array([key_of(a.encode() if texts else a.tobytes()) for a in anchors], np.int64),
+            caption_keys=np.array([key_of(text.encode()) for text in named], np.int64),
         )

@@ -57,7 +57,7 @@ class ChunkReader:
         self.preprocessor: Preprocessor = preprocessor_of(config)
 
     def __call__(self, number: int) -> Batch:
-        from vladva.examples import Example, choose_captions, decode_image
+        from vladva.examples import Example, choose_captions, choose_negatives, decode_image, read_text
         from vladva.shards import read_samples
 
         data = self.config.data
@@ -66,17 +66,28 @@ class ChunkReader:
         refs = [ref for first, count in runs for ref in self.index.samples(first, count)]
         examples = []
         for ref, content in zip(refs, read_samples(data.uri, refs), strict=True):
+            if (ref.width == 0) != data.texts_only:
+                found = "has a picture" if data.texts_only else "has no picture"
+                raise ValueError(f"{ref.id} {found}, but data.texts_only is {data.texts_only}, for all samples")
+            drawn_by = {"seed": self.config.seed, "epoch": epoch, "sample_id": ref.id}
             short, long = choose_captions(
                 ref.captions,
                 ref.caption_tokens,
                 short_below=data.short_below,
                 long_below=data.long_below,
-                seed=self.config.seed,
-                epoch=epoch,
-                sample_id=ref.id,
+                **drawn_by,
             )
-            examples.append(Example(ref.id, decode_image(content), short, long if self.has_captions(number) else None))
+            image = decode_image(content) if ref.width else self.cut(read_text(content))
+            short = None if short is None else self.cut(short)
+            long = long if ref.width and self.has_captions(number) else None
+            negatives = choose_negatives(ref.negatives, data.hard_negatives, **drawn_by)
+            examples.append(Example(ref.id, image, short, long, tuple(map(self.cut, negatives))))
         return self.preprocessor.collate(number, examples)
+
+    def cut(self, text: str) -> str:
+        """The text's first `data.max_text_tokens` tokens."""
+        limit = self.config.data.max_text_tokens
+        return text if limit is None else self.preprocessor.first_tokens(text, limit)
 
     def plan(self, epoch: int) -> Any:
         """The plan of an epoch."""

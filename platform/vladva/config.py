@@ -43,6 +43,14 @@ class DataConfig:
     """Captions of fewer tokens are short, and contrasted; the others are long, and generated."""
     long_below: int = 500
     """Longer captions are not used; they are counted by the scan."""
+    texts_only: bool = False
+    """The samples are texts without pictures (NLI triplets); the model is used on pictures all the same."""
+    hard_negatives: int = 0
+    """Hard-negative captions ("negatives" in a sample's JSON) used of each pair, at most."""
+    max_text_tokens: int | None = None
+    """Short captions, hard negatives and texts in the stead of pictures are cut to so many tokens."""
+    validation_uri: str = ""
+    """Folder of the benchmark that `train.validate_on` names."""
     max_bad_fraction: float = 0.05
     """Stop when the scan quarantines more than this fraction of the samples."""
 
@@ -51,14 +59,29 @@ class DataConfig:
 class LossConfig:
     """L = L_c + next_token_weight * L_AR."""
 
+    contrastive: Literal["info_nce", "sigmoid"] = "info_nce"
+    directions: Literal["symmetric", "one-way"] = "symmetric"
+    """InfoNCE of pictures to texts and texts to pictures, or of the former only."""
     temperature: float = 0.07
     learn_temperature: bool = True
+    bias: float = -10.0
+    """Where the sigmoid loss's bias starts; it is learned."""
+    matryoshka: tuple[int, ...] = ()
+    """The contrastive loss is also taken of the first d coordinates, for each d: embeddings can then be cut to d."""
     next_token_weight: float = 1.0
     """0 leaves the caption loss out."""
     next_token_every: int = 1
     """Take the caption loss at every n-th step only: the captions are most of a step's tokens."""
     mask_duplicates: bool = True
     """Pairs with the same picture or the same caption are not negatives of each other."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"loss.temperature is {self.temperature}; it must be positive")
+        if self.contrastive == "sigmoid" and self.directions == "one-way":
+            raise ValueError("loss.directions: the sigmoid loss has no direction; use info_nce for a one-way loss")
+        if min(self.matryoshka, default=1) < 1:
+            raise ValueError(f"loss.matryoshka is {self.matryoshka}; each must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -84,8 +107,18 @@ class TrainConfig:
     gradient_cache: bool | None = None
     """Recompute chunks instead of keeping their activations; None: when a worker has more than one chunk a step."""
     zero_stage: Literal[0, 1, 2, 3] = 2
+    offload: bool = False
+    """Keep the optimizer's state, and update the weights, in the memory of the host (ZeRO 1 to 3)."""
+    activation_checkpointing: bool = False
+    """Keep only the input of every layer of the language model, and compute the rest again in backward."""
     checkpoint_every: int = 500
     keep_last: int = 2
+    keep_best: str = ""
+    """Also keep the checkpoint with the highest such score of the validation, as it is named in the metrics."""
+    validate_on: str = ""
+    """Benchmark that the workers score every `validate_every` steps, and after the last; its files are under
+    `data.validation_uri`."""
+    validate_every: int = 500
 
 
 @dataclass(frozen=True)
@@ -95,6 +128,8 @@ class ClusterConfig:
     workers: int = 1
     cpus_per_worker: float = 1
     gpus_per_worker: int = 0
+    device_memory_gib: float | None = None
+    """Memory of the device of each worker; a run that does not fit is refused."""
     max_failures: int = 3
     """Worker failures after which the run gives up; preemptions do not count."""
 
@@ -122,6 +157,7 @@ class RunConfig:
             ("train.chunk_size", train.chunk_size),
             ("train.checkpoint_every", train.checkpoint_every),
             ("train.keep_last", train.keep_last),
+            ("train.validate_every", train.validate_every),
             ("loss.next_token_every", self.loss.next_token_every),
             ("data.run_length", self.data.run_length),
             ("cluster.workers", workers),
@@ -146,8 +182,15 @@ class RunConfig:
             )
         if not 0 <= self.data.max_bad_fraction <= 1:
             raise ValueError(f"data.max_bad_fraction is {self.data.max_bad_fraction}; it must be between 0 and 1")
-        if self.loss.temperature <= 0:
-            raise ValueError(f"loss.temperature is {self.loss.temperature}; it must be positive")
+        if train.keep_best and (not train.validate_on or train.checkpoint_every % train.validate_every):
+            raise ValueError(
+                f"train.keep_best {train.keep_best!r} needs a score of every checkpoint: set train.validate_on, and "
+                f"train.checkpoint_every {train.checkpoint_every} to a multiple of train.validate_every"
+            )
+        if train.offload and train.zero_stage == 0:
+            raise ValueError("train.offload needs ZeRO: set train.zero_stage to 1, 2 or 3")
+        if self.data.hard_negatives < 0:
+            raise ValueError(f"data.hard_negatives is {self.data.hard_negatives}; it must be 0 or more")
         if not self.model.soft_prompts and not self.model.lora_rank:
             raise ValueError("nothing to train: set model.soft_prompts or model.lora_rank")
         if self.model.layer is not None and self.model.layer < 1:

@@ -40,9 +40,11 @@ ADAPTER_NOTE = "vladva.json"  # beside adapter_config.json: what the adapter was
 
 
 class EmbeddingModel(nn.Module):
-    """The trained module: backbone with adapter, and the learnable log of the contrastive scale."""
+    """The trained module: backbone with adapter, and the contrastive loss's learnable log scale and bias."""
 
-    def __init__(self, config: ModelConfig, preprocessor: Preprocessor, *, log_scale: float = 0.0) -> None:
+    def __init__(
+        self, config: ModelConfig, preprocessor: Preprocessor, *, log_scale: float = 0.0, bias: float = 0.0
+    ) -> None:
         super().__init__()
         self.preprocessor = preprocessor
         self.backbone = preprocessor.backbone
@@ -54,6 +56,7 @@ class EmbeddingModel(nn.Module):
         if config.layer == layers:
             self.layer = None
         self.log_scale = nn.Parameter(torch.tensor([log_scale]))  # DeepSpeed does not take 0-d parameters
+        self.bias = nn.Parameter(torch.tensor([bias]))
         mean, std = preprocessor.pixel_statistics()
         self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -84,23 +87,23 @@ class EmbeddingModel(nn.Module):
         *,
         caption_tokens: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Embeddings [B, D] (float32, unit norm), next-token loss of the captions that follow, and the log scale.
+        """Embeddings [B, D] (float32, unit norm), next-token loss of the captions that follow, and (log scale, bias).
 
         One forward serves both losses: attention is causal, so the summary token does not see the caption after it.
         `caption_tokens` is the number of caption tokens in the global batch, over which the loss is a mean; with None
         there is no caption loss (0).
         """
         inputs = self.inputs(tokens, pixels)
-        hidden = self.backbone.hidden_states(self.base, inputs, self.layer if caption_tokens is None else None)
-        summary = hidden
+        # The summary comes first, with and without captions: so dropout draws the same masks for it.
+        summary = hidden = self.backbone.hidden_states(self.base, inputs, self.layer)
         if caption_tokens is not None and self.layer is not None:
-            summary = self.backbone.hidden_states(self.base, inputs, self.layer)
+            hidden = self.backbone.hidden_states(self.base, inputs, None)
         rows = torch.arange(len(hidden), device=hidden.device)
         embeddings = normalize(summary[rows, tokens["prompt_lengths"] - 1].float(), dim=-1)
         loss = hidden.new_zeros((), dtype=torch.float32)
         if caption_tokens is not None:
             loss = next_token(hidden, self.base.lm_head.weight, caption_labels(tokens), caption_tokens)
-        return embeddings, loss, self.log_scale.float().squeeze()
+        return embeddings, loss, torch.cat([self.log_scale, self.bias]).float()
 
 
 def caption_labels(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -138,9 +141,20 @@ def add_adapter(model: EmbeddingModel, config: ModelConfig) -> None:
         written = [i for side in ("image", "text") for i in preprocessor.prompt_ids[side]]
         with torch.no_grad():
             table.token_adapter.trainable_tokens_delta["default"].copy_(table.weight[written])
+    raise_precision(model)
+
+
+def raise_precision(model: EmbeddingModel) -> None:
+    """What is trained in float32, in which the optimizer works whatever the base model's dtype."""
     for parameter in model.lvlm.parameters():
-        if parameter.requires_grad:  # the optimizer works in float32 whatever the base model's dtype
+        if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def checkpoint_activations(model: EmbeddingModel) -> None:
+    """Keep only the inputs of the language model's layers for backward; a frozen vision tower keeps nothing anyway."""
+    language_model = model.base.model.language_model
+    language_model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def grow_embeddings(lvlm: nn.Module, rows: int) -> None:
@@ -171,6 +185,8 @@ def load_adapter(model: EmbeddingModel, folder: Path, *, trainable: bool = False
     soft = [i for side in ("image", "text") for i in model.preprocessor.soft_ids[side]]
     grow_embeddings(model.lvlm, max(soft, default=0) + 1)
     model.lvlm = PeftModel.from_pretrained(model.lvlm, folder, is_trainable=trainable)
+    if trainable:
+        raise_precision(model)
 
 
 # ---------------------------------------------------------------------------------------------------------- inference

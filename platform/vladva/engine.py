@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vladva.config import OptimConfig, RunConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+WEIGHT = "weight"
 
 
 def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
@@ -30,13 +31,17 @@ def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's settings for a run."""
     micro_steps = config.chunks_per_batch // config.cluster.workers if config.caches_gradients else 1
-    bf16 = config.model.dtype == "bfloat16"
+    zero: dict[str, Any] = {"stage": config.train.zero_stage}
+    if config.train.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    # At stage 0 DeepSpeed has no float32 copy of bfloat16 weights: there the adapter itself is float32.
+    bf16 = config.model.dtype == "bfloat16" and config.train.zero_stage > 0
     return {
         "train_micro_batch_size_per_gpu": config.train.chunk_size,
         "gradient_accumulation_steps": micro_steps,
         "gradient_clipping": config.optim.clip_norm,
         "bf16": {"enabled": bf16},
-        "zero_optimization": {"stage": config.train.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
@@ -102,11 +107,17 @@ class Engine:
         return deepspeed.zero.GatheredParameters(list(self.trainable.values()))
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Moments under `NAME.exp_avg` and `NAME.exp_avg_sq`, whole; every rank must call it."""
-        from deepspeed.utils import safe_get_full_optimizer_state
+        """Moments under `NAME.exp_avg` and `NAME.exp_avg_sq`, whole; every rank must call it.
+
+        Of a bfloat16 model also the float32 weights that the optimizer works on, under `NAME.weight`.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         state = {}
         for name, parameter in self.trainable.items():
+            if self.config.model.dtype == "bfloat16":
+                value = parameter if self.stage == 0 else safe_get_full_fp32_param(parameter)
+                state[f"{name}.{WEIGHT}"] = value.detach().float().cpu().clone()
             for moment in MOMENTS:
                 value = (
                     self.optimizer.state[parameter][moment]
@@ -118,7 +129,7 @@ class Engine:
 
     def load_optimizer_state(self, state: dict[str, Tensor], step: int) -> None:
         """Restore what `optimizer_state` gave after `step` optimizer steps."""
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         inner = self.optimizer if self.stage == 0 else self.optimizer.optimizer
         for part in self.optimizer_parts():
@@ -126,6 +137,11 @@ class Engine:
             inner.state[part] = {moment: torch.zeros_like(part) for moment in MOMENTS}
             inner.state[part]["step"] = torch.tensor(float(step))
         for name, parameter in self.trainable.items():
+            weight = state.get(f"{name}.{WEIGHT}")
+            if weight is not None and self.stage == 0:
+                parameter.data.copy_(weight)
+            elif weight is not None:
+                safe_set_full_fp32_param(parameter, weight.to(self.device))
             for moment in MOMENTS:
                 value = state[f"{name}.{moment}"].to(self.device)
                 if self.stage == 0:

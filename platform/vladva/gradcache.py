@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from vladva.batches import Tokens
 
 Contrastive = Callable[..., PairLoss]
-"""images [G, D], texts [G, D], log scale; valid, image_keys, caption_keys [G] by name."""
+"""images [G, D], texts [G, D], scalars [2] (log scale, bias); the columns of `Columns` by name."""
 
 
 class Backward(Protocol):
@@ -48,21 +48,24 @@ class Backward(Protocol):
 
 @dataclass
 class StepLoss:
-    """The losses of one global batch, without gradient, equal on every rank."""
+    """The losses of one global batch, without gradient, equal on every rank; scalars: log scale and bias."""
 
     contrastive: PairLoss
     next_token: Tensor
-    log_scale: Tensor
+    scalars: Tensor
     caption_tokens: int
 
 
 @dataclass
-class Pair:
-    """Which pairs the rows of a gathered matrix are: validity and duplicate keys, each [G]."""
+class Columns:
+    """What is known of the rows of gathered matrices: of G pairs, and of H hard-negative captions if there are any."""
 
-    valid: Tensor
-    image_keys: Tensor
-    caption_keys: Tensor
+    valid: Tensor  # bool [G]
+    image_keys: Tensor  # [G]
+    caption_keys: Tensor  # [G]
+    negatives: Tensor | None = None  # [H, D]
+    negative_owners: Tensor | None = None  # [H]
+    negative_keys: Tensor | None = None  # [H]
 
 
 def world() -> tuple[int, int]:
@@ -81,6 +84,16 @@ def gather(own: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gather_ragged(own: Tensor) -> Tensor:
+    """As `gather`, where ranks have different numbers of rows, or none."""
+    if world()[1] == 1:
+        return own
+    counts = gather(torch.tensor([len(own)], device=own.device)).tolist()
+    padded = torch.cat([own, own.new_zeros(max(counts) - len(own), *own.shape[1:])])
+    rows = gather(padded).view(len(counts), *padded.shape)
+    return torch.cat([part[:count] for part, count in zip(rows, counts, strict=True)])
+
+
 def total(value: Tensor) -> Tensor:
     """Sum over the ranks."""
     value = value.detach().clone()
@@ -89,19 +102,48 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
-def gathered_pairs(chunks: Sequence[Batch], device: torch.device) -> Pair:
-    """Validity and keys of the whole global batch, in the order in which `gather` puts embeddings."""
+def global_loss(
+    contrastive: Contrastive, chunks: Sequence[Batch], images: list[Tensor], texts: list[Tensor], scalars: Tensor
+) -> PairLoss:
+    """The contrastive loss of the global batch from each own chunk's images [b, D] and texts [b + n, D].
 
-    def column(name: str) -> Tensor:
-        return gather(torch.cat([torch.tensor(getattr(chunk, name)) for chunk in chunks]).to(device))
+    Rows are ordered by rank, then by chunk, the hard negatives after all captions.
+    """
+    device, rank = scalars.device, world()[0]
+    pairs = [len(chunk.image_keys) for chunk in chunks]
+    first = rank * sum(pairs)  # every rank has as many
+    keys, owners = [], []
+    for chunk, count in zip(chunks, pairs, strict=True):
+        keys.append(torch.tensor(chunk.caption_keys, device=device))
+        owners.append(torch.tensor(chunk.text_owners, device=device) + first)
+        first += count
 
-    return Pair(column("has_short").bool(), column("image_keys"), column("caption_keys"))
+    def captions(columns: list[Tensor]) -> Tensor:
+        return gather(torch.cat([column[:count] for column, count in zip(columns, pairs, strict=True)]))
+
+    def negatives(columns: list[Tensor]) -> Tensor:
+        return gather_ragged(torch.cat([column[count:] for column, count in zip(columns, pairs, strict=True)]))
+
+    columns = Columns(
+        gather(torch.cat([torch.tensor(chunk.has_short, device=device) for chunk in chunks]).long()).bool(),
+        gather(torch.cat([torch.tensor(chunk.image_keys, device=device) for chunk in chunks])),
+        captions(keys),
+    )
+    owners_H = negatives(owners)
+    if len(owners_H):
+        columns.negatives, columns.negative_owners, columns.negative_keys = negatives(texts), owners_H, negatives(keys)
+    return contrastive(gather(torch.cat(images)), captions(texts), scalars, **vars(columns))
 
 
 def count_caption_tokens(chunks: Sequence[Batch], device: torch.device) -> int:
     """Caption tokens (with their end tokens) in the global batch."""
     own = sum(int((chunk.image.lengths - chunk.image.prompt_lengths).sum()) for chunk in chunks)
     return int(total(torch.tensor(own, device=device)))
+
+
+def pixels_of(chunk: Batch, device: torch.device) -> dict[str, Tensor] | None:
+    """The pictures on the device; None where the chunk has texts in their stead."""
+    return None if chunk.pixels is None else as_tensors(chunk.pixels, device)
 
 
 def prompts_only(tokens: Tokens, device: torch.device) -> dict[str, Tensor]:
@@ -115,66 +157,69 @@ def single_pass(
     engine: Backward, chunks: Sequence[Batch], contrastive: Contrastive, *, next_token_weight: float
 ) -> StepLoss:
     """Forward all chunks, keep their activations, one backward."""
-    size = world()[1]
-    tokens = count_caption_tokens(chunks, engine.device) if next_token_weight else 0
+    size, device = world()[1], engine.device
+    tokens = count_caption_tokens(chunks, device) if next_token_weight else 0
     images, texts, captions = [], [], []
     for chunk in chunks:
-        image_side = chunk.image if tokens else None
-        inputs = as_tensors(chunk.image, engine.device) if image_side else prompts_only(chunk.image, engine.device)
-        pixels = as_tensors(chunk.pixels, engine.device)
-        embedding, caption_loss, _ = engine(inputs, pixels, caption_tokens=tokens or None)
+        inputs = as_tensors(chunk.image, device) if tokens else prompts_only(chunk.image, device)
+        embedding, caption_loss, _ = engine(inputs, pixels_of(chunk, device), caption_tokens=tokens or None)
         images.append(embedding)
         captions.append(caption_loss)
-        embedding, _, log_scale = engine(as_tensors(chunk.text, engine.device))
+        embedding, _, scalars = engine(as_tensors(chunk.text, device))
         texts.append(embedding)
-    pairs = gathered_pairs(chunks, engine.device)
-    # Every rank has the whole gradient of the scale: a W-th of it on each adds up to one.
-    shared_scale = log_scale / size + (log_scale * (1 - 1 / size)).detach()
-    loss = contrastive(gather(torch.cat(images)), gather(torch.cat(texts)), shared_scale, **vars(pairs))
+    # Every rank has the whole gradient of the scalars: a W-th of it on each adds up to one.
+    shared_scalars = scalars / size + (scalars * (1 - 1 / size)).detach()
+    loss = global_loss(contrastive, chunks, images, texts, shared_scalars)
     caption_loss = torch.stack(captions).sum()
     engine.backward(size * (loss.loss + next_token_weight * caption_loss), last=True)
-    return StepLoss(detached(loss), total(caption_loss), log_scale.detach(), tokens)
+    return StepLoss(detached(loss), total(caption_loss), scalars.detach(), tokens)
 
 
 def cached(
-    engine: Backward, chunks: Sequence[Batch], contrastive: Contrastive, *, next_token_weight: float
+    engine: Backward,
+    chunks: Sequence[Batch],
+    contrastive: Contrastive,
+    *,
+    next_token_weight: float,
+    dropout: bool = False,
 ) -> StepLoss:
-    """The three steps above: memory of one chunk, whatever the batch."""
-    size = world()[1]
-    device = engine.device
+    """The three steps above: memory of one chunk, whatever the batch.
+
+    dropout: whether the model draws random numbers. Then step 1 runs over the captions, too: a mask is drawn for a
+    whole tensor, and step 3 must draw the same one.
+    """
+    size, device = world()[1], engine.device
     tokens = count_caption_tokens(chunks, device) if next_token_weight else 0
 
     states, images, texts = [], [], []
     with torch.no_grad():
         for chunk in chunks:
-            states.append(rng_state(device))
-            images.append(engine(prompts_only(chunk.image, device), as_tensors(chunk.pixels, device))[0])
-            embedding, _, log_scale = engine(as_tensors(chunk.text, device))
+            inputs = as_tensors(chunk.image, device) if tokens and dropout else prompts_only(chunk.image, device)
+            before_image = rng_state(device)
+            images.append(engine(inputs, pixels_of(chunk, device))[0])
+            states.append((before_image, rng_state(device)))
+            embedding, _, scalars = engine(as_tensors(chunk.text, device))
             texts.append(embedding)
     after = rng_state(device)
 
-    own = [torch.stack(part).flatten(0, 1).requires_grad_() for part in (images, texts)]
-    scale = log_scale.detach().clone().requires_grad_()
-    pairs = gathered_pairs(chunks, device)
-    loss = contrastive(gather(own[0]), gather(own[1]), scale, **vars(pairs))
-    scale_gradient = torch.zeros_like(scale)
-    gradients = torch.autograd.grad(loss.loss, [*own, scale], allow_unused=True)
-    if gradients[2] is not None:  # a fixed temperature has none
-        scale_gradient = gradients[2]
-    image_gradients, text_gradients = (g.view(len(chunks), -1, g.shape[-1]) for g in gradients[:2])
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (*images, *texts, scalars)]
+    images, texts, scalars = leaves[: len(chunks)], leaves[len(chunks) : -1], leaves[-1]
+    loss = global_loss(contrastive, chunks, images, texts, scalars)
+    gradients = torch.autograd.grad(loss.loss, leaves, materialize_grads=True)  # a fixed temperature has none
 
     caption_total = torch.zeros((), device=device)
     for i, chunk in enumerate(chunks):
-        set_rng_state(states[i], device)  # the same dropout as in step 1
         inputs = as_tensors(chunk.image, device) if tokens else prompts_only(chunk.image, device)
-        image, caption_loss, _ = engine(inputs, as_tensors(chunk.pixels, device), caption_tokens=tokens or None)
-        text, _, log_scale = engine(as_tensors(chunk.text, device))
-        surrogate = (image * image_gradients[i]).sum() + (text * text_gradients[i]).sum()
-        surrogate = surrogate + log_scale * scale_gradient / (size * len(chunks))
+        set_rng_state(states[i][0], device)  # the same dropout as in step 1
+        image, caption_loss, _ = engine(inputs, pixels_of(chunk, device), caption_tokens=tokens or None)
+        set_rng_state(states[i][1], device)
+        text, _, own_scalars = engine(as_tensors(chunk.text, device))
+        surrogate = (image * gradients[i]).sum() + (text * gradients[len(chunks) + i]).sum()
+        surrogate = surrogate + (own_scalars * gradients[-1]).sum() / (size * len(chunks))
         engine.backward(size * (surrogate + next_token_weight * caption_loss), last=i == len(chunks) - 1)
         caption_total += caption_loss.detach()
     set_rng_state(after, device)
-    return StepLoss(detached(loss), total(caption_total), scale.detach(), tokens)
+    return StepLoss(detached(loss), total(caption_total), scalars.detach(), tokens)
 
 
 def detached(loss: PairLoss) -> PairLoss:

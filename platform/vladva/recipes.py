@@ -6,6 +6,8 @@ another and replaces a few values.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vladva.config import ClusterConfig, DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 
 
@@ -23,28 +25,126 @@ def tiny() -> RunConfig:
     )
 
 
+def tiny_e5_v() -> RunConfig:
+    """E5-V's way on the tiny LVLM: sentences only (`vladva.scenes.write_triplets`), then used on pictures."""
+    return replace(
+        tiny(),
+        name="tiny-e5-v",
+        model=replace(E5_V_MODEL, checkpoint="tiny", dtype="float32"),
+        data=replace(E5_V_DATA, uri=".vladva/triplets"),
+        loss=E5_V_LOSS,
+        optim=OptimConfig(lr=1e-3),
+    )
+
+
+# --- VladVA (method: arXiv 2412.04378; what is not published is a default of ours, see the classes of config.py)
+
+
 def llava_1_5_7b() -> RunConfig:
-    """VladVA on LLaVA-1.5-7B: global batch 1024, 7 epochs of 8.1M pairs, on 32 GPUs of 80 GB."""
+    """VladVA on LLaVA-1.5-7B: global batch 1024, 7 epochs of 8.1M pairs (55,000 steps), on 32 GPUs of 80 GB."""
     return RunConfig(
         name="llava-1.5-7b",
         storage="s3://CHANGE-ME/runs",
         model=ModelConfig(checkpoint="llava-hf/llava-1.5-7b-hf", dtype="bfloat16"),
         data=DataConfig(uri="s3://CHANGE-ME/pairs"),
-        train=TrainConfig(steps=55_000, global_batch=1024, chunk_size=16, checkpoint_every=500),
-        cluster=ClusterConfig(workers=32, cpus_per_worker=8, gpus_per_worker=1),
+        train=TrainConfig(
+            steps=55_000, global_batch=1024, chunk_size=16, checkpoint_every=500, activation_checkpointing=True
+        ),
+        cluster=ClusterConfig(workers=32, cpus_per_worker=8, gpus_per_worker=1, device_memory_gib=79),
     )
 
 
 def llava_1_5_13b() -> RunConfig:
-    """VladVA on LLaVA-1.5-13B: as the 7B, in smaller chunks and with the weights partitioned (ZeRO-3)."""
-    return RunConfig(
+    """VladVA on LLaVA-1.5-13B: as the 7B, with the weights partitioned (ZeRO-3)."""
+    seven = llava_1_5_7b()
+    return replace(
+        seven,
         name="llava-1.5-13b",
-        storage="s3://CHANGE-ME/runs",
-        model=ModelConfig(checkpoint="llava-hf/llava-1.5-13b-hf", dtype="bfloat16"),
-        data=DataConfig(uri="s3://CHANGE-ME/pairs"),
-        train=TrainConfig(steps=55_000, global_batch=1024, chunk_size=8, zero_stage=3, checkpoint_every=500),
-        cluster=ClusterConfig(workers=32, cpus_per_worker=8, gpus_per_worker=1),
+        model=replace(seven.model, checkpoint="llava-hf/llava-1.5-13b-hf"),
+        train=replace(seven.train, zero_stage=3),
     )
 
 
-RECIPES = {recipe.__name__: recipe for recipe in (tiny, llava_1_5_7b, llava_1_5_13b)}
+def qwen2_vl_2b() -> RunConfig:
+    """VladVA on Qwen2-VL-2B: as LLaVA-1.5-7B, without computing activations again."""
+    seven = llava_1_5_7b()
+    return replace(
+        seven,
+        name="qwen2-vl-2b",
+        model=replace(seven.model, checkpoint="Qwen/Qwen2-VL-2B-Instruct"),
+        train=replace(seven.train, activation_checkpointing=False),
+    )
+
+
+# --- E5-V (arXiv 2407.12580): trained on texts alone, used on pictures
+
+
+E5_V_MODEL = ModelConfig(
+    checkpoint="llava-hf/llama3-llava-next-8b-hf",
+    dtype="bfloat16",
+    image_prompt="Summary above image in one word: ",
+    text_prompt="Summary above sentence in one word: ",
+    soft_prompts=False,
+    lora_rank=64,
+    lora_alpha=16,
+    lora_dropout=0.05,
+)
+E5_V_DATA = DataConfig(
+    uri="s3://CHANGE-ME/nli", texts_only=True, hard_negatives=1, max_text_tokens=32, short_below=512, long_below=512
+)
+E5_V_LOSS = LossConfig(directions="one-way", temperature=0.05, learn_temperature=False, next_token_weight=0.0)
+
+
+def e5_v_llava_next_8b() -> RunConfig:
+    """E5-V on LLaVA-Next-8B: NLI triplets, global batch 768, 2 epochs of 275,000 (716 steps, 100 of them warm-up).
+
+    A sample is a JSON member of a tar: {"text": sentence, "captions": [entailed], "negatives": [contradicted]}.
+    """
+    return RunConfig(
+        name="e5-v-llava-next-8b",
+        storage="s3://CHANGE-ME/runs",
+        model=E5_V_MODEL,
+        data=E5_V_DATA,
+        loss=E5_V_LOSS,
+        optim=OptimConfig(lr=4e-4, warmup_fraction=100 / 716),
+        train=TrainConfig(steps=716, global_batch=768, chunk_size=16, checkpoint_every=100),
+        cluster=ClusterConfig(workers=8, cpus_per_worker=8, gpus_per_worker=1, device_memory_gib=79),
+    )
+
+
+def e5_v_llava_1_5_7b() -> RunConfig:
+    """E5-V on LLaVA-1.5-7B: as on LLaVA-Next-8B."""
+    eight = e5_v_llava_next_8b()
+    model = replace(eight.model, checkpoint="llava-hf/llava-1.5-7b-hf")
+    return replace(eight, name="e5-v-llava-1.5-7b", model=model)
+
+
+# --- VLM2Vec's (arXiv 2410.05160): InfoNCE alone
+
+
+def vlm2vec_qwen2_vl_2b() -> RunConfig:
+    """InfoNCE alone on Qwen2-VL-2B, after VLM2Vec: pictures to texts, temperature 0.02, global batch 1024, LoRA 16."""
+    vladva = qwen2_vl_2b()
+    return replace(
+        vladva,
+        name="vlm2vec-qwen2-vl-2b",
+        model=replace(vladva.model, soft_prompts=False),
+        loss=LossConfig(directions="one-way", temperature=0.02, learn_temperature=False, next_token_weight=0.0),
+        optim=OptimConfig(lr=2e-5),
+        train=replace(vladva.train, steps=2_000, chunk_size=8),
+    )
+
+
+RECIPES = {
+    recipe.__name__: recipe
+    for recipe in (
+        tiny,
+        tiny_e5_v,
+        llava_1_5_7b,
+        llava_1_5_13b,
+        qwen2_vl_2b,
+        e5_v_llava_next_8b,
+        e5_v_llava_1_5_7b,
+        vlm2vec_qwen2_vl_2b,
+    )
+}

@@ -19,10 +19,13 @@ from vladva.config import RunConfig
 
 if TYPE_CHECKING:
     import ray.data
+    from torch import Tensor
 
     from vladva.batches import Batch
+    from vladva.config import LossConfig
     from vladva.engine import Engine
     from vladva.gradcache import Contrastive, StepLoss
+    from vladva.losses.pairs import PairLoss
 
 # What may differ between a run and its resumption without making it another run.
 MAY_CHANGE = (
@@ -30,8 +33,12 @@ MAY_CHANGE = (
     "storage",
     "train.zero_stage",
     "train.checkpoint_every",
-    "train.keep_last",
+    "train.keep",
+    "train.validate",
+    "data.validation_uri",
     "train.gradient_cache",
+    "train.offload",
+    "train.activation_checkpointing",
 )
 
 
@@ -79,11 +86,20 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def check_data(config: RunConfig) -> None:
     """Scan the shards (only those that are new or changed), load nothing else; fail now rather than on the cluster."""
     from vladva.chunks import ChunkReader, preprocessor_of
+    from vladva.memory import check_memory
     from vladva.shards import scan
+    from vladva.validate import Validation
 
     preprocessor = preprocessor_of(config)
+    width = preprocessor.config.get_text_config().hidden_size
+    if max(config.loss.matryoshka, default=0) >= width:
+        raise ValueError(f"loss.matryoshka {config.loss.matryoshka}: the model's embeddings have {width} dimensions")
     print(scan(config.data.uri, preprocessor.count_tokens, max_bad_fraction=config.data.max_bad_fraction))
     ChunkReader(config).plan(0)
+    if config.cluster.device_memory_gib is not None:
+        check_memory(config)
+    if config.train.validate_on:
+        Validation(config)
 
 
 def finished_steps(config: RunConfig) -> int:
@@ -143,7 +159,9 @@ def train_worker(settings: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from vladva.engine import Engine, learning_rate
+    from vladva.engine import learning_rate
+    from vladva.training_log import TrainingLog
+    from vladva.validate import Validation
 
     config = RunConfig.from_json(settings["config"])
     context = ray.train.get_context()
@@ -155,12 +173,9 @@ def train_worker(settings: dict[str, Any]) -> None:
     start, batch = next(chunks)
 
     # --- model and engine
-    model = build_model(config, start)
-    engine = Engine(model, config)
-    if start:
-        saved = checkpoint.load(storage.join(config.uri, "checkpoints", f"step-{start}"))
-        engine.load_optimizer_state(saved.optimizer, start)
+    engine = build_engine(config, start)
     backward = backward_of(config)
+    validation = Validation(config) if config.train.validate_on else None
 
     # --- loop
     with TrainingLog(config, rank, start) as log:
@@ -175,9 +190,14 @@ def train_worker(settings: dict[str, Any]) -> None:
             rate = learning_rate(step, config.train.steps, config.optim)
             norm = engine.step(rate)
 
-            log.step(step, losses, batch, rate=rate, norm=norm, waited=waited, seconds=time.perf_counter() - began)
-            if (step + 1) % config.train.checkpoint_every == 0 or step + 1 == config.train.steps:
-                save_checkpoint(engine, log, config, step + 1)
+            seconds = time.perf_counter() - began
+            last = step + 1 == config.train.steps
+            scores = {}
+            if validation is not None and (last or (step + 1) % config.train.validate_every == 0):
+                scores = validation(engine)
+            log.step(step, losses, batch, rate=rate, norm=norm, waited=waited, seconds=seconds, scores=scores)
+            if last or (step + 1) % config.train.checkpoint_every == 0:
+                save_checkpoint(engine, log.saver, config, step + 1, scores)
 
 
 def numbered_chunks(
@@ -197,6 +217,17 @@ def numbered_chunks(
             share = []
 
 
+def build_engine(config: RunConfig, start: int) -> Engine:
+    """The engine of a run after `start` steps, with all that its checkpoint holds, from whatever W and ZeRO stage."""
+    from vladva.engine import Engine
+
+    engine = Engine(build_model(config, start), config)
+    if start:
+        saved = checkpoint.load(storage.join(config.uri, "checkpoints", f"step-{start}"))
+        engine.load_optimizer_state(saved.optimizer, start)
+    return engine
+
+
 def build_model(config: RunConfig, start: int) -> Any:
     """The model with a new adapter, or with the one that was saved after `start` steps."""
     import math
@@ -204,117 +235,75 @@ def build_model(config: RunConfig, start: int) -> Any:
     import torch
 
     from vladva.chunks import preprocessor_of
-    from vladva.embedder import EmbeddingModel, add_adapter, load_adapter
+    from vladva.embedder import EmbeddingModel, add_adapter, checkpoint_activations, load_adapter
 
     torch.manual_seed(config.seed)
-    log_scale = -math.log(config.loss.temperature)
+    loss = config.loss
+    scalars = {"log_scale": -math.log(loss.temperature), "bias": loss.bias if loss.contrastive == "sigmoid" else 0.0}
     if start:
         uri = storage.join(config.uri, "checkpoints", f"step-{start}")
-        log_scale = checkpoint.load(uri).state["log_scale"]
-    model = EmbeddingModel(config.model, preprocessor_of(config), log_scale=log_scale)
-    model.log_scale.requires_grad_(config.loss.learn_temperature)
+        state = checkpoint.load(uri).state
+        scalars = {name: state.get(name, value) for name, value in scalars.items()}
+    model = EmbeddingModel(config.model, preprocessor_of(config), **scalars)
+    model.log_scale.requires_grad_(loss.learn_temperature)
+    model.bias.requires_grad_(loss.contrastive == "sigmoid")
     model.lvlm.requires_grad_(False)
     if start:
         load_adapter(model, checkpoint.load_adapter(uri), trainable=True)
     else:
         add_adapter(model, config.model)
-    return model
+    if config.train.activation_checkpointing:
+        checkpoint_activations(model)
+    return model.train()
 
 
 def backward_of(config: RunConfig) -> Callable[[Engine, list[Batch]], StepLoss]:
     """Forward and backward of one global batch, by the configured losses and path."""
     from vladva import gradcache
 
-    run = gradcache.cached if config.caches_gradients else gradcache.single_pass
-    return partial(run, contrastive=contrastive_of(config), next_token_weight=config.loss.next_token_weight)
+    options = {"contrastive": contrastive_of(config.loss), "next_token_weight": config.loss.next_token_weight}
+    if config.caches_gradients:
+        return partial(gradcache.cached, **options, dropout=config.model.lora_dropout > 0)
+    return partial(gradcache.single_pass, **options)
 
 
-def contrastive_of(config: RunConfig) -> Contrastive:
+def contrastive_of(loss: LossConfig) -> Contrastive:
     """The contrastive loss of a run, on gathered embeddings."""
     from vladva.losses.info_nce import info_nce
+    from vladva.losses.sigmoid import sigmoid
 
-    loss = config.loss
-
-    def contrastive(images: Any, texts: Any, log_scale: Any, *, valid: Any, image_keys: Any, caption_keys: Any) -> Any:
-        keys = {"image_keys": image_keys, "caption_keys": caption_keys} if loss.mask_duplicates else {}
-        if not loss.learn_temperature:
-            return info_nce(images, texts, temperature=loss.temperature, valid=valid, **keys)
-        return info_nce(images, texts, log_scale, valid=valid, **keys)
+    def contrastive(images: Tensor, texts: Tensor, scalars: Tensor, **columns: Tensor | None) -> PairLoss:
+        if not loss.mask_duplicates:
+            columns = {name: column for name, column in columns.items() if not name.endswith("_keys")}
+        if loss.contrastive == "sigmoid":
+            return sigmoid(images, texts, *scalars, **columns, dims=loss.matryoshka)
+        scale = {"log_scale": scalars[0]} if loss.learn_temperature else {"temperature": loss.temperature}
+        return info_nce(
+            images, texts, **scale, **columns, symmetric=loss.directions == "symmetric", dims=loss.matryoshka
+        )
 
     return contrastive
 
 
-def save_checkpoint(engine: Engine, log: TrainingLog, config: RunConfig, step: int) -> None:
-    """Save after `step` steps. Every rank gathers, rank 0 writes; the upload goes on while training does."""
+def save_checkpoint(
+    engine: Engine, saver: checkpoint.AsyncSaver | None, config: RunConfig, step: int, scores: dict[str, float]
+) -> None:
+    """Save after `step` steps. Every rank gathers, rank 0 (with the saver) writes; the upload goes on in training."""
     from vladva.embedder import save_adapter
+    from vladva.shards import ShardIndex
 
     optimizer = engine.optimizer_state()
     with engine.gathered(), tempfile.TemporaryDirectory() as folder:
-        if log.saver is None:
+        if saver is None:
             return
         save_adapter(engine.model, config.model, Path(folder))
         state = {
             "next_chunk": step * config.chunks_per_batch,
             "seed": config.seed,
             "log_scale": engine.model.log_scale.item(),
+            "bias": engine.model.bias.item(),
             "config": config.to_json(),
-            "data_fingerprint": log.data_fingerprint,
+            "data_fingerprint": ShardIndex.open(config.data.uri).fingerprint,
+            "metrics": scores,
         }
-        log.saver.save(step, adapter_files=Path(folder), optimizer=optimizer, state=state)
-
-
-class TrainingLog:
-    """What rank 0 writes of a run: metrics and checkpoints. On other ranks it only takes part in the sums."""
-
-    def __init__(self, config: RunConfig, rank: int, start: int) -> None:
-        from vladva.shards import ShardIndex
-        from vladva.tracking import Tracker
-
-        self.config = config
-        self.tracker = Tracker(config.uri, first_step=start) if rank == 0 else None
-        self.saver = checkpoint.AsyncSaver(config.uri, keep_last=config.train.keep_last) if rank == 0 else None
-        self.data_fingerprint = ShardIndex.open(config.data.uri).fingerprint if rank == 0 else ""
-
-    def step(
-        self,
-        step: int,
-        losses: StepLoss,
-        batch: list[Batch],
-        *,
-        rate: float,
-        norm: float,
-        waited: float,
-        seconds: float,
-    ) -> None:
-        """Log one optimizer step; `seconds` is its wall time, of which `waited` went on waiting for data."""
-        if self.tracker is None:
-            return
-        contrastive = losses.contrastive
-        tokens = sum(int(chunk.image.lengths.sum() + chunk.text.lengths.sum()) for chunk in batch)
-        next_token = losses.next_token.item()
-        self.tracker.log(
-            step,
-            {
-                "loss": contrastive.loss.item() + self.config.loss.next_token_weight * next_token,
-                "contrastive_loss": contrastive.loss.item(),
-                **({"next_token_loss": next_token} if losses.caption_tokens else {}),
-                "temperature": (-losses.log_scale).exp().item(),
-                "in_batch_accuracy": contrastive.accuracy.item(),
-                "effective_negatives": contrastive.effective_negatives.item(),
-                "duplicates": contrastive.duplicates.item(),
-                "lr": rate,
-                "grad_norm": norm,
-                "pairs_per_s": self.config.train.global_batch / seconds,
-                "tokens_per_s_per_worker": tokens / seconds,
-                "data_wait_s": waited,
-                "step_s": seconds,
-            },
-        )
-
-    def __enter__(self) -> TrainingLog:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self.tracker is not None and self.saver is not None:
-            self.saver.close()
-            self.tracker.close()
+        saver.save(step, adapter_files=Path(folder), optimizer=optimizer, state=state)

@@ -95,7 +95,7 @@ def test_matryoshka_is_the_mean_over_widths(unit: Callable) -> None:
 def test_no_valid_pair_gives_zero_and_zero_gradients(unit: Callable) -> None:
     images, texts, scale = unit(3, 4, seed=1), unit(3, 4, seed=2), torch.tensor(2.0, requires_grad=True)
     result = sigmoid(images, texts, scale, torch.tensor(-3.0), valid=torch.zeros(3, dtype=torch.bool))
-    assert [x.item() for x in result] == [0, 0, 0, 0]
+    assert [x.item() for x in result] == [0] * 6
     for grad in torch.autograd.grad(result.loss, (images, texts, scale), allow_unused=True, materialize_grads=True):
         assert not grad.any()
 

@@ -19,6 +19,7 @@ class PairLoss(NamedTuple):
 
     accuracy: share of anchors more similar to their positive than to each of their negatives (a tie is a miss).
     effective_negatives: mean number of negatives an anchor is compared with. Both are averaged over the directions.
+    image_recall, text_recall: the accuracy of images finding their texts, and of texts finding their images.
     duplicates: number of combinations of image and text left out because they belong to duplicates of one pair.
     """
 
@@ -26,6 +27,8 @@ class PairLoss(NamedTuple):
     accuracy: Tensor
     effective_negatives: Tensor
     duplicates: Tensor
+    image_recall: Tensor
+    text_recall: Tensor
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,8 @@ def row_chunks(num_rows: int, chunk_size: int) -> Iterator[range]:
 
 
 @torch.no_grad()
-def pair_statistics(pairs: Pairs, *, symmetric: bool, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(accuracy, effective_negatives, duplicates) as defined in PairLoss; zeros if no pair takes part."""
+def pair_statistics(pairs: Pairs, *, symmetric: bool, chunk_size: int) -> tuple[Tensor, ...]:
+    """All of PairLoss but the loss, in its order; zeros if no pair takes part."""
     num_pairs, num_texts = len(pairs), len(pairs.texts)
     positives_P, best_in_row_P, best_in_column_P = pairs.images.new_full((3, num_pairs), -torch.inf)
     num_duplicates, num_duplicate_captions = torch.zeros(2, dtype=torch.int64, device=positives_P.device)
@@ -131,9 +134,10 @@ def pair_statistics(pairs: Pairs, *, symmetric: bool, chunk_size: int) -> tuple[
         best_in_row_P[part] = similarity_RC.amax(1)
         best_in_column_P = torch.maximum(best_in_column_P, similarity_RC[:, :num_pairs].amax(0))
     anchors = max(num_pairs, 1)
-    accuracy = (positives_P > best_in_row_P).sum() / anchors
+    accuracy = image_recall = (positives_P > best_in_row_P).sum() / anchors
+    text_recall = (positives_P > best_in_column_P).sum() / anchors
     negatives = (num_pairs * (num_texts - 1) - num_duplicates) / anchors
     if symmetric:
-        accuracy = (accuracy + (positives_P > best_in_column_P).sum() / anchors) / 2
+        accuracy = (image_recall + text_recall) / 2
         negatives = (negatives + (num_pairs * (num_pairs - 1) - num_duplicate_captions) / anchors) / 2
-    return accuracy, negatives, num_duplicates
+    return accuracy, negatives, num_duplicates, image_recall, text_recall

@@ -1,0 +1,83 @@
+"""Training log: what is written of every optimizer step, by rank 0."""
+
+from __future__ import annotations
+
+import resource
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vladva.checkpoint import AsyncSaver
+from vladva.config import RunConfig
+from vladva.tracking import Tracker
+
+if TYPE_CHECKING:
+    from vladva.batches import Batch
+    from vladva.gradcache import StepLoss
+
+
+class TrainingLog:
+    """What rank 0 writes of a run: metrics and checkpoints. On other ranks it only takes part in the sums."""
+
+    def __init__(self, config: RunConfig, rank: int, start: int) -> None:
+        self.config = config
+        self.tracker = Tracker(config.uri, first_step=start) if rank == 0 else None
+        kept = {"keep_last": config.train.keep_last, "keep_best": config.train.keep_best or None}
+        self.saver = AsyncSaver(config.uri, **kept) if rank == 0 else None
+
+    def step(
+        self,
+        step: int,
+        losses: StepLoss,
+        batch: list[Batch],
+        *,
+        rate: float,
+        norm: float,
+        waited: float,
+        seconds: float,
+        scores: dict[str, float],
+    ) -> None:
+        """Log one optimizer step; `seconds` is its wall time, of which `waited` went on waiting for data."""
+        if self.tracker is None:
+            return
+        contrastive = losses.contrastive
+        tokens = sum(int(chunk.image.lengths.sum() + chunk.text.lengths.sum()) for chunk in batch)
+        next_token = losses.next_token.item()
+        self.tracker.log(
+            step,
+            {
+                "loss": contrastive.loss.item() + self.config.loss.next_token_weight * next_token,
+                "contrastive_loss": contrastive.loss.item(),
+                **({"next_token_loss": next_token} if losses.caption_tokens else {}),
+                "temperature": (-losses.scalars[0]).exp().item(),
+                "in_batch_accuracy": contrastive.accuracy.item(),
+                "in_batch_recall_i2t": contrastive.image_recall.item(),
+                "in_batch_recall_t2i": contrastive.text_recall.item(),
+                "effective_negatives": contrastive.effective_negatives.item(),
+                "duplicates": contrastive.duplicates.item(),
+                "lr": rate,
+                "grad_norm": norm,
+                "pairs_per_s": self.config.train.global_batch / seconds,
+                "pairs_per_s_per_worker": self.config.train.global_batch / seconds / self.config.cluster.workers,
+                "tokens_per_s_per_worker": tokens / seconds,
+                "data_wait_s": waited,
+                "step_s": seconds,
+                "peak_memory_gib": peak_memory() / 2**30,
+                **scores,
+            },
+        )
+
+    def __enter__(self) -> TrainingLog:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.tracker is not None and self.saver is not None:
+            self.saver.close()
+            self.tracker.close()
+
+
+def peak_memory() -> int:
+    """Highest use of memory of this worker so far, in bytes: of the GPU, or of the process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

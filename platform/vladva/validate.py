@@ -1,0 +1,75 @@
+"""Validation: the workers of a run score what they have, on a benchmark, between two steps.
+
+Each worker embeds every W-th text and picture, all as many (under ZeRO-3 they must take every forward together); the
+embeddings are gathered, and rank 0 scores them as `evaluate.py` would. N items, W workers, D width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from vladva.benchmarks import Task, find
+from vladva.embedder import as_tensors
+from vladva.examples import decode_image
+from vladva.gradcache import gather, world
+
+if TYPE_CHECKING:
+    from vladva.benchmarks.readers.images import ImageRef
+    from vladva.config import RunConfig
+    from vladva.engine import Engine
+
+Item = TypeVar("Item")
+
+
+class Validation:
+    """The benchmark of a run, read once."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Raises ValueError or FileNotFoundError where there is no such benchmark, or not its files."""
+        self.name = config.train.validate_on
+        self.task: Task = find(self.name).read(config.data.validation_uri)
+        self.batch_size = config.train.chunk_size
+
+    def __call__(self, engine: Engine) -> dict[str, float]:
+        """Scores of the model as it is, by `validation/BENCHMARK/METRIC`, and the seconds they took; {} but on rank 0.
+
+        Every rank must call it.
+        """
+        began = time.perf_counter()
+        was_training = engine.model.training
+        engine.model.eval()
+        with torch.no_grad():
+            texts_ND = self.embed(self.task.texts, lambda texts: self.texts(engine, texts))
+            images_ND = self.embed(self.task.images, lambda images: self.images(engine, images))
+        engine.model.train(was_training)
+        if world()[0]:
+            return {}
+        scores = self.task.score(texts_ND.cpu().numpy(), images_ND.cpu().numpy()).scores
+        named = {f"validation/{self.name}/{metric}": score for metric, score in scores.items()}
+        return named | {"validation_s": time.perf_counter() - began}
+
+    def embed(self, items: Sequence[Item], forward: Callable[[list[Item]], Tensor]) -> Tensor:
+        """Embeddings [N, D] of all items, on every rank. The last item stands in where the ranks' shares differ."""
+        rank, size = world()
+        share = [items[min(i, len(items) - 1)] for i in range(rank, -(-len(items) // size) * size, size)]
+        batches = [share[i : i + self.batch_size] for i in range(0, len(share), self.batch_size)]
+        own_KD = torch.cat([forward(batch) for batch in batches])
+        return gather(own_KD).view(size, *own_KD.shape).transpose(0, 1).flatten(0, 1)[: len(items)]
+
+    def texts(self, engine: Engine, texts: list[str]) -> Tensor:
+        """Embeddings of texts."""
+        return engine(as_tensors(engine.model.preprocessor.texts(texts), engine.device))[0]
+
+    def images(self, engine: Engine, refs: list[ImageRef]) -> Tensor:
+        """Embeddings of pictures."""
+        from vladva.benchmarks.readers.images import read_images
+
+        preprocessor = engine.model.preprocessor
+        pictures = [decode_image(data) for data in read_images(refs)]
+        tokens = preprocessor.images([picture.size for picture in pictures], [None] * len(pictures))
+        return engine(as_tensors(tokens, engine.device), as_tensors(preprocessor.pixels(pictures), engine.device))[0]

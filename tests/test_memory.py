@@ -1,0 +1,123 @@
+"""The memory plan: sums done by hand, and activations against what autograd really keeps."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import build_llava
+
+from vladva.chunks import preprocessor_of
+from vladva.config import ClusterConfig, LossConfig
+from vladva.embedder import EmbeddingModel, add_adapter, as_tensors, checkpoint_activations
+from vladva.memory import activation_bytes, check_memory, plan_memory, settings_of
+from vladva.recipes import RECIPES, llava_1_5_7b, tiny
+
+
+def test_llava_7b_by_hand() -> None:
+    """16 x 1,170 tokens in bfloat16, LoRA 16: what each part is, from the published sizes of the model."""
+    config = replace(
+        llava_1_5_7b(),
+        loss=LossConfig(next_token_weight=1.0),
+        train=replace(llava_1_5_7b().train, activation_checkpointing=False),
+        cluster=ClusterConfig(workers=32),
+    )
+    plan = plan_memory(config)
+    lora = 16 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    soft = 2 * 8 * 4096  # seven words and a colon
+    assert plan.trainable == lora + soft + 1
+    assert plan.parameters == pytest.approx(7.063e9, rel=1e-3)
+    assert (plan.image_tokens, plan.text_tokens) == (576 + 32 + 500, 30 + 32)
+    assert plan.tokens_per_step == 1024 * 1170
+    assert plan.device["weights"] == 2 * (plan.parameters + plan.trainable)
+    assert plan.device["optimizer"] == 12 * plan.trainable // 32
+    assert plan.device["gradients"] == 2 * plan.trainable // 32
+    layer = 8 * 4096 + 2 * (2 * 4096 + 2 * 4096 + 2 * 4096 + 4 * 11008) + 2 * 7 * 16
+    assert plan.device["activations"] == 16 * 1170 * 32 * layer
+    again = plan_memory(replace(config, train=replace(config.train, activation_checkpointing=True)))
+    assert again.device["activations"] == 16 * 1170 * 32 * 4096 * 2
+    assert again.device["one layer again"] == 16 * 1170 * layer
+
+
+def test_zero_and_offload_move_what_they_should() -> None:
+    def plan(stage: int, **options: bool) -> dict[str, int]:
+        config = replace(llava_1_5_7b(), cluster=ClusterConfig(workers=4))
+        return plan_memory(replace(config, train=replace(config.train, zero_stage=stage, **options))).device
+
+    zero, one, two, three = map(plan, range(4))
+    assert zero["optimizer"] == pytest.approx(4 * one["optimizer"] * 8 / 12, rel=1e-6)  # no float32 copy at stage 0
+    assert one["gradients"] == pytest.approx(4 * two["gradients"], rel=1e-6)
+    assert two["weights"] == pytest.approx(4 * three["weights"], rel=1e-6)
+    assert three["gathered weights"] == 2 * 10**9
+    assert "optimizer" not in plan(2, offload=True)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_fits_what_it_asks_for(recipe: str) -> None:
+    config = RECIPES[recipe]()
+    plan = check_memory(config)
+    assert plan.total > 0
+    small = replace(config, cluster=replace(config.cluster, device_memory_gib=0.001))
+    with pytest.raises(ValueError, match="no setting makes it fit"):
+        check_memory(small)
+
+
+def test_the_advice_is_the_first_that_helps() -> None:
+    config = replace(llava_1_5_7b(), train=replace(llava_1_5_7b().train, activation_checkpointing=False))
+    with pytest.raises(ValueError, match=r"activations .*; train\.activation_checkpointing True makes it 22\.6 GiB"):
+        check_memory(config)
+
+
+def test_the_dry_run_prints_a_table_or_refuses_in_one_line() -> None:
+    def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "jobs/train.py", "tiny", "--dry-run", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = dry_run("--cluster.device-memory-gib", "0.5")
+    assert done.returncode == 2
+    assert "activations" in done.stdout
+    assert len(done.stderr.splitlines()) == 1
+    assert "error: tiny-vladva needs" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def kept_bytes(model: EmbeddingModel, texts: list[str]) -> tuple[int, int]:
+    """Bytes that autograd keeps of a forward of texts besides weights and inputs, and the number of tokens."""
+    tokens = as_tensors(model.preprocessor.texts(texts), "cpu")
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        embeddings = model(tokens)[0]
+    assert embeddings.requires_grad
+    return sum(storages.values()), tokens["ids"].numel()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_activations_are_what_autograd_keeps(tmp_path: Path, dropout: float) -> None:
+    base = tiny()
+    checkpoint = build_llava(tmp_path, width=128)
+    model_config = replace(base.model, checkpoint=checkpoint, lora_rank=4, lora_dropout=dropout)
+    config = replace(base, model=model_config, loss=LossConfig(next_token_weight=0.0))
+    model = EmbeddingModel(model_config, preprocessor_of(config))
+    model.requires_grad_(False)
+    add_adapter(model, model_config)
+    texts = ["a red ring and a blue star, " * 6] * 4
+    found, tokens = kept_bytes(model.train(), texts)
+    expected = tokens * activation_bytes(settings_of(checkpoint).get_text_config(), config)
+    assert found == pytest.approx(expected, rel=0.15)
+
+    checkpoint_activations(model)
+    model.train()
+    again, _ = kept_bytes(model, texts)
+    assert again < 0.2 * expected  # besides the layers' inputs, which the layers hold themselves

@@ -1,0 +1,275 @@
+"""Two optimizer steps under every option of losses and engine, and the same in plain PyTorch, saved for comparison.
+
+python tests/train_options_worker.py CHECKPOINT OUT
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ranks
+import torch
+from torch import Tensor, distributed
+from torch.nn.functional import cross_entropy, normalize, softplus
+
+from vladva.batches import Batch
+from vladva.chunks import preprocessor_of
+from vladva.config import ClusterConfig, DataConfig, LossConfig, ModelConfig, RunConfig, TrainConfig
+from vladva.embedder import EmbeddingModel, add_adapter, as_tensors, caption_labels, checkpoint_activations
+from vladva.engine import Engine
+from vladva.examples import Example
+from vladva.gradcache import pixels_of
+from vladva.scenes import captions, render, scenes
+from vladva.train import backward_of
+
+CHUNKS, PAIRS, STEPS, RATE = 4, 3, 2, 1e-2
+
+
+@dataclass(frozen=True)
+class Case:
+    """Options of a run, and the reference that it must equal."""
+
+    world: int = 2
+    kind: str = "plain"  # of examples: plain, negatives, texts
+    loss: LossConfig = LossConfig(next_token_weight=0.5)  # noqa: RUF009  (frozen)
+    train: tuple[tuple[str, Any], ...] = ()
+    model: tuple[tuple[str, Any], ...] = ()
+    reference: str | None = None  # another case's, whose options it must equal; its own otherwise
+
+
+E5_V = LossConfig(directions="one-way", temperature=0.05, learn_temperature=False, next_token_weight=0.0)
+SIGLIP = LossConfig(contrastive="sigmoid", temperature=0.1, bias=-3.0, next_token_weight=0.5)
+NESTED = LossConfig(matryoshka=(8, 16), next_token_weight=0.5)
+DROPOUT = (("lora_dropout", 0.3),)
+CASES = {
+    "info_nce": Case(),
+    "matryoshka and hard negatives": Case(kind="negatives", loss=NESTED),
+    "matryoshka and hard negatives, single pass": Case(
+        kind="negatives", loss=NESTED, train=(("gradient_cache", False),), reference="matryoshka and hard negatives"
+    ),
+    "texts, one-way, fixed temperature": Case(kind="texts", loss=E5_V),
+    "texts, one worker, ZeRO-0": Case(
+        world=1, kind="texts", loss=E5_V, train=(("zero_stage", 0),), reference="texts, one-way, fixed temperature"
+    ),
+    "sigmoid": Case(kind="negatives", loss=SIGLIP),
+    "offload, ZeRO-1": Case(train=(("offload", True), ("zero_stage", 1)), reference="info_nce"),
+    "offload, ZeRO-2": Case(train=(("offload", True), ("zero_stage", 2)), reference="info_nce"),
+    "offload, ZeRO-3": Case(train=(("offload", True), ("zero_stage", 3)), reference="info_nce"),
+    "activation checkpointing, ZeRO-0": Case(
+        train=(("activation_checkpointing", True), ("zero_stage", 0)), reference="info_nce"
+    ),
+    "activation checkpointing, ZeRO-3, offload": Case(
+        train=(("activation_checkpointing", True), ("offload", True), ("zero_stage", 3)), reference="info_nce"
+    ),
+    "dropout": Case(world=1, model=DROPOUT),
+    "dropout, activation checkpointing, ZeRO-3": Case(
+        world=1,
+        model=DROPOUT,
+        train=(("activation_checkpointing", True), ("zero_stage", 3)),
+        reference="dropout",
+    ),
+    "bfloat16, ZeRO-0": Case(model=(("dtype", "bfloat16"),), train=(("zero_stage", 0),), reference="info_nce"),
+    "bfloat16, ZeRO-2": Case(model=(("dtype", "bfloat16"),), reference="info_nce"),
+    "bfloat16, ZeRO-3": Case(model=(("dtype", "bfloat16"),), train=(("zero_stage", 3),), reference="info_nce"),
+}
+
+
+def config_of(checkpoint: str, case: Case) -> RunConfig:
+    """Four chunks of three pairs, with the options of the case."""
+    return RunConfig(
+        name="test",
+        storage="unused",
+        model=ModelConfig(checkpoint=checkpoint, lora_rank=4, **dict(case.model)),
+        data=DataConfig(uri="unused", run_length=1),
+        loss=case.loss,
+        train=TrainConfig(
+            steps=STEPS,
+            global_batch=CHUNKS * PAIRS,
+            chunk_size=PAIRS,
+            **({"gradient_cache": True} | dict(case.train)),
+        ),
+        cluster=ClusterConfig(workers=case.world),
+    )
+
+
+def scene_pairs() -> list[Example]:
+    """Twelve scenes; pair 5 has no long caption, pair 7 no short one, pair 9 repeats the caption of pair 8."""
+    pairs: list[Example] = []
+    for number, (scene, random) in zip(range(CHUNKS * PAIRS), scenes("train"), strict=False):
+        worded = captions(scene, random)
+        short = None if number == 7 else pairs[8].short if number == 9 else worded[0]
+        pairs.append(Example(str(number), render(scene), short, None if number == 5 else worded[-1]))
+    return pairs
+
+
+def examples(kind: str) -> list[Example]:
+    """The pairs; with hard negatives of some; with texts in the pictures' stead."""
+    plain = scene_pairs()
+    if kind == "plain":
+        return plain
+    # Pair 7 has no short caption: its negatives go with it. Pair 1's is the caption of pair 2, which it must not meet.
+    negatives = {0: ("a red ring", "a blue star"), 1: (plain[2].short,), 7: ("two crosses",), 11: ("a green cross",)}
+    found = [replace(pair, negatives=negatives.get(i, ())) for i, pair in enumerate(plain)]
+    if kind == "texts":
+        found = [replace(pair, image=f"{pair.short or 'nothing'} in a picture", long=None) for pair in found]
+    return found
+
+
+def build(config: RunConfig, kind: str) -> tuple[EmbeddingModel, list[Batch]]:
+    torch.manual_seed(0)
+    preprocessor = preprocessor_of(config)
+    model = EmbeddingModel(config.model, preprocessor, log_scale=2.0, bias=config.loss.bias)
+    model.requires_grad_(False)
+    model.log_scale.requires_grad_(config.loss.learn_temperature)
+    model.bias.requires_grad_(config.loss.contrastive == "sigmoid")
+    add_adapter(model, config.model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    if config.train.activation_checkpointing:
+        checkpoint_activations(model)
+    rows = examples(kind)
+    chunks = [preprocessor.collate(i, rows[i * PAIRS : (i + 1) * PAIRS]) for i in range(CHUNKS)]
+    return model.train(), chunks
+
+
+# ---------------------------------------------------------------------------------------------------- plain PyTorch
+
+
+def plain_contrastive(loss: LossConfig, images: Tensor, texts: Tensor, model: EmbeddingModel, mask: Tensor) -> Tensor:
+    """images [P, D], texts [P + H, D]; mask bool [P, P + H], True where a text is a negative or the positive."""
+    values = []
+    for width in (images.shape[1], *loss.matryoshka):
+        logits = normalize(images[:, :width], dim=-1) @ normalize(texts[:, :width], dim=-1).T
+        logits = logits / loss.temperature if not loss.learn_temperature else logits * model.log_scale.exp()
+        target = torch.arange(len(logits))
+        if loss.contrastive == "sigmoid":
+            sign = -torch.ones_like(logits)
+            sign[target, target] = 1
+            values.append((softplus(-sign * (logits + model.bias)) * mask).sum() / len(logits))
+            continue
+        logits = logits.masked_fill(~mask, -torch.inf)
+        value = cross_entropy(logits, target)
+        if loss.directions == "symmetric":
+            value = (value + cross_entropy(logits[:, : len(logits)].T, target)) / 2
+        values.append(value)
+    return torch.stack(values).mean()
+
+
+def candidates(rows: list[Example]) -> tuple[list[int], list[int], Tensor]:
+    """The pairs that take part, the hard negatives (numbered in order of appearance), and the mask of both."""
+    part = [i for i, row in enumerate(rows) if row.short is not None]
+    listed = [(i, text) for i, row in enumerate(rows) for text in row.negatives]
+    hard = [h for h, (i, _) in enumerate(listed) if i in part]
+    others = [rows[j].short for j in part] + [listed[h][1] for h in hard]
+    mask = torch.tensor([[rows[i].short != text for text in others] for i in part])
+    mask[torch.arange(len(part)), torch.arange(len(part))] = True
+    return part, hard, mask
+
+
+def plain_steps(config: RunConfig, kind: str) -> dict[str, Any]:
+    """One process, one graph over all chunks; transformers' own caption loss, in a forward of its own."""
+    model, chunks = build(config, kind)
+    rows = examples(kind)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    part, hard, mask = candidates(rows)
+    losses = []
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        images, captions, negatives, caption_sum, count = [], [], [], 0.0, 0
+        for chunk in chunks:
+            tokens = as_tensors(chunk.image, "cpu")
+            hidden = model.base.model(**model.inputs(tokens, pixels_of(chunk, "cpu"))).last_hidden_state
+            images.append(normalize(hidden[torch.arange(PAIRS), tokens["prompt_lengths"] - 1], dim=-1))
+            labels = caption_labels(tokens)[:, 1:].flatten()
+            if config.loss.next_token_weight and (labels != -100).any():
+                logits = model.base.lm_head(hidden[:, :-1]).flatten(0, 1)
+                caption_sum = caption_sum + cross_entropy(logits, labels, reduction="sum")
+                count += int((labels != -100).sum())
+            tokens = as_tensors(chunk.text, "cpu")
+            hidden = model.base.model(**model.inputs(tokens, None)).last_hidden_state
+            texts = normalize(hidden[torch.arange(len(hidden)), tokens["lengths"] - 1], dim=-1)
+            captions.append(texts[:PAIRS])
+            negatives.append(texts[PAIRS:])
+        texts = torch.cat([torch.cat(captions)[part], torch.cat(negatives)[hard]])
+        contrastive = plain_contrastive(config.loss, torch.cat(images)[part], texts, model, mask)
+        caption = caption_sum / max(count, 1)
+        (contrastive + config.loss.next_token_weight * caption).backward()
+        torch.nn.utils.clip_grad_norm_(trainable.values(), config.optim.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((float(contrastive), float(caption)))
+    return {
+        "losses": losses,
+        "weights": {name: p.detach().clone() for name, p in trainable.items()},
+        "moments": {f"{n}.{m}": optimizer.state[p][m] for n, p in trainable.items() for m in ("exp_avg", "exp_avg_sq")},
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ vladva's steps
+
+
+def run_cases(rank: int, checkpoint: str, out: Path, world: int) -> None:
+    for name, case in CASES.items():
+        if case.world == world:
+            engine_steps(rank, checkpoint, out, name, case)
+    # A wrong one for each: dropout whose masks are not drawn again, and hard negatives that the loss forgets.
+    if world == 1:
+        engine_steps(rank, checkpoint, out, "dropout, wrong", CASES["dropout"], lambda options: {"dropout": False})
+    else:
+        engine_steps(rank, checkpoint, out, "sigmoid, wrong", CASES["sigmoid"], without_negatives)
+
+
+def engine_steps(
+    rank: int,
+    checkpoint: str,
+    out: Path,
+    name: str,
+    case: Case,
+    change: Callable[[dict], dict] = lambda options: {},
+) -> None:
+    config = config_of(checkpoint, case)
+    model, chunks = build(config, case.kind)
+    engine = Engine(model, config)
+    backward = backward_of(config)
+    backward.keywords.update(change(backward.keywords))
+    losses = []
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        found = backward(engine, chunks[rank :: distributed.get_world_size()])
+        engine.step(RATE)
+        losses.append((found.contrastive.loss.item(), found.next_token.item()))
+    with engine.gathered():
+        weights = {name: p.detach().float().clone() for name, p in engine.trainable.items()}
+    moments = engine.optimizer_state()
+    if rank == 0:
+        torch.save({"losses": losses, "weights": weights, "moments": moments}, out / f"{name}.pt")
+
+
+def main() -> None:
+    checkpoint, out = sys.argv[1], Path(sys.argv[2])
+    for world in (1, 2):
+        ranks.run(world, run_cases, checkpoint, out, world)
+    torch.set_num_threads(1)
+    for name, case in CASES.items():
+        if case.reference is None:
+            torch.save(plain_steps(config_of(checkpoint, case), case.kind), out / f"{name}, plain.pt")
+
+
+def without_negatives(options: dict[str, Any]) -> dict[str, Any]:
+    whole = options["contrastive"]
+
+    def contrastive(images: Tensor, texts: Tensor, scalars: Tensor, **columns: Tensor | None) -> Any:
+        kept = {name: column for name, column in columns.items() if not name.startswith("negative")}
+        return whole(images, texts, scalars, **kept)
+
+    return {"contrastive": contrastive}
+
+
+if __name__ == "__main__":
+    main()
