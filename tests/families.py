@@ -180,11 +180,15 @@ def qwen(
         "patch_size": 8,
         "temporal_patch_size": 2,
         "merge_size": 2,
-        "min_pixels": 4 * 16 * 16,
-        "max_pixels": 20 * 16 * 16,
         "image_mean": CLIP_MEAN,
         "image_std": CLIP_STD,
     }
+    least, most = 4 * 16 * 16, 20 * 16 * 16  # pixels; Qwen3-VL's files name limits and processor in the newer way
+    if names == "Qwen3VL":
+        pictures |= {"size": {"shortest_edge": least, "longest_edge": most}}
+        pictures["image_processor_type"] += "Fast"
+    else:
+        pictures |= {"min_pixels": least, "max_pixels": most}
     model = getattr(transformers, f"{names}ForConditionalGeneration")(config)
     return write(folder, model, tokenizer, pictures, {"processor_class": f"{names}Processor"})
 
