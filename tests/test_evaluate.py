@@ -32,6 +32,15 @@ def test_all_means_what_the_folder_holds(scenes: Path, tmp_path: Path) -> None:
         read_benchmarks(["scene"], str(scenes))
 
 
+def test_captions_are_capped_on_request(scenes: Path) -> None:
+    [(name, task)] = read_benchmarks(["scenes_retrieval:5"], str(scenes)).items()
+    assert name == "scenes_retrieval"
+    assert task.counts["max_captions_per_image"] == 5
+    for wrong in ("scenes_retrieval:x", "winoground:5"):
+        with pytest.raises(ValueError, match=f"{wrong!r} is not a retrieval benchmark with a number of captions"):
+            read_benchmarks([wrong], str(scenes))
+
+
 def test_each_text_and_picture_is_collected_once(scenes: Path) -> None:
     tasks = read_benchmarks(SCENES, str(scenes))
     rows = items(tasks.values())
