@@ -8,6 +8,7 @@ import pytest
 
 from vladva.embedder import config_of, find_model
 from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT
+from vladva.recipes import RECIPES
 from vladva.score_tables import paper_tables
 from vladva.systems import E5_V_PROMPTS, SYSTEMS, find, paper_row
 
@@ -24,6 +25,13 @@ def test_every_row_of_the_paper_is_run_somehow_or_marked() -> None:
     assert {system.row for system in SYSTEMS if not system.name} == {
         "BLIP2 (ViT-L)", "CLIP (ViT-B) 15M", "HiDeCLIP (ViT-B)", "FFF (ViT-B)"
     }  # fmt: skip
+
+
+def test_trained_systems_have_a_recipe_of_the_same_model_and_prompts() -> None:
+    for system in SYSTEMS:
+        if system.recipe:
+            model = RECIPES[system.recipe]().model
+            assert (model.checkpoint, (model.image_prompt, model.text_prompt)) == (system.checkpoint, system.prompts)
 
 
 def test_a_name_leads_to_checkpoint_and_prompts() -> None:
