@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from vladva import searches
-from vladva.hits import ExactStore, VectorStore
-from vladva.index import FingerprintMismatch, build_index, open_index
+from vladva.hits import ExactStore, Hit, VectorStore
+from vladva.index import FingerprintMismatch, VectorIndex, build_index, open_index
 from vladva.partitions import VECTORS
 from vladva.parts import TableInProgress, write_part
 from vladva.recall import Measured, Queries, cheapest, exact_thresholds, ladder, measure
@@ -81,12 +81,18 @@ def lance_exact(vectors_ND: np.ndarray, folder: Path) -> VectorStore:
     return open_index(str(folder / "index"))
 
 
-def lance_partitioned(vectors_ND: np.ndarray, folder: Path) -> VectorStore:
+def lance_partitioned(vectors_ND: np.ndarray, folder: Path) -> VectorIndex:
     build_index(write_table(folder / "table", vectors_ND), str(folder / "index"), exact_below=10)
     return open_index(str(folder / "index"))
 
 
-@pytest.fixture(params=[exact_twin, lance_exact, lance_partitioned], ids=lambda maker: maker.__name__)
+def lance_in_memory(vectors_ND: np.ndarray, folder: Path) -> VectorStore:
+    index = lance_partitioned(vectors_ND, folder)
+    index.warm()
+    return index
+
+
+@pytest.fixture(params=[exact_twin, lance_exact, lance_partitioned, lance_in_memory], ids=lambda maker: maker.__name__)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> VectorStore:
     """Each kind of store, with 60 rows a degree apart."""
     make: Callable[[np.ndarray, Path], VectorStore] = request.param
@@ -152,7 +158,7 @@ def test_what_cannot_be_searched_is_said(store: VectorStore) -> None:
         store.search(np.ones(8), 0)
     with pytest.raises(ValueError, match="zero or not finite"):
         store.search(np.zeros(8), 3)
-    for condition in ("colour = 3", "number >", "1; DROP TABLE rows"):
+    for condition in ("colour = 3", "number >", "1; DROP TABLE rows", "number = 1; number = 2", "number = 1 or so"):
         with pytest.raises(ValueError, match="filter") as caught:
             store.search(np.ones(8), 3, filter=condition)
         assert "\n" not in str(caught.value)
@@ -188,7 +194,17 @@ def test_recall_is_the_fraction_found() -> None:
     twin = ExactStore(rows_of(vectors_ND, list(range(300))), MODEL["fingerprint"])
     assert measure(twin.search, queries, thresholds, 10).recall == 1.0
     # One that misses the best six and gives worse ones instead has four of ten right.
-    assert measure(lambda v, k: twin.search(v, k + 6)[7:], queries, thresholds, 10).recall == pytest.approx(0.4)
+    asked = []
+
+    def worse(vector_D: np.ndarray, k: int) -> list[Hit]:
+        asked.append(k)
+        return twin.search(vector_D, k + 6)[7:]
+
+    assert measure(worse, queries, thresholds, 10).recall == pytest.approx(0.4)
+    assert len(asked) == 20
+    # 0.9 of twenty queries allows for two misses in all: after the fourth query it is out of reach.
+    assert measure(worse, queries, thresholds, 10, 0.9).recall == pytest.approx(0.4)
+    assert len(asked) == 24
 
 
 def test_the_least_that_suffices_is_chosen() -> None:
@@ -226,7 +242,9 @@ def test_built_indexes_find_what_brute_force_finds(
         found += len({hit.columns["number"] for hit in hits} & set(np.argsort(-scores)[:10].tolist()))
     assert found / 2000 >= 0.97
     # With a condition: exactly where it leaves few rows, else in so many more partitions as it leaves fewer rows.
-    for few, least in (1000, 1.0), (0, 0.95):
+    for few, least, warm in (1000, 1.0, False), (0, 0.95, False), (0, 0.95, True), (1000, 1.0, True):
+        if warm:
+            index.warm()
         monkeypatch.setattr(searches, "EXACT_LEFT", few)
         found = 0
         for query_D in vectors_ND[3000:3050]:
@@ -296,16 +314,37 @@ def test_versions_and_tags_stay_as_they_were(tmp_path: Path) -> None:
         open_index(index, version="nothing")
 
 
+def test_in_memory_no_less_is_found_and_the_scores_are_the_same(tmp_path: Path) -> None:
+    vectors_ND = clustered(4000)
+    build_index(write_table(tmp_path / "table", vectors_ND[:3900]), str(tmp_path / "index"), exact_below=1000)
+    cold, warm = open_index(str(tmp_path / "index")), open_index(str(tmp_path / "index"))
+    warm.warm()
+    found = {"cold": 0, "warm": 0}
+    for query_D in vectors_ND[3900:]:
+        scores = vectors_ND[:3900] @ query_D
+        nearest = set(np.argsort(-scores)[:10].tolist())
+        for name, index in ("cold", cold), ("warm", warm):
+            hits = index.search(query_D, 10)
+            assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+            for hit in hits:
+                assert hit.score == pytest.approx(scores[hit.columns["number"]], abs=1e-5)
+            found[name] += len({hit.columns["number"] for hit in hits} & nearest)
+    assert found["warm"] >= found["cold"] >= 960
+    # A whole tenth of the rows, spread over all partitions: the index looks further than it otherwise would.
+    assert len(warm.search(vectors_ND[0], 390, filter="number % 10 = 0")) == 390
+
+
 def test_a_thousand_upserts_are_seen_at_once_and_stay_after_optimizing(tmp_path: Path) -> None:
     vectors_ND = clustered(4000)
     build_index(write_table(tmp_path / "table", vectors_ND[:3000]), str(tmp_path / "index"), exact_below=1000)
     index = open_index(str(tmp_path / "index"))
     partitions = index.settings.partitions
     index.upsert(rows_of(vectors_ND[3000:], list(range(3000, 4000))))
-    for _ in range(2):
-        hits = [index.search(vector, 1)[0] for vector in vectors_ND[3000:3100]]
-        assert [hit.columns["number"] for hit in hits] == list(range(3000, 3100))
-        index.optimize()
+    hits = [index.search(vector, 1)[0] for vector in vectors_ND[3000::4]]
+    assert [hit.columns["number"] for hit in hits] == list(range(3000, 4000, 4))
+    index.optimize()
+    hits = [index.search(vector, 1)[0] for vector in vectors_ND[3000:3100]]
+    assert [hit.columns["number"] for hit in hits] == list(range(3000, 3100))
     assert index.settings.recall_at_10 >= 0.98
     assert index.settings.partitions >= partitions > 1
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 if TYPE_CHECKING:
     import lance
 
 IndexType = Literal["exact", "IVF_SQ", "IVF_HNSW_SQ", "IVF_PQ"]
 
-PARTITION_ROWS = 512
+PARTITION_ROWS = 256
 GRAPH_ROWS = 200_000  # of a partition that is searched by a graph (HNSW)
 VECTORS = "embedding_idx"  # name of the index
 
@@ -51,6 +53,12 @@ def num_partitions(dataset: lance.LanceDataset) -> int:
     """Partitions of the vector index."""
     os.environ.setdefault("LANCE_INCLUDE_VECTOR_CENTROIDS", "false")  # they would come along otherwise
     return max(part["num_partitions"] for part in dataset.stats.index_stats(VECTORS)["segments"])
+
+
+def centroids(dataset: lance.LanceDataset) -> np.ndarray:
+    """The partitions' centroids, float32 [P, D]."""
+    found = dataset.get_ivf_model(VECTORS).centroids
+    return np.asarray(found.flatten(), np.float32).reshape(-1, found.type.list_size)
 
 
 def _sub_vectors(dimension: int) -> int:

@@ -17,15 +17,16 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from vladva.hits import Hit, check_query, hit_of, matrix_of
-from vladva.partitions import VECTORS, IndexType
+from vladva.partitions import VECTORS, IndexType, centroids
 from vladva.recall import Measured, Queries, cheapest, exact_thresholds, measure
+from vladva.rows import Rows
 
 if TYPE_CHECKING:
     import lance
@@ -62,12 +63,17 @@ class SearchSettings:
         """Keep the settings with a data set."""
         dataset.update_schema_metadata({"vladva.search": json.dumps(asdict(self))})
 
+    def probes(self, k: int, share: float) -> int:
+        """Partitions to look at for k hits; `share` is the fraction of the rows that a filter leaves."""
+        # Further neighbours, and those left by a filter are further, are spread over more partitions: for 100 to be
+        # found as 10 are, it takes nearly twice as many.
+        further = max(1, k / share // RECALL_AT) ** 0.25
+        return min(self.partitions, math.ceil(self.nprobes * further / share))
+
     def nearest(self, k: int, share: float) -> dict[str, Any]:
-        """Arguments of Lance's search; `share` is the fraction of the rows that a filter leaves."""
-        # The further neighbours are spread over more partitions: recall@100 as recall@10 takes nearly twice as many.
-        nprobes = min(self.partitions, math.ceil(self.nprobes * max(1, k // RECALL_AT) ** 0.25 / share))
-        # As many as it says and no guess of Lance's own, except that it goes on until there are k hits.
-        probes = {"minimum_nprobes": nprobes, "search_effort": 0.0}
+        """Arguments of Lance's search."""
+        # As many partitions as it says and no guess of Lance's own, except that it goes on until there are k hits.
+        probes = {"minimum_nprobes": self.probes(k, share), "search_effort": 0.0}
         if self.index_type == "IVF_HNSW_SQ":
             return probes | {"ef": max(self.effort, k), "refine_factor": 3}
         return probes | {"refine_factor": self.effort}
@@ -79,21 +85,24 @@ EXACT = SearchSettings()
 class Searcher:
     """One version of a data set, and what it keeps between searches: its rows as well, if they have been warmed up."""
 
-    def __init__(self, dataset: lance.LanceDataset, settings: SearchSettings, rows: Rows | None = None) -> None:
+    def __init__(self, dataset: lance.LanceDataset, settings: SearchSettings) -> None:
         self.dataset = dataset
         self.settings = settings
-        self.rows = rows
+        self.rows: Rows | None = None
         self.dimension: int = dataset.schema.field("embedding").type.list_size
         self.num_rows: int = dataset.count_rows()
         self.columns = [*(name for name in dataset.schema.names if name != "embedding"), "_distance"]
         self.rows_left = lru_cache(maxsize=64)(dataset.count_rows)
+        self.ids_left = lru_cache(maxsize=16)(self._ids_left)
 
     def warm(self) -> None:
-        """Read into memory what searches use: the index, and the vectors unless they are large."""
-        exact = self.settings.index_type == "exact"
-        if self.rows is None and (exact or 4 * self.num_rows * self.dimension <= IN_MEMORY):
-            self.rows = Rows.of(self.dataset)
-        if not exact:
+        """Read into memory what searches use: of IVF_SQ the rows unless they are large, else the index."""
+        kind = self.settings.index_type
+        if kind == "exact":
+            self.rows = self.rows or Rows.of(self.dataset, np.zeros((1, self.dimension), np.float32))
+        elif kind == "IVF_SQ" and 4 * self.num_rows * self.dimension <= IN_MEMORY:
+            self.rows = self.rows or Rows.of(self.dataset, centroids(self.dataset))
+        else:
             self.dataset.prewarm_index(VECTORS)
 
     def search(self, vector: np.ndarray, k: int, where: str | None = None) -> list[Hit]:
@@ -104,63 +113,23 @@ class Searcher:
             condition = None if where is None else f"({where}\n)"
             if self.settings.index_type == "exact":
                 self.warm()
-                few, left = True, self.num_rows
-            else:
-                left = self.num_rows if condition is None else self.rows_left(condition)
-                few = left < EXACT_LEFT
-            how = {"use_index": False} if few else self.settings.nearest(k, left / self.num_rows)
+                return self.rows.nearest(query_D, k, None, self.ids_left(condition))
+            left = self.num_rows if condition is None else self.rows_left(condition)
+            few = left < EXACT_LEFT
             if self.rows is not None:
-                ids = self._matching(condition) if few else self._candidates(query_D, k, condition, how)
-                return self.rows.nearest(query_D, k, ids)
-            found = self._ask(query_D, k, condition, how, self.columns)
+                nprobes = None if few else self.settings.probes(k, left / self.num_rows)
+                return self.rows.nearest(query_D, k, nprobes, self.ids_left(condition))
+            how = {"use_index": False} if few else self.settings.nearest(k, left / self.num_rows)
+            nearest = {"column": "embedding", "q": query_D, "k": k, "metric": "cosine", **how}
+            found = self.dataset.to_table(columns=self.columns, nearest=nearest, filter=condition, prefilter=True)
         # Lance's cosine distance is 1 - cosine.
         return [hit_of(row, 1.0 - row.pop("_distance")) for row in found.to_pylist()]
 
-    def _ask(self, query_D: np.ndarray, k: int, where: str | None, how: dict[str, Any], columns: list[str]) -> pa.Table:
-        nearest = {"column": "embedding", "q": query_D, "k": k, "metric": "cosine", **how}
-        return self.dataset.to_table(columns=columns, nearest=nearest, filter=where, prefilter=True)
-
-    def _candidates(self, query_D: np.ndarray, k: int, where: str | None, how: dict[str, Any]) -> np.ndarray:
-        """Ids of the rows that are near by their quantised vectors: Lance neither refines nor reads the rows."""
-        count = k * how.pop("refine_factor")
-        if "ef" in how:
-            how["ef"] = max(how["ef"], count)
-        return self._ask(query_D, count, where, how, ["_rowid", "_distance"])["_rowid"].to_numpy()
-
-    def _matching(self, where: str | None) -> np.ndarray | None:
+    def _ids_left(self, condition: str | None) -> np.ndarray | None:
         """Ids of the rows for which the condition holds; None for all."""
-        if where is None:
+        if condition is None:
             return None
-        return self.dataset.to_table(columns=[], filter=where, with_row_id=True)["_rowid"].to_numpy()
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a data set in memory, in the order of their ids: here comparing takes less than asking Lance."""
-
-    ids_N: np.ndarray
-    matrix_ND: np.ndarray  # unit norm
-    carried: pa.Table
-
-    @classmethod
-    def of(cls, dataset: lance.LanceDataset) -> Rows:
-        """Read them."""
-        rows = dataset.to_table(with_row_id=True).sort_by("_rowid")
-        matrix_ND = matrix_of(rows)
-        matrix_ND = matrix_ND / np.linalg.norm(matrix_ND, axis=1, keepdims=True)
-        return cls(rows["_rowid"].to_numpy(), matrix_ND, rows.drop_columns(["_rowid", "embedding"]))
-
-    def nearest(self, query_D: np.ndarray, k: int, ids: np.ndarray | None) -> list[Hit]:
-        """The k rows nearest to a unit vector, among those with the ids, or among all."""
-        if ids is None:
-            allowed, scores = None, self.matrix_ND @ query_D
-        else:
-            allowed = np.searchsorted(self.ids_N, np.sort(ids))
-            scores = self.matrix_ND[allowed] @ query_D
-        best = np.argpartition(-scores, k)[:k] if k < len(scores) else np.arange(len(scores))
-        best = best[np.argsort(-scores[best], kind="stable")]
-        found = self.carried.take(best if allowed is None else allowed[best]).to_pylist()
-        return [hit_of(row, float(score)) for row, score in zip(found, scores[best], strict=True)]
+        return self.dataset.to_table(columns=[], filter=condition, with_row_id=True)["_rowid"].to_numpy()
 
 
 @contextmanager
@@ -207,22 +176,22 @@ def fit(
         for queries in samples
     ]
 
-    warm = Searcher(dataset, settings)
-    warm.warm()
-
-    def try_out(nprobes: int, effort: int) -> Measured:
+    # By Lance, from disk: in memory as much is found, or more, because nothing is quantised.
+    def try_out(nprobes: int, effort: int, at_least: float = wanted) -> Measured:
         tried = replace(settings, nprobes=max(nprobes, settings.nprobes), effort=effort)
-        searcher = Searcher(dataset, tried, warm.rows)
-        measured = [
-            measure(lambda vector, k, where=where: searcher.search(vector, k, where), queries, thresholds, k)
-            for where, queries, thresholds in cases
-        ]
+        searcher = Searcher(dataset, tried)
+        measured = []
+        for where, queries, thresholds in cases:
+            ask = partial(searcher.search, where=where)
+            measured.append(measure(ask, queries, thresholds, k, at_least))
         return min(measured, key=lambda one: one.assured)
 
     if settings.index_type == "exact":
         nprobes, effort, measured = 0, 0, try_out(0, 0)
     else:
         nprobes, effort, measured = cheapest(settings.partitions, EFFORTS[settings.index_type], try_out, wanted)
+        if measured.recall < wanted:
+            measured = try_out(nprobes, effort, 0.0)
     return replace(
         settings,
         nprobes=max(nprobes, settings.nprobes),
