@@ -16,6 +16,7 @@ from vladva.hits import ExactStore, Hit, VectorStore
 from vladva.index import FingerprintMismatch, VectorIndex, build_index, open_index
 from vladva.partitions import VECTORS
 from vladva.parts import TableInProgress, write_part
+from vladva.qdrant import fill
 from vladva.recall import Measured, Queries, cheapest, exact_thresholds, ladder, measure
 from vladva.tables import digest, read_embeddings
 
@@ -92,7 +93,16 @@ def lance_in_memory(vectors_ND: np.ndarray, folder: Path) -> VectorStore:
     return index
 
 
-@pytest.fixture(params=[exact_twin, lance_exact, lance_partitioned, lance_in_memory], ids=lambda maker: maker.__name__)
+def qdrant(vectors_ND: np.ndarray, folder: Path) -> VectorStore:
+    from qdrant_client import QdrantClient
+
+    return fill(QdrantClient(":memory:"), "rows", rows_of(vectors_ND, list(range(len(vectors_ND)))))
+
+
+STORES = [exact_twin, lance_exact, lance_partitioned, lance_in_memory, qdrant]
+
+
+@pytest.fixture(params=STORES, ids=lambda maker: maker.__name__)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> VectorStore:
     """Each kind of store, with 60 rows a degree apart."""
     make: Callable[[np.ndarray, Path], VectorStore] = request.param
@@ -114,10 +124,21 @@ def test_nearest_rows_come_first_with_their_cosines(store: VectorStore) -> None:
         ("number IN (50, 7) OR id = 'r9'", [7, 9, 50]),
         ("kind = 'text'", []),
         ("number > 57", [58, 59]),
+        ("NOT (number < 50 OR id IN ('r50', 'r51')) AND number <> 53", [52, 54, 55]),
+        ("number NOT BETWEEN 1 AND 57 AND kind IS NOT NULL", [0, 58, 59]),
+        ("id = 'it''s' OR NOT number NOT IN (4, 5)", [4, 5]),
     ],
 )
 def test_a_condition_holds_for_every_hit(store: VectorStore, condition: str, expected: list[int]) -> None:
     assert [hit.columns["number"] for hit in store.search(fan(60)[0], 3, filter=condition)] == expected
+
+
+def test_null_is_neither_equal_nor_unequal(store: VectorStore) -> None:
+    row = rows_of(fan(1), [70])
+    store.upsert(row.set_column(row.schema.get_field_index("number"), "number", pa.nulls(1, pa.int64())))
+    for condition in "number <> 3", "NOT number = 3", "number NOT IN (3)", "number = 3 OR number > 3", "number < 3":
+        assert "r70" not in {hit.id for hit in store.search(fan(60)[0], 100, filter=condition)}
+    assert [hit.id for hit in store.search(fan(60)[0], 100, filter="number IS NULL AND NOT kind = 'text'")] == ["r70"]
 
 
 def test_upserts_add_and_replace(store: VectorStore) -> None:
