@@ -12,7 +12,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.functional import pad
 
 from vladva.config import OptimConfig, RunConfig
 
@@ -129,25 +130,38 @@ class Engine:
 
     def load_optimizer_state(self, state: dict[str, Tensor], step: int) -> None:
         """Restore what `optimizer_state` gave after `step` optimizer steps."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         inner = self.optimizer if self.stage == 0 else self.optimizer.optimizer
         for part in self.optimizer_parts():
             # Before the first step there is no state; the count of steps sets AdamW's bias correction.
             inner.state[part] = {moment: torch.zeros_like(part) for moment in MOMENTS}
             inner.state[part]["step"] = torch.tensor(float(step))
+        if self.stage in (1, 2):
+            # DeepSpeed finds a parameter's part of the state after a first step only, unless it is told to look.
+            self.optimizer._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.trainable.items():
-            weight = state.get(f"{name}.{WEIGHT}")
-            if weight is not None and self.stage == 0:
-                parameter.data.copy_(weight)
-            elif weight is not None:
-                safe_set_full_fp32_param(parameter, weight.to(self.device))
-            for moment in MOMENTS:
-                value = state[f"{name}.{moment}"].to(self.device)
-                if self.stage == 0:
-                    inner.state[parameter][moment].copy_(value)
-                else:
-                    safe_set_full_optimizer_state(parameter, value, moment)
+            if self.stage == 0:
+                for moment in MOMENTS:
+                    inner.state[parameter][moment].copy_(state[f"{name}.{moment}"])
+                parameter.data.copy_(state.get(f"{name}.{WEIGHT}", parameter))
+                continue
+            for part in (*MOMENTS, WEIGHT):
+                if f"{name}.{part}" in state:
+                    self._set_partition(parameter, state[f"{name}.{part}"].to(self.device), part)
+
+    def _set_partition(self, parameter: nn.Parameter, value: Tensor, part: str) -> None:
+        """Give this rank its share of a whole moment or float32 weight."""
+        from deepspeed import utils
+
+        kind = "full"
+        if self.stage == 3:
+            # DeepSpeed's own cutting fails where the ranks' shares are not all whole: the last one's must be padded.
+            kind, share = "local", parameter.ds_tensor.numel()
+            rank, size = distributed.get_rank(), distributed.get_world_size()
+            value = pad(value.flatten(), (0, share * size - value.numel()))[rank * share : (rank + 1) * share]
+        if part == WEIGHT:
+            getattr(utils, f"safe_set_{kind}_fp32_param")(parameter, value)
+        else:
+            getattr(utils, f"safe_set_{kind}_optimizer_state")(parameter, value, part)
 
     def optimizer_parts(self) -> list[Tensor]:
         """The tensors that AdamW keeps state for: under ZeRO, flat parts of many parameters."""
