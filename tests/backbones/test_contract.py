@@ -26,6 +26,7 @@ from vladva.embedder import (
     add_adapter,
     as_tensors,
     caption_labels,
+    checkpoint_activations,
     load_embedder,
     save_adapter,
 )
@@ -251,6 +252,30 @@ def test_a_new_adapter_changes_nothing_yet(folder: str, embedder: Embedder) -> N
     fresh = Embedder(model, config, None, merged=False)
     np.testing.assert_allclose(fresh.embed_texts(["a red circle"]), embedder.embed_texts(["a red circle"]), atol=1e-6)
     np.testing.assert_allclose(fresh.embed_images(PICTURES), embedder.embed_images(PICTURES), atol=1e-6)
+
+
+def test_activations_computed_again_give_the_same_gradients(folder: str) -> None:
+    config = ModelConfig(checkpoint=folder, lora_rank=4)
+    model = EmbeddingModel(config, Preprocessor(folder, soft_prompts=True))
+    model.requires_grad_(False)
+    add_adapter(model, config)
+    model.train()
+    pixels = as_tensors(model.preprocessor.pixels(PICTURES), "cpu")
+    tokens = as_tensors(model.preprocessor.images(SIZES, ["two objects."] * len(SIZES)), "cpu")
+    found, calls = [], []
+    for layer in model.base.model.language_model.layers:
+        layer.input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    for again in (False, True):
+        if again:
+            checkpoint_activations(model)
+        embeddings, loss, _ = model(tokens, pixels, caption_tokens=10)
+        (embeddings[:, 0].sum() + loss).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad(set_to_none=True)
+    assert len(calls) == 3 + 2 * 3  # each layer once, then twice
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-5)
 
 
 def test_bfloat16_is_float32_but_for_its_rounding(folder: str, embedder: Embedder) -> None:
