@@ -30,7 +30,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--image", help="a picture to search with: path or s3://...")
     parser.add_argument("--model", required=True, metavar="RUN_OR_MODEL", help="the model that made the index")
     parser.add_argument("--no-adapter", action="store_true", help="the base model, zero-shot")
-    parser.add_argument("-k", type=int, default=5, help="hits")
+    parser.add_argument("-k", "--k", type=int, default=5, help="hits")
     parser.add_argument("--filter", help="SQL condition on the columns: \"kind = 'image' AND length < 5000\"")
     parser.add_argument("--version", help="tag or number of the version; the newest by default")
     parser.add_argument("--html", help="page to write, with pictures")

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.s3 import BUCKET, s3_server
 from vladva import searches
 from vladva.hits import ExactStore, Hit, VectorStore
 from vladva.index import FingerprintMismatch, VectorIndex, build_index, open_index
@@ -404,6 +405,31 @@ def test_a_build_by_ray_workers_gives_the_same_answers(tmp_path: Path, ray_clust
     index.optimize()
     assert index.num_rows == 3500
     assert index.settings.partitions > 1
+
+
+def test_an_index_in_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors_ND = clustered(1500)
+    monkeypatch.setattr(searches, "NUM_QUERIES", 20)
+    with s3_server(tmp_path / "s3") as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        table = write_table(f"s3://{BUCKET}/table", vectors_ND[:1400])
+        summary = build_index(table, f"s3://{BUCKET}/index", exact_below=1000, filter_columns=["number"], tag="built")
+        assert summary.settings.index_type == "IVF_SQ"
+        index = open_index(f"s3://{BUCKET}/index")
+        index.upsert(rows_of(vectors_ND[1400:], list(range(1400, 1500))))
+        assert index.delete(["r7", "r1450"]) == 2
+        index.optimize()
+        index.tag("changed")
+        assert [hit.id for hit in index.search(vectors_ND[1490], 1)] == ["r1490"]
+        for version, rows in ("built", 1400), ("changed", 1498):
+            pinned = open_index(f"s3://{BUCKET}/index", version=version, fingerprint=MODEL["fingerprint"])
+            pinned.warm()
+            assert pinned.num_rows == rows
+            hits = pinned.search(vectors_ND[7], 5, filter="number < 100")
+            scores = vectors_ND[:100] @ vectors_ND[7]
+            expected = [int(i) for i in np.argsort(-scores) if version == "built" or i != 7][:5]
+            assert [hit.columns["number"] for hit in hits] == expected
 
 
 def test_the_table_reads_in_order_and_says_which_model(tmp_path: Path) -> None:
