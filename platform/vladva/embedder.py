@@ -94,6 +94,10 @@ class EmbeddingModel(nn.Module):
         there is no caption loss (0).
         """
         inputs = self.inputs(tokens, pixels)
+        if "position_ids" not in inputs:
+            # Causal attention with the padding on the right sees none of it. (Without a mask, transformers takes
+            # positions that are not 0, 1, 2... for those of several samples in a row.)
+            del inputs["attention_mask"]
         # The summary comes first, with and without captions: so dropout draws the same masks for it.
         summary = hidden = self.backbone.hidden_states(self.base, inputs, self.layer)
         if caption_tokens is not None and self.layer is not None:

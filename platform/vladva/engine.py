@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.functional import pad
 
 from vladva.config import OptimConfig, RunConfig
+from vladva.fast_forward import keep_freed_memory
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHT = "weight"
@@ -73,6 +74,8 @@ class Engine:
         )
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self.device = torch.device(self.engine.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     @property
     def model(self) -> nn.Module:
