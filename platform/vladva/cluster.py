@@ -11,11 +11,9 @@ def connect() -> None:
     On a machine with fewer than four cores four are declared: reading data, training workers and their coordinators
     take turns on the real ones.
     """
-    import logging
-
     import ray
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it announces every data set it runs
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # it announces every data set it runs
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
