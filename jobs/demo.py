@@ -292,11 +292,23 @@ def run_demo(options: argparse.Namespace) -> dict[str, Any]:
     return summary(stages)
 
 
+def quieten() -> None:
+    """The demo shows its own progress: libraries speak up for warnings only."""
+    import logging
+
+    from ray import serve  # noqa: F401  (sets its level when it is imported)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
 @user_errors
 def main() -> None:
     import ray
 
     options = parse(sys.argv[1:])
+    quieten()
     try:
         figures = run_demo(options)
     finally:
