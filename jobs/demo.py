@@ -76,13 +76,18 @@ class Stages:
 
 
 def make_scenes(uri: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Write the corpus."""
+    """Write the corpus, and scan its shards: training then reads single samples."""
+    from vladva.batches import Preprocessor
     from vladva.progress import Progress
     from vladva.scenes import write_scenes
+    from vladva.shards import scan
 
     counts = {"train": options.train_pictures, "test": options.test_pictures, "negatives": options.negatives}
     with Progress("drawing", options.train_pictures + options.test_pictures) as progress:
         write_scenes(uri, **counts, progress=lambda _: progress.advance(1))
+    count_tokens = Preprocessor("tiny").count_tokens
+    for split in ("train", "test"):
+        print(f"{split}: {scan(f'{uri}/{split}', count_tokens)}")
     return counts
 
 
@@ -274,8 +279,8 @@ def run_demo(options: argparse.Namespace) -> dict[str, Any]:
     config = replace(recipe, storage=storage, data=replace(recipe.data, uri=f"{scenes}/train"), train=train)
     command = "jobs/demo.py " + " ".join(sys.argv[1:])
 
-    stages.run("scenes", "1 of 7  drawing scenes", lambda: make_scenes(scenes, options))
     connect()
+    stages.run("scenes", "1 of 7  drawing scenes", lambda: make_scenes(scenes, options))
     stages.run("train", f"2 of 7  training an adapter, {train.steps} steps", lambda: train_adapter(config))
     stages.run("index", "3 of 7  embedding and indexing held-out pictures", lambda: index_pictures(scenes, config.uri))
     scores = stages.run(
