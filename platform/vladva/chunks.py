@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import ray.data
 
     from vladva.batches import Batch, Preprocessor
+    from vladva.examples import Example
     from vladva.shards import ShardIndex
 
 
@@ -57,6 +58,10 @@ class ChunkReader:
         self.preprocessor: Preprocessor = preprocessor_of(config)
 
     def __call__(self, number: int) -> Batch:
+        return self.preprocessor.collate(number, [example for example, _ in self.examples(number)])
+
+    def examples(self, number: int) -> list[tuple[Example, bytes]]:
+        """The chunk's examples, each with the file that it was read from, as it is in the shard."""
         from vladva.examples import Example, choose_captions, choose_negatives, decode_image, read_text
         from vladva.shards import read_samples
 
@@ -81,8 +86,8 @@ class ChunkReader:
             short = None if short is None else self.cut(short)
             long = long if ref.width and self.has_captions(number) else None
             negatives = choose_negatives(ref.negatives, data.hard_negatives, **drawn_by)
-            examples.append(Example(ref.id, image, short, long, tuple(map(self.cut, negatives))))
-        return self.preprocessor.collate(number, examples)
+            examples.append((Example(ref.id, image, short, long, tuple(map(self.cut, negatives))), content))
+        return examples
 
     def cut(self, text: str) -> str:
         """The text's first `data.max_text_tokens` tokens."""

@@ -1,0 +1,151 @@
+"""Parity: one sample embedded in every way there is, and how far the ways differ.
+
+- `training`: a chunk as training reads and collates it, through the module that is trained, the adapter beside it.
+- `job`: the batch job: Ray Data, the adapter merged, the fast forward, a table that is written and read again.
+- `server`: a running endpoint, over HTTP.
+
+N samples, D width.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vladva.batches import Batch
+from vladva.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+
+REQUEST_ITEMS = 32
+TIMEOUT_S = 300.0
+
+Ways = dict[str, dict[str, np.ndarray]]  # way -> kind ("image", "text") -> embeddings [N, D]
+
+
+class Sample:
+    """The first pairs that a run on these shards would train on; needs a Ray cluster where they are not scanned yet."""
+
+    def __init__(self, config: ModelConfig, data_uri: str, count: int) -> None:
+        """Raises ValueError and FileNotFoundError for shards that cannot be read, ValueError for a bad count."""
+        from vladva.chunks import ChunkReader
+        from vladva.shards import ShardIndex, scan
+        from vladva.windows import preprocessor_of
+
+        if count < 1:
+            raise ValueError(f"samples is {count}; give at least 1")
+        scan(data_uri, preprocessor_of(config).count_tokens)  # as training does; once for each corpus
+        count = min(count, ShardIndex.open(data_uri).num_samples)
+        data = DataConfig(data_uri, run_length=1)
+        train = TrainConfig(steps=1, global_batch=count, chunk_size=count)
+        reader = ChunkReader(RunConfig("parity", "", config, data, train))
+        pairs = reader.examples(0)
+        self.batch: Batch = reader.preprocessor.collate(0, [example for example, _ in pairs])
+        if self.batch.pixels is None:
+            raise ValueError(f"{data_uri} holds pairs of texts; give shards of pictures with captions")
+        # What has no short caption trains with an empty text, which is no text to embed.
+        self.images = {example.id: content for example, content in pairs}
+        self.texts = {example.id: example.short for example, _ in pairs if example.short is not None}
+
+
+def compare(
+    model: str, data_uri: str, *, samples: int = 32, dtype: str = "float32", url: str = "", key: str = ""
+) -> Ways:
+    """Embeddings of a sample in every way; needs a Ray cluster. The server at `url`, if any, is asked with `key`.
+
+    Raises ValueError where the server refuses, or serves another model.
+    """
+    from vladva.encode import describe, pin
+
+    model = pin(model)
+    config, description = describe(model, adapter=True, dtype=dtype)
+    sample = Sample(config, data_uri, samples)
+    ways = {"training": by_training(model, config, sample), "job": by_job(model, dtype, sample)}
+    if url:
+        ways["server"] = by_server(url.rstrip("/"), key, description["fingerprint"], sample)
+    return ways
+
+
+def differences(ways: Ways) -> Iterator[tuple[str, str, str, float]]:
+    """(way, way, kind, largest difference of a number in the embeddings) of each two ways."""
+    for first, second in combinations(ways, 2):
+        for kind, embeddings_ND in ways[first].items():
+            yield first, second, kind, float(abs(embeddings_ND - ways[second][kind]).max())
+
+
+def by_training(model: str, config: ModelConfig, sample: Sample) -> dict[str, np.ndarray]:
+    """As a training step embeds its chunk."""
+    import torch
+
+    from vladva.embedder import as_tensors, load_embedder
+
+    module = load_embedder(model, dtype=config.dtype).model
+    batch = sample.batch
+    with torch.inference_mode():
+        images = module(as_tensors(batch.image, "cpu"), as_tensors(batch.pixels, "cpu"))[0].numpy()
+        texts = module(as_tensors(batch.text, "cpu"))[0].numpy()
+    return {"image": images, "text": texts[: len(batch.ids)][batch.has_short]}
+
+
+def by_job(model: str, dtype: str, sample: Sample) -> dict[str, np.ndarray]:
+    """As jobs/embed.py does."""
+    import pyarrow as pa
+    import ray.data
+
+    from vladva.encode import encode, read_embeddings
+    from vladva.hits import matrix_of
+
+    rows = [{"id": name, "kind": "image", "image": content} for name, content in sample.images.items()]
+    rows += [{"id": name, "kind": "text", "text": text} for name, text in sample.texts.items()]
+    columns = [("id", pa.string()), ("kind", pa.string()), ("image", pa.binary()), ("text", pa.string())]
+    items = ray.data.from_arrow(pa.Table.from_pylist(rows, schema=pa.schema(columns)))
+    with tempfile.TemporaryDirectory() as folder:
+        encode(items, model, str(Path(folder, "table")), actors=1, dtype=dtype, max_bad_fraction=0)
+        table = read_embeddings(str(Path(folder, "table")))
+    row = {name: i for i, name in enumerate(zip(table["id"].to_pylist(), table["kind"].to_pylist(), strict=True))}
+    matrix = matrix_of(table)
+    return {
+        kind: matrix[[row[name, kind] for name in names]]
+        for kind, names in (("image", sample.images), ("text", sample.texts))
+    }
+
+
+def by_server(url: str, key: str, fingerprint: str, sample: Sample) -> dict[str, np.ndarray]:
+    """As clients get them. The server must have the model."""
+    served = {model["fingerprint"] for model in request(f"{url}/v1/models", key)["data"] if "fingerprint" in model}
+    if fingerprint not in served:
+        raise ValueError(f"{url} serves model {', '.join(sorted(served)) or 'none'}, not {fingerprint}: start it anew")
+    images = [  # whatever type the bytes are: the server looks for itself
+        {"image": f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"} for content in sample.images.values()
+    ]
+    texts = [{"text": text} for text in sample.texts.values()]
+    return {"image": ask(url, key, images), "text": ask(url, key, texts)}
+
+
+def ask(url: str, key: str, items: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Embeddings [N, D] of items from the server."""
+    vectors: list[list[float]] = []
+    for first in range(0, len(items), REQUEST_ITEMS):
+        answer = request(f"{url}/v1/embeddings", key, {"input": items[first : first + REQUEST_ITEMS]})
+        vectors += [entry["embedding"] for entry in answer["data"]]
+    return np.array(vectors, np.float32)
+
+
+def request(url: str, key: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The server's JSON answer. Raises ValueError for what it refuses, or if it is not there."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=TIMEOUT_S) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise ValueError(f"{url} answers {error.code}: {error.read(300).decode(errors='replace')}") from error
+    except OSError as error:
+        raise ValueError(f"{url} cannot be reached: {error}") from error
