@@ -302,9 +302,7 @@ def quieten() -> None:
     import logging
 
     from ray import serve  # noqa: F401  (sets its level when it is imported)
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 

@@ -23,11 +23,9 @@ class Captioner:
 
     def __init__(self, load: dict[str, Any], max_tokens: int) -> None:
         import torch
-        from transformers.utils import logging
 
         from vladva.embedder import load_embedder
 
-        logging.disable_progress_bar()
         self.embedder = load_embedder(**load, device="cuda" if torch.cuda.is_available() else "cpu")
         self.max_tokens = max_tokens
 

@@ -184,8 +184,12 @@ def adapter_note(config: ModelConfig) -> dict[str, Any]:
 
 def load_adapter(model: EmbeddingModel, folder: Path, *, trainable: bool = False) -> None:
     """Put a saved adapter on the model."""
+    import warnings
+
     from peft import PeftModel
 
+    # PEFT asks for a property of transformers by the name it is about to lose.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     soft = [i for side in ("image", "text") for i in model.preprocessor.soft_ids[side]]
     grow_embeddings(model.lvlm, max(soft, default=0) + 1)
     model.lvlm = PeftModel.from_pretrained(model.lvlm, folder, is_trainable=trainable)
@@ -242,6 +246,9 @@ def load_embedder(
 
     `layer` embeds from another layer than the model's own.
     """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of reading weights from the disk; downloads keep theirs
     reference = find_model(model)
     if family_of(reference.checkpoint):
         from vladva.dual_encoder import DualEncoder

@@ -25,11 +25,9 @@ class Encoder:
 
     def __init__(self, load: dict[str, Any], uri: str, description: dict[str, Any]) -> None:
         import torch
-        from transformers.utils import logging
 
         from vladva.embedder import load_embedder
 
-        logging.disable_progress_bar()  # of loading the weights, which the driver would show for every actor
         self.embedder = load_embedder(**load, device="cuda" if torch.cuda.is_available() else "cpu")
         self.uri, self.description = uri, description
         self.width = self.embedder.dimension
