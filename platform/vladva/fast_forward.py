@@ -32,9 +32,9 @@ from vladva.packing import Packed, groups, pack
 if TYPE_CHECKING:
     from vladva.embedder import EmbeddingModel
 
-CPU_TOKENS = 512  # in a group, for each thread: activations then stay in a core's second-level cache
+CPU_TOKENS = 512  # in a group, for each thread: few, so that activations stay in caches
 GPU_TOKENS = 32_768
-SHORT = 128  # tokens up to which a CPU is faster with products and softmax than with a fused kernel
+SHORT = 128  # tokens up to which a CPU computes attention as products and softmax, not by a fused kernel
 FREED_BYTES = 1 << 30  # that a process on a CPU keeps: it asks for the same again at once
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD = -1, -3, 32 << 20  # of glibc's malloc.h
 
@@ -102,7 +102,7 @@ class FastForward:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed: giving every activation back takes a quarter of the time, in page faults."""
+    """Have glibc keep what is freed: an activation that is given back to the system costs page faults to have again."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
