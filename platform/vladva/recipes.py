@@ -18,9 +18,9 @@ def tiny() -> RunConfig:
         storage=".vladva",
         model=ModelConfig(checkpoint="tiny"),
         data=DataConfig(uri=".vladva/scenes/train"),
-        optim=OptimConfig(lr=1.2e-3),
+        optim=OptimConfig(lr=3e-3),
         loss=LossConfig(next_token_every=8),
-        train=TrainConfig(steps=460, global_batch=32, chunk_size=16, checkpoint_every=115),
+        train=TrainConfig(steps=260, global_batch=64, chunk_size=32, checkpoint_every=65),
         cluster=ClusterConfig(workers=2, cpus_per_worker=0.5),  # leaves room for readers on two cores
     )
 
