@@ -9,8 +9,8 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -56,11 +56,18 @@ FULL = [
     Case(*values)
     for values in itertools.product(families.BUILDERS, (1, 2), (0, 1, 2, 3), (1, 4), ("single_pass", "cached"))
 ]
+# Three workers share four chunks: one has two of them, the others run theirs twice, once at weight zero.
+UNEVEN = [
+    Case("llava", 3, 0, 2, "cached"),
+    Case("llava", 3, 3, 2, "single_pass"),
+    Case("qwen2_vl", 3, 2, 2, "single_pass"),
+    Case("qwen2_vl", 3, 3, 2, "cached"),
+]
 FAULTS = [
     Case(family, 2, stage, 4, path, fault)
     for family, stage, path in (("llava", 0, "single_pass"), ("qwen2_vl", 2, "cached"))
     for fault in ("no-gather", "drop-chunk")
-]
+] + [Case("llava", 3, 2, 2, "cached", "full-weight")]
 
 
 def pairs_of(case: Case) -> set[tuple[Any, ...]]:
@@ -88,11 +95,11 @@ def config_of(folder: str, case: Case) -> RunConfig:
         train=TrainConfig(
             steps=STEPS,
             global_batch=PAIRS,
-            chunk_size=PAIRS // (case.world * case.chunks),
+            chunk_size=2 if case.world == 3 else PAIRS // (case.world * case.chunks),
             gradient_cache=case.path == "cached",
             zero_stage=case.stage,  # type: ignore[arg-type]
         ),
-        cluster=ClusterConfig(workers=case.world),
+        cluster=ClusterConfig(workers=case.world, min_workers=1),
     )
 
 
@@ -175,19 +182,24 @@ def without_positions(model: EmbeddingModel, inputs: dict[str, torch.Tensor]) ->
 
 
 @contextmanager
-def no_gather() -> Iterator[None]:
-    whole, gradcache.gather = gradcache.gather, lambda own: own
+def broken(name: str, function: Callable[..., Any]) -> Iterator[None]:
+    whole = getattr(gradcache, name)
+    setattr(gradcache, name, function)
     yield
-    gradcache.gather = whole
+    setattr(gradcache, name, whole)
+
+
+def full_weight(chunks: list[Batch], device: torch.device) -> list[tuple[Batch, float]]:
+    return [(chunk, 1.0) for chunk in (chunks + chunks[-1:])[:2]]
+
+
+FAULTY = {"no-gather": ("gather", lambda own: own), "full-weight": ("weighted", full_weight)}
 
 
 def run_cases(rank: int, out: Path, cases: list[Case]) -> None:
     for case in cases:
         began = time.monotonic()
-        if case.fault == "no-gather":
-            with no_gather():
-                result = steps(rank, out, case)
-        else:
+        with broken(*FAULTY[case.fault]) if case.fault in FAULTY else nullcontext():
             result = steps(rank, out, case)
         if rank == 0:
             torch.save(result, out / f"{case.name}.pt")
@@ -223,8 +235,8 @@ def main() -> None:
     torch.set_num_threads(1)  # no threads before ranks.run forks
     for family in families.BUILDERS:
         families.build(family, out / family)
-    cases = (FULL if "--full" in sys.argv else pairwise()) + FAULTS
-    for world in (2, 1):
+    cases = (FULL if "--full" in sys.argv else pairwise()) + UNEVEN + FAULTS
+    for world in (3, 2, 1):
         ranks.run(world, run_cases, out, [case for case in cases if case.world == world])
     for family in families.BUILDERS:
         torch.save(plain_steps(str(out / family)), out / f"{family}.pt")

@@ -105,6 +105,26 @@ def test_a_new_adapter_changes_nothing_yet(checkpoint: str, pictures: list) -> N
     np.testing.assert_allclose(fresh.embed_images(pictures), zero_shot.embed_images(pictures), atol=1e-6)
 
 
+def test_soft_prompts_alone_are_an_adapter(checkpoint: str, tmp_path: Path, pictures: list) -> None:
+    config = ModelConfig(checkpoint=checkpoint, lora_rank=0)
+    model = EmbeddingModel(config, Preprocessor(checkpoint, soft_prompts=True)).eval()
+    model.requires_grad_(False)
+    add_adapter(model, config)
+    ((name, prompts),) = [(n, p) for n, p in model.named_parameters() if p.requires_grad and "log_scale" not in n]
+    assert "trainable_tokens_delta" in name
+    assert prompts.shape == (sum(map(len, model.preprocessor.soft_ids.values())), 32)
+    zero_shot = load_embedder(checkpoint)
+    fresh = Embedder(model, config, None, merged=False)
+    np.testing.assert_allclose(fresh.embed_texts(TEXTS), zero_shot.embed_texts(TEXTS), atol=1e-6)
+    prompts.data += torch.randn(prompts.shape, generator=torch.Generator().manual_seed(0))
+    save_adapter(model, config, tmp_path)
+    for merge in (False, True):
+        loaded = load_embedder(str(tmp_path), merge=merge)
+        np.testing.assert_allclose(loaded.embed_texts(TEXTS), fresh.embed_texts(TEXTS), atol=1e-5)
+        np.testing.assert_allclose(loaded.embed_images(pictures), fresh.embed_images(pictures), atol=1e-5)
+    assert abs(fresh.embed_images(pictures) - zero_shot.embed_images(pictures)).max() > 1e-2
+
+
 def test_the_summary_token_does_not_see_the_caption(checkpoint: str, pictures: list) -> None:
     model = EmbeddingModel(ModelConfig(checkpoint=checkpoint), Preprocessor(checkpoint)).eval()
     pixels = as_tensors(model.preprocessor.pixels(pictures), "cpu")

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 FULL = os.environ.get("VLADVA_FULL_MATRIX") == "1"
-CASES = worker.FULL if FULL else worker.pairwise()
+CASES = (worker.FULL if FULL else worker.pairwise()) + worker.UNEVEN
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,16 @@ if TYPE_CHECKING:
 
 
 def chunk_stream(config: RunConfig, first_step: int) -> ray.data.Dataset:
-    """The chunks from step `first_step` on, one row and one block each, so that block i goes to worker i % W."""
+    """The chunks from step `first_step` on, one row and one block each, so that block i goes to worker i % W.
+
+    Ray Data leaves out what is over when all workers have as many: a run whose W may not divide its chunks gets a few
+    more than it has steps for.
+    """
     import ray
 
     first, last = (step * config.chunks_per_batch for step in (first_step, config.train.steps))
+    if config.cluster.min_workers is not None:
+        last += config.cluster.workers
     content = ray.put(config.to_json())
     rows = ray.data.range(last - first, override_num_blocks=max(1, last - first))
     return rows.map(read_row, fn_kwargs={"first": first, "config": content})

@@ -126,12 +126,17 @@ class ClusterConfig:
     """What each training worker gets."""
 
     workers: int = 1
+    min_workers: int | None = None
+    """Go on with as few when nodes are lost, and with more again when they are back; None: with all `workers` only."""
     cpus_per_worker: float = 1
     gpus_per_worker: int = 0
     device_memory_gib: float | None = None
     """Memory of the device of each worker; a run that does not fit is refused."""
     max_failures: int = 3
-    """Worker failures after which the run gives up; preemptions do not count."""
+    """Failures with no new checkpoint between them after which the run gives up; announced preemptions do not count."""
+    resize_every_s: float = 600.0
+    """How often a run with `min_workers` looks whether it can have more: each change costs the steps since the last
+    checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,7 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        train, workers = self.train, self.cluster.workers
+        train, cluster = self.train, self.cluster
         for name, value in (
             ("train.steps", train.steps),
             ("train.global_batch", train.global_batch),
@@ -160,7 +165,8 @@ class RunConfig:
             ("train.validate_every", train.validate_every),
             ("loss.next_token_every", self.loss.next_token_every),
             ("data.run_length", self.data.run_length),
-            ("cluster.workers", workers),
+            ("cluster.workers", cluster.workers),
+            ("cluster.min_workers", cluster.workers if cluster.min_workers is None else cluster.min_workers),
         ):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -174,12 +180,7 @@ class RunConfig:
                 f"data.run_length {self.data.run_length} does not divide train.chunk_size {train.chunk_size}; "
                 f"a chunk is made of whole runs"
             )
-        if self.chunks_per_batch % workers:
-            options = [str(w) for w in range(1, self.chunks_per_batch + 1) if self.chunks_per_batch % w == 0]
-            raise ValueError(
-                f"cluster.workers {workers} does not divide the {self.chunks_per_batch} chunks of a global batch "
-                f"(train.global_batch / train.chunk_size); use {', '.join(options)} workers or a smaller chunk_size"
-            )
+        self._check_workers()
         if not 0 <= self.data.max_bad_fraction <= 1:
             raise ValueError(f"data.max_bad_fraction is {self.data.max_bad_fraction}; it must be between 0 and 1")
         if train.keep_best and (not train.validate_on or train.checkpoint_every % train.validate_every):
@@ -196,10 +197,33 @@ class RunConfig:
         if self.model.layer is not None and self.model.layer < 1:
             raise ValueError(f"model.layer is {self.model.layer}; layers are counted from 1, None is the last")
 
+    def _check_workers(self) -> None:
+        workers, fewest = self.cluster.workers, self.cluster.min_workers
+        if workers > self.chunks_per_batch:
+            raise ValueError(
+                f"cluster.workers {workers} is more than the {self.chunks_per_batch} chunks of a global batch "
+                f"(train.global_batch / train.chunk_size); use {self.chunks_per_batch} or a smaller train.chunk_size"
+            )
+        if (fewest or 0) > workers:
+            raise ValueError(
+                f"cluster.min_workers {fewest} is more than cluster.workers {workers}, the most that the run can have"
+            )
+        if self.chunks_per_batch % workers and fewest is None:
+            options = [str(w) for w in range(1, self.chunks_per_batch + 1) if self.chunks_per_batch % w == 0]
+            raise ValueError(
+                f"cluster.workers {workers} does not divide the {self.chunks_per_batch} chunks of a global batch "
+                f"(train.global_batch / train.chunk_size); use {', '.join(options)} workers or a smaller chunk_size"
+            )
+
     @property
     def chunks_per_batch(self) -> int:
         """M: chunks that make one global batch."""
         return self.train.global_batch // self.train.chunk_size
+
+    @property
+    def chunks_per_worker(self) -> int:
+        """Chunks that a worker runs in one step, at most: where W does not divide M, some have one less."""
+        return -(-self.chunks_per_batch // self.cluster.workers)
 
     @property
     def uri(self) -> str:
@@ -211,7 +235,7 @@ class RunConfig:
         """Whether chunks are embedded twice (gradient cache) rather than kept (single pass)."""
         if self.train.gradient_cache is not None:
             return self.train.gradient_cache
-        return self.chunks_per_batch // self.cluster.workers > 1
+        return self.chunks_per_worker > 1
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries; `from_json` gives the equal config back."""

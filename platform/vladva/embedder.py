@@ -127,24 +127,28 @@ def add_adapter(model: EmbeddingModel, config: ModelConfig) -> None:
 
     With the initial adapter (LoRA's second factor is zero) the model embeds exactly as zero-shot.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 
-    preprocessor = model.preprocessor
+    preprocessor, embed_tokens = model.preprocessor, model.backbone.EMBED_TOKENS
     soft = [i for side in ("image", "text") for i in preprocessor.soft_ids[side]]
     grow_embeddings(model.lvlm, max(soft, default=0) + 1)
-    lora = LoraConfig(
-        r=config.lora_rank or 1,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=model.backbone.LORA_TARGETS if config.lora_rank else [],
-        trainable_token_indices={model.backbone.EMBED_TOKENS: soft} if soft else None,
-    )
-    model.lvlm = get_peft_model(model.lvlm, lora)
+    if config.lora_rank:
+        adapter = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=model.backbone.LORA_TARGETS,
+            trainable_token_indices={embed_tokens: soft} if soft else None,
+        )
+    else:  # PEFT has no LoRA without a layer to put it on
+        adapter = TrainableTokensConfig(token_indices=soft, target_modules=[embed_tokens])
+    model.lvlm = get_peft_model(model.lvlm, adapter)
     if soft:
         table = model.base.get_input_embeddings()
         written = [i for side in ("image", "text") for i in preprocessor.prompt_ids[side]]
         with torch.no_grad():
-            table.token_adapter.trainable_tokens_delta["default"].copy_(table.weight[written])
+            tokens = table.token_adapter if config.lora_rank else table
+            tokens.trainable_tokens_delta["default"].copy_(table.weight[written])
     raise_precision(model)
 
 

@@ -32,7 +32,7 @@ def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's settings for a run."""
-    micro_steps = config.chunks_per_batch // config.cluster.workers if config.caches_gradients else 1
+    micro_steps = config.chunks_per_worker if config.caches_gradients else 1
     zero: dict[str, Any] = {"stage": config.train.zero_stage}
     if config.train.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

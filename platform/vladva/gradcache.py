@@ -12,6 +12,9 @@ pass does the same without the second forward. (Gao et al., arXiv 2101.06983.)
 
 Every rank computes the same contrastive loss, and its own share of the caption loss; the engine averages gradients over
 the W ranks, hence the factors W below. c chunks a rank, b pairs a chunk, G pairs in the global batch, D width.
+
+Where W does not divide the chunks of a global batch, some ranks have one less. They run their last one again, at weight
+zero: every rank must take part in each forward and backward (ZeRO-3 gathers parameters there).
 """
 
 from __future__ import annotations
@@ -111,7 +114,7 @@ def global_loss(
     """
     device, rank = scalars.device, world()[0]
     pairs = [len(chunk.image_keys) for chunk in chunks]
-    first = rank * sum(pairs)  # every rank has as many
+    first = int(gather(torch.tensor([sum(pairs)], device=device))[:rank].sum())
     keys, owners = [], []
     for chunk, count in zip(chunks, pairs, strict=True):
         keys.append(torch.tensor(chunk.caption_keys, device=device))
@@ -119,20 +122,26 @@ def global_loss(
         first += count
 
     def captions(columns: list[Tensor]) -> Tensor:
-        return gather(torch.cat([column[:count] for column, count in zip(columns, pairs, strict=True)]))
+        return gather_ragged(torch.cat([column[:count] for column, count in zip(columns, pairs, strict=True)]))
 
     def negatives(columns: list[Tensor]) -> Tensor:
         return gather_ragged(torch.cat([column[count:] for column, count in zip(columns, pairs, strict=True)]))
 
     columns = Columns(
-        gather(torch.cat([torch.tensor(chunk.has_short, device=device) for chunk in chunks]).long()).bool(),
-        gather(torch.cat([torch.tensor(chunk.image_keys, device=device) for chunk in chunks])),
+        gather_ragged(torch.cat([torch.tensor(chunk.has_short, device=device) for chunk in chunks]).long()).bool(),
+        gather_ragged(torch.cat([torch.tensor(chunk.image_keys, device=device) for chunk in chunks])),
         captions(keys),
     )
     owners_H = negatives(owners)
     if len(owners_H):
         columns.negatives, columns.negative_owners, columns.negative_keys = negatives(texts), owners_H, negatives(keys)
-    return contrastive(gather(torch.cat(images)), captions(texts), scalars, **vars(columns))
+    return contrastive(gather_ragged(torch.cat(images)), captions(texts), scalars, **vars(columns))
+
+
+def weighted(chunks: Sequence[Batch], device: torch.device) -> list[tuple[Batch, float]]:
+    """The chunks at weight 1, and the last one again at weight 0 until every rank has as many."""
+    most = int(gather(torch.tensor([len(chunks)], device=device)).max())
+    return [(chunk, 1.0) for chunk in chunks] + [(chunks[-1], 0.0)] * (most - len(chunks))
 
 
 def count_caption_tokens(chunks: Sequence[Batch], device: torch.device) -> int:
@@ -160,18 +169,22 @@ def single_pass(
     size, device = world()[1], engine.device
     tokens = count_caption_tokens(chunks, device) if next_token_weight else 0
     images, texts, captions = [], [], []
-    for chunk in chunks:
+    idle = torch.zeros((), device=device)
+    for chunk, weight in weighted(chunks, device):
         inputs = as_tensors(chunk.image, device) if tokens else prompts_only(chunk.image, device)
-        embedding, caption_loss, _ = engine(inputs, pixels_of(chunk, device), caption_tokens=tokens or None)
-        images.append(embedding)
+        image, caption_loss, _ = engine(inputs, pixels_of(chunk, device), caption_tokens=tokens or None)
+        text, _, scalars = engine(as_tensors(chunk.text, device))
+        if not weight:
+            idle = idle + 0.0 * (image.sum() + text.sum() + caption_loss)
+            continue
+        images.append(image)
+        texts.append(text)
         captions.append(caption_loss)
-        embedding, _, scalars = engine(as_tensors(chunk.text, device))
-        texts.append(embedding)
     # Every rank has the whole gradient of the scalars: a W-th of it on each adds up to one.
     shared_scalars = scalars / size + (scalars * (1 - 1 / size)).detach()
     loss = global_loss(contrastive, chunks, images, texts, shared_scalars)
     caption_loss = torch.stack(captions).sum()
-    engine.backward(size * (loss.loss + next_token_weight * caption_loss), last=True)
+    engine.backward(size * (loss.loss + next_token_weight * caption_loss) + idle, last=True)
     return StepLoss(detached(loss), total(caption_loss), scalars.detach(), tokens)
 
 
@@ -190,10 +203,11 @@ def cached(
     """
     size, device = world()[1], engine.device
     tokens = count_caption_tokens(chunks, device) if next_token_weight else 0
+    own, passes = len(chunks), weighted(chunks, device)
 
     states, images, texts = [], [], []
     with torch.no_grad():
-        for chunk in chunks:
+        for chunk, _ in passes:
             inputs = as_tensors(chunk.image, device) if tokens and dropout else prompts_only(chunk.image, device)
             before_image = rng_state(device)
             images.append(engine(inputs, pixels_of(chunk, device))[0])
@@ -202,22 +216,24 @@ def cached(
             texts.append(embedding)
     after = rng_state(device)
 
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in (*images, *texts, scalars)]
-    images, texts, scalars = leaves[: len(chunks)], leaves[len(chunks) : -1], leaves[-1]
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (*images[:own], *texts[:own], scalars)]
+    images, texts, scalars = leaves[:own], leaves[own:-1], leaves[-1]
     loss = global_loss(contrastive, chunks, images, texts, scalars)
     gradients = torch.autograd.grad(loss.loss, leaves, materialize_grads=True)  # a fixed temperature has none
 
     caption_total = torch.zeros((), device=device)
-    for i, chunk in enumerate(chunks):
+    for i, (chunk, weight) in enumerate(passes):
         inputs = as_tensors(chunk.image, device) if tokens else prompts_only(chunk.image, device)
         set_rng_state(states[i][0], device)  # the same dropout as in step 1
         image, caption_loss, _ = engine(inputs, pixels_of(chunk, device), caption_tokens=tokens or None)
         set_rng_state(states[i][1], device)
         text, _, own_scalars = engine(as_tensors(chunk.text, device))
-        surrogate = (image * gradients[i]).sum() + (text * gradients[len(chunks) + i]).sum()
-        surrogate = surrogate + (own_scalars * gradients[-1]).sum() / (size * len(chunks))
-        engine.backward(size * (surrogate + next_token_weight * caption_loss), last=i == len(chunks) - 1)
-        caption_total += caption_loss.detach()
+        number = min(i, own - 1)
+        surrogate = (image * gradients[number]).sum() + (text * gradients[own + number]).sum()
+        surrogate = weight * (surrogate + next_token_weight * caption_loss)
+        surrogate = surrogate + (own_scalars * gradients[-1]).sum() / (size * len(passes))
+        engine.backward(size * surrogate, last=i == len(passes) - 1)
+        caption_total += weight * caption_loss.detach()
     set_rng_state(after, device)
     return StepLoss(detached(loss), total(caption_total), scalars.detach(), tokens)
 

@@ -46,7 +46,8 @@ class MemoryPlan:
 
 def check_memory(config: RunConfig) -> MemoryPlan:
     """The plan of a run. Raises ValueError, naming the setting to change, if it exceeds cluster.device_memory_gib."""
-    plan = plan_memory(config)
+    fewest = config.cluster.min_workers or config.cluster.workers  # whose shares are the largest
+    plan = plan_memory(replace(config, cluster=replace(config.cluster, workers=fewest)))
     limit = config.cluster.device_memory_gib
     if limit is None or plan.total <= limit * GIB:
         return plan
@@ -84,7 +85,7 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
     parameters, trainable = count_parameters(settings, config)
     image, text = side_tokens(settings, config)
     tokens_per_pair = image + text * (1 + config.data.hard_negatives)
-    chunks = 1 if config.caches_gradients else config.chunks_per_batch // config.cluster.workers
+    chunks = 1 if config.caches_gradients else config.chunks_per_worker
     kept = tokens_per_pair * config.train.chunk_size * chunks
 
     device, host = states(config, parameters, trainable), {}

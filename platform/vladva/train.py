@@ -7,9 +7,11 @@ checkpoint when the same command is given again, with the same or another number
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from vladva.config import RunConfig
 
 if TYPE_CHECKING:
     import ray.data
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from torch import Tensor
 
     from vladva.batches import Batch
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from vladva.engine import Engine
     from vladva.gradcache import Contrastive, StepLoss
     from vladva.losses.pairs import PairLoss
+
+logger = logging.getLogger(__name__)
 
 # What may differ between a run and its resumption without making it another run.
 MAY_CHANGE = (
@@ -116,20 +121,39 @@ def remaining_chunks(config: RunConfig) -> ray.data.Dataset:
 
 
 def fit(config: RunConfig) -> None:
-    """Run the workers to the end."""
+    """Run the workers to the end; after a failure on from the newest checkpoint, as long as there are new ones."""
+    import ray.train
+
+    while (before := finished_steps(config)) < config.train.steps:
+        try:
+            trainer_of(config).fit()
+        except ray.train.WorkerGroupError as error:
+            for failure in error.worker_failures.values():
+                cause = getattr(failure, "cause", failure)  # Ray wraps what a worker raised
+                if isinstance(cause, ValueError):
+                    raise ValueError(str(cause)) from error
+            if finished_steps(config) == before:
+                raise
+            logger.warning("workers failed %d times; going on from the newest checkpoint", config.cluster.max_failures)
+
+
+def trainer_of(config: RunConfig) -> DataParallelTrainer:
+    """Ray's trainer of a run: workers that it starts again, as many as there are machines for, when one is lost."""
     import ray.train
     from ray.data import ExecutionOptions
     from ray.train.torch import TorchTrainer
 
     filesystem, path = storage.open_storage(storage.join(config.uri, "ray"))
-    resources = {"CPU": config.cluster.cpus_per_worker, "GPU": config.cluster.gpus_per_worker}
-    trainer = TorchTrainer(
+    cluster = config.cluster
+    resources = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    return TorchTrainer(
         train_worker,
         train_loop_config={"config": config.to_json()},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.cluster.workers,
-            use_gpu=config.cluster.gpus_per_worker > 0,
+            num_workers=(cluster.min_workers, cluster.workers) if cluster.min_workers else cluster.workers,
+            use_gpu=cluster.gpus_per_worker > 0,
             resources_per_worker={name: amount for name, amount in resources.items() if amount},
+            elastic_resize_monitor_interval_s=cluster.resize_every_s,
         ),
         datasets={"train": partial(remaining_chunks, config)},
         dataset_config=ray.train.DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
@@ -138,17 +162,9 @@ def fit(config: RunConfig) -> None:
             name=f"attempt-{time.time_ns()}",
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
         ),
     )
-    try:
-        trainer.fit()
-    except ray.train.WorkerGroupError as error:
-        for failure in error.worker_failures.values():
-            cause = getattr(failure, "cause", failure)  # Ray wraps what a worker raised
-            if isinstance(cause, ValueError):
-                raise ValueError(str(cause)) from error
-        raise
 
 
 # ------------------------------------------------------------------------------------------------------------- worker
@@ -166,6 +182,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     config = RunConfig.from_json(settings["config"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    config = replace(config, cluster=replace(config.cluster, workers=world))  # as many as there are
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
 
     # --- data: the stream starts where the newest checkpoint ends, and says so itself
@@ -178,6 +195,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     validation = Validation(config) if config.train.validate_on else None
 
     # --- loop
+    leaving: list[str] = []  # nodes that are about to be taken away
     with TrainingLog(config, rank, start) as log:
         for step in range(start, config.train.steps):
             began = time.perf_counter()
@@ -196,24 +214,36 @@ def train_worker(settings: dict[str, Any]) -> None:
             if validation is not None and (last or (step + 1) % config.train.validate_every == 0):
                 scores = validation(engine)
             log.step(step, losses, batch, rate=rate, norm=norm, waited=waited, seconds=seconds, scores=scores)
-            if last or (step + 1) % config.train.checkpoint_every == 0:
+            notice = ray.train.get_preemption_info()  # the same on every rank
+            warned = notice is not None and notice.preempted_node_ids != leaving
+            if last or warned or (step + 1) % config.train.checkpoint_every == 0:
                 save_checkpoint(engine, log.saver, config, step + 1, scores)
+            if warned:
+                leaving = notice.preempted_node_ids
+                log.flush()  # the node may be gone before the next checkpoint waits for this one
 
 
 def numbered_chunks(
     rows: Iterator[dict[str, Any]], config: RunConfig, rank: int, world: int
 ) -> Iterator[tuple[int, list[Batch]]]:
-    """(step, this worker's chunks of its global batch). Chunk i must be on worker i % W: Ray Data deals them so."""
+    """(step, this worker's chunks of its global batch). Chunk i of the stream must be on worker i % W.
+
+    Ray Data deals them so. Where W does not divide the chunks of a batch, some workers have one less than others.
+    """
     from vladva.batches import Batch
 
+    expected = None
     share: list[Batch] = []
     for row in rows:
         chunk = Batch.from_row(row)
-        assert chunk.number % world == rank, (chunk.number, world, rank)
-        assert not share or chunk.number == share[-1].number + world, (chunk.number, share[-1].number)
+        step = chunk.number // config.chunks_per_batch
+        if expected is None:
+            expected = step * config.chunks_per_batch + rank
+        assert chunk.number == expected, (chunk.number, expected, world, rank)
+        expected += world
         share.append(chunk)
-        if len(share) == config.chunks_per_batch // world:
-            yield share[0].number // config.chunks_per_batch, share
+        if expected >= (step + 1) * config.chunks_per_batch:
+            yield step, share
             share = []
 
 

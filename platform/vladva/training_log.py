@@ -67,6 +67,11 @@ class TrainingLog:
             },
         )
 
+    def flush(self) -> None:
+        """Wait until the last checkpoint is where it belongs."""
+        if self.saver is not None:
+            self.saver.wait()
+
     def __enter__(self) -> TrainingLog:
         return self
 
