@@ -12,6 +12,7 @@ from checkpoints import build_llava
 from safetensors.torch import load_file
 
 from vladva import checkpoint
+from vladva.audit import audit
 from vladva.benchmarks import find
 from vladva.benchmarks.readers.images import read_images
 from vladva.config import ClusterConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -39,6 +40,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> RunConfig:
             chunk_size=4,
             checkpoint_every=2,
             keep_last=3,
+            audit=True,
             keep_best="validation/scenes_retrieval/t2i_r10",
             validate_on="scenes_retrieval",
             validate_every=2,
@@ -134,6 +136,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one_with_other_workers_and_stage
     (Path(resumed.uri) / "config.json").unlink()
     train(resumed)
     assert_same_run(resumed, finished)
+    for run, attempts in ((finished, 1), (resumed, 2)):
+        report = audit(run.uri)
+        assert report.ok
+        assert (report.attempts, report.figures()["delivered"]) == (attempts, STEPS * 16)
 
 
 def test_another_recipe_in_the_same_folder_is_refused(finished: RunConfig) -> None:

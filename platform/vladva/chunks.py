@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from vladva.batches import Batch, Preprocessor
     from vladva.examples import Example
-    from vladva.shards import ShardIndex
+    from vladva.schedule import Run
+    from vladva.sidecars import SampleRef
 
 
 def chunk_stream(config: RunConfig, first_step: int) -> ray.data.Dataset:
@@ -53,14 +54,54 @@ def chunk_reader(config: str) -> ChunkReader:
     return ChunkReader(RunConfig.from_json(json.loads(config)))
 
 
+class SampleFinder:
+    """Chunk number -> the samples in it, by the indexes of the run's data sets. Reads no shard."""
+
+    def __init__(self, config: RunConfig) -> None:
+        from vladva.schedule import Schedule
+        from vladva.shards import ShardIndex
+
+        self.indexes = [ShardIndex.open(uri) for uri in config.data.uris]
+        self.schedule = Schedule(
+            tuple(index.num_samples for index in self.indexes),
+            config.data.shares,
+            seed=config.seed,
+            chunk_size=config.train.chunk_size,
+            run_length=config.data.run_length,
+            chunks_per_batch=config.chunks_per_batch,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a sample of one of the data sets does."""
+        from vladva.sidecars import short_hash
+
+        fingerprints = [index.fingerprint for index in self.indexes]
+        return short_hash(fingerprints) if self.schedule.mixed else fingerprints[0]
+
+    def __call__(self, number: int) -> list[tuple[Run, SampleRef]]:
+        """The samples of a chunk, each with the run that it is from."""
+        runs = self.schedule.chunk(number)
+        return [(run, ref) for run in runs for ref in self.indexes[run.source].samples(run.first, run.count)]
+
+    def name(self, source: int, sample_id: str) -> str:
+        """The id under which a sample is known in training: of a mix, with the number of its data set before it."""
+        return f"{source}:{sample_id}" if self.schedule.mixed else sample_id
+
+    def parse(self, name: str) -> tuple[int, str]:
+        """The data set and the id in it of what `name` gave."""
+        if not self.schedule.mixed:
+            return 0, name
+        source, _, sample_id = name.partition(":")
+        return int(source), sample_id
+
+
 class ChunkReader:
     """Chunk number -> Batch."""
 
     def __init__(self, config: RunConfig) -> None:
-        from vladva.shards import ShardIndex
-
         self.config = config
-        self.index: ShardIndex = ShardIndex.open(config.data.uri)
+        self.find = SampleFinder(config)
         self.preprocessor: Preprocessor = preprocessor_of(config)
 
     def __call__(self, number: int) -> Batch:
@@ -68,59 +109,47 @@ class ChunkReader:
 
     def examples(self, number: int) -> list[tuple[Example, bytes]]:
         """The chunk's examples, each with the file that it was read from, as it is in the shard."""
+        from vladva.shards import read_mixed_samples
+
+        samples = self.find(number)
+        contents = read_mixed_samples([(self.find.indexes[run.source].data_uri, ref) for run, ref in samples])
+        with_captions = self.has_captions(number)
+        return [
+            (self.example(run, ref, content, with_captions), content)
+            for (run, ref), content in zip(samples, contents, strict=True)
+        ]
+
+    def example(self, run: Run, ref: SampleRef, content: bytes, with_captions: bool) -> Example:
+        """A sample as its data set's epoch uses it; the long caption only where the step takes the caption loss."""
         from vladva.examples import Example, choose_captions, choose_negatives, decode_image, read_text
-        from vladva.shards import read_samples
 
         data = self.config.data
-        epoch, within = self.locate(number)
-        runs = self.plan(epoch).chunk(within)
-        refs = [ref for first, count in runs for ref in self.index.samples(first, count)]
-        examples = []
-        for ref, content in zip(refs, read_samples(data.uri, refs), strict=True):
-            if (ref.width == 0) != data.texts_only:
-                found = "has a picture" if data.texts_only else "has no picture"
-                raise ValueError(f"{ref.id} {found}, but data.texts_only is {data.texts_only}, for all samples")
-            drawn_by = {"seed": self.config.seed, "epoch": epoch, "sample_id": ref.id}
-            short, long = choose_captions(
-                ref.captions,
-                ref.caption_tokens,
-                short_below=data.short_below,
-                long_below=data.long_below,
-                **drawn_by,
-            )
-            image = decode_image(content) if ref.width else self.cut(read_text(content))
-            short = None if short is None else self.cut(short)
-            long = long if ref.width and self.has_captions(number) else None
-            negatives = choose_negatives(ref.negatives, data.hard_negatives, **drawn_by)
-            examples.append((Example(ref.id, image, short, long, tuple(map(self.cut, negatives))), content))
-        return examples
+        if (ref.width == 0) != data.texts_only:
+            found = "has a picture" if data.texts_only else "has no picture"
+            raise ValueError(f"{ref.id} {found}, but data.texts_only is {data.texts_only}, for all samples")
+        drawn_by = {"seed": self.config.seed, "epoch": run.epoch, "sample_id": ref.id}
+        short, long = choose_captions(
+            ref.captions,
+            ref.caption_tokens,
+            short_below=data.short_below,
+            long_below=data.long_below,
+            **drawn_by,
+        )
+        image = decode_image(content) if ref.width else self.cut(read_text(content))
+        short = None if short is None else self.cut(short)
+        long = long if ref.width and with_captions else None
+        negatives = choose_negatives(ref.negatives, data.hard_negatives, **drawn_by)
+        return Example(self.find.name(run.source, ref.id), image, short, long, tuple(map(self.cut, negatives)))
 
     def cut(self, text: str) -> str:
         """The text's first `data.max_text_tokens` tokens."""
         limit = self.config.data.max_text_tokens
         return text if limit is None else self.preprocessor.first_tokens(text, limit)
 
-    def plan(self, epoch: int) -> Any:
-        """The plan of an epoch."""
-        from vladva.plan import Plan
-
-        return Plan(
-            self.index.num_samples,
-            seed=self.config.seed,
-            epoch=epoch,
-            chunk_size=self.config.train.chunk_size,
-            run_length=self.config.data.run_length,
-            chunks_per_batch=self.config.chunks_per_batch,
-        )
-
     def has_captions(self, number: int) -> bool:
         """Whether the chunk's step takes the caption loss."""
         loss = self.config.loss
         return loss.next_token_weight > 0 and number // self.config.chunks_per_batch % loss.next_token_every == 0
-
-    def locate(self, number: int) -> tuple[int, int]:
-        """Epoch, and number of the chunk within it."""
-        return divmod(number, self.plan(0).num_chunks)
 
 
 def preprocessor_of(config: RunConfig) -> Preprocessor:

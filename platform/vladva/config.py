@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
 
+from vladva.mix import mix_shares, mix_uris
 from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT
 
 
@@ -37,6 +38,8 @@ class DataConfig:
 
     uri: str
     """Folder of shards: a path or s3://..."""
+    mix: tuple[str, ...] = ()
+    """Several folders in place of `uri`, each as URI=WEIGHT: their samples come in exactly these proportions."""
     run_length: int = 8
     """Neighbouring samples that are read with one request."""
     short_below: int = 30
@@ -53,6 +56,19 @@ class DataConfig:
     """Folder of the benchmark that `train.validate_on` names."""
     max_bad_fraction: float = 0.05
     """Stop when the scan quarantines more than this fraction of the samples."""
+
+    def __post_init__(self) -> None:
+        assert len(self.uris) == len(self.shares)  # both read the mix, and refuse what is wrong with it
+
+    @property
+    def uris(self) -> tuple[str, ...]:
+        """The folders of shards."""
+        return mix_uris(self.mix) or (self.uri,)
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """The proportions of the folders' samples, in whole numbers."""
+        return mix_shares(self.mix) if self.mix else (1,)
 
 
 @dataclass(frozen=True)
@@ -112,6 +128,8 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Keep only the input of every layer of the language model, and compute the rest again in backward."""
     checkpoint_every: int = 500
+    audit: bool = False
+    """Keep the ids of all samples that were trained on, for `jobs/audit.py`."""
     keep_last: int = 2
     keep_best: str = ""
     """Also keep the checkpoint with the highest such score of the validation, as it is named in the metrics."""

@@ -96,7 +96,7 @@ class Plan:
 
     @cached_property
     def _shift(self) -> int:
-        return _hash(f"{self.seed}/{self.epoch}/shift", 0) % self.run_length
+        return key_number(f"{self.seed}/{self.epoch}/shift", 0) % self.run_length
 
     @cached_property
     def _order(self) -> Permutation:
@@ -128,12 +128,13 @@ class Permutation:
     def _shuffle(self, cell: int) -> int:
         row, column = divmod(cell, self.width)
         for step in range(0, self.ROUNDS, 2):
-            row = (row + _hash(f"{self.key}/{step}", column)) % self.height
-            column = (column + _hash(f"{self.key}/{step + 1}", row)) % self.width
+            row = (row + key_number(f"{self.key}/{step}", column)) % self.height
+            column = (column + key_number(f"{self.key}/{step + 1}", row)) % self.width
         return row * self.width + column
 
 
-def _hash(key: str, number: int) -> int:
+def key_number(key: str, number: int) -> int:
+    """A random number of 64 bits, the same for the same arguments."""
     return int.from_bytes(hashlib.blake2b(f"{key}/{number}".encode(), digest_size=8).digest(), "little")
 
 

@@ -21,11 +21,13 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from vladva import storage
 from vladva.sidecars import (
@@ -34,6 +36,7 @@ from vladva.sidecars import (
     SampleRef,
     Scanner,
     parquet_bytes,
+    read_ids,
     read_refs,
     short_hash,
     sidecar_uri,
@@ -271,6 +274,23 @@ class ShardIndex:
         """Samples are numbered from 0 up to here."""
         return self.ends[-1]
 
+    @property
+    def num_quarantined(self) -> int:
+        """Rows of the quarantine table."""
+        return pq.read_metadata(pa.BufferReader(storage.read_bytes(_quarantine_uri(self.index_uri)))).num_rows
+
+    def numbers_of(self, shard: str) -> dict[str, int]:
+        """The number of each of a shard's samples, by its id; none of a shard that is not in the index."""
+        where = self._where.get(shard)
+        if where is None:
+            return {}
+        first = self.ends[where - 1] if where else 0
+        return {name: first + i for i, name in enumerate(read_ids(sidecar_uri(self.index_uri, shard)))}
+
+    @cached_property
+    def _where(self) -> dict[str, int]:
+        return {shard: number for number, shard in enumerate(self.shards)}
+
     def samples(self, first: int, count: int) -> list[SampleRef]:
         """Samples first .. first + count - 1. Raises IndexError."""
         if first < 0 or count < 0 or first + count > self.num_samples:
@@ -290,9 +310,14 @@ def read_samples(data_uri: str, refs: Sequence[SampleRef], in_flight: int = 8) -
 
     Of samples of text alone, their JSON. Raises ValueError when a shard is not the one that was scanned.
     """
-    ranges = [ByteRange(storage.join(data_uri, ref.shard), ref.offset, ref.length) for ref in refs]
+    return read_mixed_samples([(data_uri, ref) for ref in refs], in_flight)
+
+
+def read_mixed_samples(places: Sequence[tuple[str, SampleRef]], in_flight: int = 8) -> list[bytes]:
+    """As `read_samples`, of (data set, sample) pairs."""
+    ranges = [ByteRange(storage.join(data_uri, ref.shard), ref.offset, ref.length) for data_uri, ref in places]
     bodies = storage.read_ranges(ranges, in_flight)
-    for ref, body in zip(refs, bodies, strict=True):
+    for (data_uri, ref), body in zip(places, bodies, strict=True):
         if zlib.crc32(body) != ref.crc32:
             raise ValueError(f"{ref.id} is not what the scan saw there: the shard has changed, scan {data_uri} again")
     return bodies

@@ -118,6 +118,11 @@ def read_refs(sidecar: str, version: str, first: int, count: int) -> list[Sample
     return refs
 
 
+def read_ids(sidecar: str) -> list[str]:
+    """The ids of all rows of a sidecar."""
+    return pq.read_table(pa.BufferReader(storage.read_bytes(sidecar)), columns=["id"]).column("id").to_pylist()
+
+
 @lru_cache(maxsize=128)
 def _row_group(sidecar: str, version: str, group: int) -> pa.Table:
     file = pq.ParquetFile(RangedFile(sidecar), metadata=_footer(sidecar, version), pre_buffer=True)

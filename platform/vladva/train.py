@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "storage",
     "train.zero_stage",
     "train.checkpoint_every",
+    "train.audit",
     "train.keep",
     "train.validate",
     "data.validation_uri",
@@ -90,7 +91,7 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check_data(config: RunConfig) -> None:
     """Scan the shards (only those that are new or changed), load nothing else; fail now rather than on the cluster."""
-    from vladva.chunks import ChunkReader, preprocessor_of
+    from vladva.chunks import SampleFinder, preprocessor_of
     from vladva.memory import check_memory
     from vladva.shards import scan
     from vladva.validate import Validation
@@ -99,8 +100,9 @@ def check_data(config: RunConfig) -> None:
     width = preprocessor.config.get_text_config().hidden_size
     if max(config.loss.matryoshka, default=0) >= width:
         raise ValueError(f"loss.matryoshka {config.loss.matryoshka}: the model's embeddings have {width} dimensions")
-    print(scan(config.data.uri, preprocessor.count_tokens, max_bad_fraction=config.data.max_bad_fraction))
-    ChunkReader(config).plan(0)
+    for uri in config.data.uris:
+        print(scan(uri, preprocessor.count_tokens, max_bad_fraction=config.data.max_bad_fraction))
+    SampleFinder(config)
     if config.cluster.device_memory_gib is not None:
         check_memory(config)
     if config.train.validate_on:
@@ -196,7 +198,7 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     # --- loop
     leaving: list[str] = []  # nodes that are about to be taken away
-    with TrainingLog(config, rank, start) as log:
+    with TrainingLog(config, rank, world, start) as log:
         for step in range(start, config.train.steps):
             began = time.perf_counter()
             if step > start:
@@ -217,6 +219,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             notice = ray.train.get_preemption_info()  # the same on every rank
             warned = notice is not None and notice.preempted_node_ids != leaving
             if last or warned or (step + 1) % config.train.checkpoint_every == 0:
+                log.write_audit(step + 1)
                 save_checkpoint(engine, log.saver, config, step + 1, scores)
             if warned:
                 leaving = notice.preempted_node_ids
@@ -319,8 +322,8 @@ def save_checkpoint(
     engine: Engine, saver: checkpoint.AsyncSaver | None, config: RunConfig, step: int, scores: dict[str, float]
 ) -> None:
     """Save after `step` steps. Every rank gathers, rank 0 (with the saver) writes; the upload goes on in training."""
+    from vladva.chunks import SampleFinder
     from vladva.embedder import save_adapter
-    from vladva.shards import ShardIndex
 
     optimizer = engine.optimizer_state()
     with engine.gathered(), tempfile.TemporaryDirectory() as folder:
@@ -333,7 +336,7 @@ def save_checkpoint(
             "log_scale": engine.model.log_scale.item(),
             "bias": engine.model.bias.item(),
             "config": config.to_json(),
-            "data_fingerprint": ShardIndex.open(config.data.uri).fingerprint,
+            "data_fingerprint": SampleFinder(config).fingerprint,
             "metrics": scores,
         }
         saver.save(step, adapter_files=Path(folder), optimizer=optimizer, state=state)

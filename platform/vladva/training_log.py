@@ -1,4 +1,4 @@
-"""Training log: what is written of every optimizer step, by rank 0."""
+"""Training log: what is written of every optimizer step, by rank 0, and by every rank what it trained on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vladva.audit_log import AuditLog
 from vladva.checkpoint import AsyncSaver
 from vladva.config import RunConfig
 from vladva.tracking import Tracker
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
 
 
 class TrainingLog:
-    """What rank 0 writes of a run: metrics and checkpoints. On other ranks it only takes part in the sums."""
+    """What rank 0 writes of a run: metrics and checkpoints. Other ranks only keep their part of the audit."""
 
-    def __init__(self, config: RunConfig, rank: int, start: int) -> None:
+    def __init__(self, config: RunConfig, rank: int, world: int, start: int) -> None:
         self.config = config
+        self.audit = AuditLog(config.uri, rank, world, start) if config.train.audit else None
         self.tracker = Tracker(config.uri, first_step=start) if rank == 0 else None
         kept = {"keep_last": config.train.keep_last, "keep_best": config.train.keep_best or None}
         self.saver = AsyncSaver(config.uri, **kept) if rank == 0 else None
@@ -38,6 +40,8 @@ class TrainingLog:
         scores: dict[str, float],
     ) -> None:
         """Log one optimizer step; `seconds` is its wall time, of which `waited` went on waiting for data."""
+        if self.audit is not None:
+            self.audit.step(step, batch)
         if self.tracker is None:
             return
         contrastive = losses.contrastive
@@ -71,6 +75,12 @@ class TrainingLog:
         """Wait until the last checkpoint is where it belongs."""
         if self.saver is not None:
             self.saver.wait()
+
+    def write_audit(self, steps: int) -> None:
+        """Write what was trained on; for every rank to call before the checkpoint after `steps` steps."""
+        if self.audit is not None:
+            self.audit.write(steps)
+            torch.distributed.barrier()  # the checkpoint may be published when all parts of its record are there
 
     def __enter__(self) -> TrainingLog:
         return self

@@ -1,0 +1,132 @@
+"""Schedule: which samples each chunk of a whole run holds, over its epochs and over the data sets that it mixes.
+
+One data set: its epochs one after the other, each laid out by its `Plan`.
+
+Several: the n-th run of neighbours of the training comes from the data set that a pattern names, over and over. The
+pattern holds each data set as often as its share says, spread so evenly that after any n runs each has had its exact
+part of them, rounded up or down. A data set's own runs are those of its own epochs, laid out by a `Plan` whose unit is
+one run: each of its samples comes once in each of its epochs, and fewer than one run are left out of an epoch. So a
+data set may begin its third epoch in the middle of a global batch while another is in its first.
+
+Chunk g is found without the chunks before it, in memory for one pattern; how many workers there are is not known here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+from vladva.plan import Plan, key_number
+
+
+class Run(NamedTuple):
+    """`count` neighbours from sample `first` on, of a data set in the given one of its epochs."""
+
+    source: int
+    epoch: int
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Data sets of `sizes` samples, mixed in the proportions of the whole numbers `shares`.
+
+    Raises ValueError when a data set is smaller than its part of one global batch.
+    """
+
+    sizes: tuple[int, ...]
+    shares: tuple[int, ...]
+    seed: int
+    chunk_size: int
+    run_length: int
+    chunks_per_batch: int
+
+    def __post_init__(self) -> None:
+        batch, whole = self.chunks_per_batch * self.chunk_size, sum(self.shares)
+        for source, (size, share) in enumerate(zip(self.sizes, self.shares, strict=True)):
+            if self.mixed and size * whole < max(batch * share, self.run_length * whole):
+                raise ValueError(
+                    f"data.mix: the data set {source + 1} of {len(self.sizes)} has {size} samples, fewer than its part "
+                    f"of one global batch, {batch} * {share}/{whole}: lower its weight, or use a smaller batch"
+                )
+            self.plan(source, 0)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether there are several data sets."""
+        return len(self.sizes) > 1
+
+    def chunk(self, number: int) -> list[Run]:
+        """The runs of chunk `number` of the training, together `chunk_size` samples."""
+        runs = []
+        for source, unit in self._units(number):
+            epoch, within = divmod(unit, self.plan(source, 0).num_chunks)
+            runs += [Run(source, epoch, *run) for run in self.plan(source, epoch).chunk(within)]
+        return runs
+
+    def plan(self, source: int, epoch: int) -> Plan:
+        """How an epoch of a data set is laid out. Of a mix, each of its chunks is one run."""
+        size = self.sizes[source]
+        if not self.mixed:
+            return _plan(size, self.seed, epoch, self.chunk_size, self.run_length, self.chunks_per_batch)
+        seed = key_number(f"{self.seed}/source", source)  # else data sets of one size would keep company for ever
+        return _plan(size, seed, epoch, self.run_length, self.run_length, 1)
+
+    def epoch_size(self, source: int) -> int:
+        """Samples that an epoch of a data set uses; the few others are not the same in every epoch."""
+        plan = self.plan(source, 0)
+        return plan.num_chunks * plan.chunk_size
+
+    def used(self, source: int, chunks: int) -> int:
+        """Samples of a data set in the first `chunks` chunks, over all of its epochs."""
+        if not self.mixed:
+            return chunks * self.chunk_size
+        periods, rest = divmod(chunks * self.chunk_size // self.run_length, len(self._pattern))
+        return (periods * self.shares[source] + self._pattern[:rest].count(source)) * self.run_length
+
+    def _units(self, number: int) -> list[tuple[int, int]]:
+        """(data set, which of its plans' chunks, counted over all epochs) of each part of a chunk."""
+        if not self.mixed:
+            return [(0, number)]
+        per_chunk = self.chunk_size // self.run_length
+        units = []
+        for run in range(number * per_chunk, (number + 1) * per_chunk):
+            period, place = divmod(run, len(self._pattern))
+            source = self._pattern[place]
+            units.append((source, period * self.shares[source] + self._ranks[place]))
+        return units
+
+    @cached_property
+    def _pattern(self) -> list[int]:
+        """The data set of each run of a period.
+
+        A data set's k-th run may not come before the place where its part passes k - 1, and must have come where it
+        reaches k. Of those that may, the one that must come first is taken; for jobs of one length that meets every
+        term if any order does, and handing each data set its fraction of every place shows that one does.
+        """
+        period = sum(self.shares)
+        taken = [0] * len(self.shares)
+        pattern = []
+        for place in range(1, period + 1):
+            ready = [i for i, share in enumerate(self.shares) if place * share > taken[i] * period]
+            source = min(ready, key=lambda i: -(-(taken[i] + 1) * period // self.shares[i]))
+            taken[source] += 1
+            pattern.append(source)
+        return pattern
+
+    @cached_property
+    def _ranks(self) -> list[int]:
+        """Which of its data set's runs in a period each run of the pattern is."""
+        taken = [0] * len(self.shares)
+        ranks = []
+        for source in self._pattern:
+            ranks.append(taken[source])
+            taken[source] += 1
+        return ranks
+
+
+@lru_cache(maxsize=256)
+def _plan(num_samples: int, seed: int, epoch: int, chunk_size: int, run_length: int, chunks_per_batch: int) -> Plan:
+    return Plan(num_samples, seed, epoch, chunk_size, run_length, chunks_per_batch)

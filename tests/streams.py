@@ -1,0 +1,61 @@
+"""Small scanned corpora of noise, made without Ray, and runs over them."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vladva import shards
+from vladva.config import ClusterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+
+BAD = b"no picture"
+
+
+def picture(seed: int, size: tuple[int, int]) -> bytes:
+    """A JPEG of noise in blocks of 8 pixels."""
+    width, height = size
+    coarse = Image.frombytes(
+        "L", (-(-width // 8), -(-height // 8)), random.Random(seed).randbytes(-(-width // 8) * -(-height // 8))
+    )
+    body = io.BytesIO()
+    coarse.convert("RGB").resize(size, Image.Resampling.NEAREST).save(body, "JPEG")
+    return body.getvalue()
+
+
+def write_corpus(uri: str, good: int, *, bad: int = 0, per_shard: int = 20, size: tuple[int, int] = (16, 16)) -> None:
+    """Shards of `good` pictures with a short and a long caption each, and of `bad` that are none, spread evenly."""
+    total = good + bad
+    with shards.ShardWriter(uri, per_shard) as writer:
+        for number in range(total):
+            is_bad = (number + 1) * bad // total > number * bad // total
+            captions = [f"short {number}", f"long {number} " + "word " * 8]
+            content = BAD if is_bad else picture(number, size)
+            writer.write(f"{number:06d}", {"jpg": content, "json": json.dumps({"captions": captions}).encode()})
+
+
+def scan_here(uri: str) -> None:
+    """Scan in this process."""
+
+    def run(scanner: shards.Scanner, listed: list[list]) -> list[dict]:
+        rows = [{"shard": shard, "size": size, "changed": changed} for shard, size, changed in listed]
+        return [json.loads(scanner(row)["facts"]) for row in rows]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "_run", run)
+        shards.scan(uri, lambda texts: [len(text.split()) for text in texts], max_bad_fraction=0.5)
+
+
+def run_over(
+    data: DataConfig, storage: Path | str, model: str = "tiny", *, steps: int = 1, batch: int = 16, chunk: int = 4
+) -> RunConfig:
+    """A run of `steps` global batches."""
+    data = replace(data, short_below=5, run_length=min(data.run_length, chunk))
+    train = TrainConfig(steps=steps, global_batch=batch, chunk_size=chunk, audit=True)
+    cluster = ClusterConfig(workers=1)
+    return RunConfig("run", str(storage), ModelConfig(checkpoint=model), data, train, cluster=cluster, seed=5)
