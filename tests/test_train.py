@@ -148,6 +148,16 @@ def test_another_recipe_in_the_same_folder_is_refused(finished: RunConfig) -> No
         train(other)
 
 
+def test_a_run_does_not_go_on_with_other_samples(ray_cluster: None, finished: RunConfig, tmp_path: Path) -> None:
+    """The same shards but for one, put in their place."""
+    other = replace(finished, name="other", data=replace(finished.data, uri=str(tmp_path / "shards")))
+    shutil.copytree(finished.data.uri, other.data.uri)
+    (tmp_path / "shards" / "000000.tar").unlink()
+    shutil.copytree(Path(finished.uri) / "checkpoints", Path(other.uri) / "checkpoints")
+    with pytest.raises(ValueError, match=r"step-6 was trained on.*choose another --name"):
+        train(other)
+
+
 def test_data_that_cannot_fill_a_batch_is_refused(ray_cluster: None, config: RunConfig, tmp_path: Path) -> None:
     large = replace(config, name="large", train=replace(config.train, global_batch=1024))
     with pytest.raises(ValueError, match="1024"):

@@ -102,7 +102,13 @@ def check_data(config: RunConfig) -> None:
         raise ValueError(f"loss.matryoshka {config.loss.matryoshka}: the model's embeddings have {width} dimensions")
     for uri in config.data.uris:
         print(scan(uri, preprocessor.count_tokens, max_bad_fraction=config.data.max_bad_fraction))
-    SampleFinder(config)
+    found = SampleFinder(config).fingerprint
+    newest = checkpoint.latest(config.uri)
+    if newest and storage.read_json(storage.join(newest, checkpoint.STATE))["data_fingerprint"] != found:
+        raise ValueError(
+            f"{', '.join(config.data.uris)}: the samples are not those that {newest} was trained on, so the run cannot "
+            f"go on with each of them once; put them back as they were, or choose another --name"
+        )
     if config.cluster.device_memory_gib is not None:
         check_memory(config)
     if config.train.validate_on:
