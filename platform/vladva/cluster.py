@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 
 def connect() -> None:
@@ -26,3 +29,16 @@ def connect() -> None:
     chatty = bool(os.environ.get("VLADVA_TRACEBACK"))
     cpus = max(4, os.cpu_count() or 1)
     ray.init(num_cpus=cpus, include_dashboard=False, logging_level="WARNING", log_to_driver=chatty)
+
+
+def each(function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
+    """`function` of each number, one Ray task each, as they are done. What it gives must go into JSON."""
+    import ray.data
+
+    rows = [{"number": number} for number in numbers]
+    done = ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).map(_call, fn_kwargs={"function": function})
+    return (json.loads(row["result"]) for row in done.iter_rows())
+
+
+def _call(row: dict[str, Any], *, function: Callable[[int], Any]) -> dict[str, str]:
+    return {"result": json.dumps(function(int(row["number"])))}

@@ -114,6 +114,61 @@ def bar_chart(
     return _svg(width, height, label, parts)
 
 
+def histogram(counts: Mapping[str, int], *, label: str, kinds: Sequence[int] = (), width: int = 340) -> str:
+    """A bar per bin, of the colour number `kinds[i]` (all alike without); every bin is named, the names are slanted."""
+    height, bottom = 230, 52
+    y = _scale([0, max([*counts.values(), 1])], height - bottom, TOP, num_ticks=4)
+    parts = [_grid_line(LEFT, y(tick), width - RIGHT, _number(tick, y.step)) for tick in y.ticks if tick == int(tick)]
+    slot = (width - LEFT - RIGHT) / len(counts)
+    total = max(1, sum(counts.values()))
+    for number, (name, count) in enumerate(counts.items()):
+        left = LEFT + slot * number
+        fill = colour(kinds[number] if kinds else 0, NUM_COLOURS if kinds else 1)
+        title = f"<title>{escape(name)}: {count:,} ({count / total:.1%})</title>"
+        x, under = left + slot / 2 + 3, height - bottom + 13
+        parts.append(
+            f'<rect x="{left + 1:.1f}" y="{y(count):.1f}" width="{slot - 2:.1f}" height="{y(0) - y(count):.1f}" '
+            f'rx="2" fill="{fill}">{title}</rect>'
+            f'<text x="{x:.1f}" y="{under}" text-anchor="end" transform="rotate(-40 {x:.1f} {under})">'
+            f"{escape(name)}</text>"
+        )
+    return _svg(width, height, label, parts)
+
+
+def heat_map(cells: Mapping[tuple[int, int], int], bounds: Sequence[int], *, label: str, axes: tuple[str, str]) -> str:
+    """Counts in a square grid, (column, row) -> count, rows upwards; cell i reaches from bounds[i] to bounds[i + 1].
+
+    The darkness is that of the count's logarithm.
+    """
+    size, edge = 300, 330 - TOP
+    places = [index for cell in cells for index in cell]
+    low, high = min(places, default=0), max(places, default=0)
+    side = size / max(high - low + 1, 6)
+    parts = [f'<text x="{LEFT + size / 2}" y="{edge + 30}" text-anchor="middle">{escape(axes[0])}</text>']
+    parts.append(
+        f'<text x="10" y="{edge - size / 2}" text-anchor="middle" transform="rotate(-90 10 {edge - size / 2})">'
+    )
+    parts.append(f"{escape(axes[1])}</text>")
+    for number in range(0, max(high - low + 1, 6) + 1, 2):
+        if low + number < len(bounds):
+            at, name = side * number, bounds[low + number]
+            parts.append(f'<text x="{LEFT + at:.1f}" y="{edge + 15}" text-anchor="middle">{name}</text>')
+            parts.append(f'<text x="{LEFT - 5}" y="{edge - at + 4:.1f}" text-anchor="end">{name}</text>')
+    parts.append(
+        f'<rect x="{LEFT}" y="{edge - size}" width="{size}" height="{size}" fill="none" stroke="var(--rule)"/>'
+    )
+    most = math.log1p(max(cells.values(), default=1))
+    for (column, row), count in sorted(cells.items()):
+        x, y = LEFT + side * (column - low), edge - side * (row - low + 1)
+        span = [f"{bounds[index]}\N{EN DASH}{bounds[index + 1] - 1}" for index in (column, row)]
+        parts.append(
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{side:.1f}" fill="var(--series-2)" '
+            f'fill-opacity="{0.15 + 0.85 * math.log1p(count) / most:.2f}">'
+            f"<title>{span[0]} x {span[1]} pixels: {count:,}</title></rect>"
+        )
+    return _svg(LEFT + size + RIGHT, edge + 38, label, parts)
+
+
 def _whisker(x: float, low: float, high: float) -> str:
     path = f"M{x - 3:.1f} {low:.1f}h6M{x:.1f} {low:.1f}V{high:.1f}M{x - 3:.1f} {high:.1f}h6"
     return f'<path class="whisker" d="{path}" stroke="var(--ink)" fill="none"/>'

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from markupsafe import Markup, escape
 from PIL import Image
@@ -23,6 +23,9 @@ from vladva.score_changes import comparison_tables, headlines, layer_tables
 from vladva.score_tables import ScoreTable, score_tables
 from vladva.showcase import CaptionComparison, Grid, WrongChoice
 from vladva.storage import read_bytes, write_bytes_atomically
+
+if TYPE_CHECKING:
+    import jinja2
 
 THUMBNAIL = 256  # pixels; larger pictures are shrunk to this
 CURVES = {  # key in metrics.jsonl -> title
@@ -74,6 +77,34 @@ def write_report(
     `metrics.jsonl` by run; `grids` and `wrong_choices` come from `showcase`, by system; `timings` are seconds by stage;
     `notes` are paragraphs below the title.
     """
+    page = (
+        page_environment()
+        .get_template("report.html.j2")
+        .render(
+            title=title,
+            command=command,
+            notes=notes,
+            highlights=highlights,
+            scores=scores,
+            tables=score_tables(dict(scores)) if scores else [],
+            bars=score_bars(scores) if scores else {},
+            comparisons=comparison_tables(dict(scores)) if scores else [],
+            layers=layer_tables(dict(scores)) if scores else [],
+            layer_curves=layer_curves(scores) if scores else {},
+            curves=training_curves(metrics or {}),
+            runs=list(metrics or {}),
+            grids=grids or {},
+            wrong_choices=wrong_choices or {},
+            captions=[(image, list(asked)) for image, asked in groupby(captions, key=lambda compared: compared.image)],
+            caption_table=caption_table,
+            timings=timings or {},
+        )
+    )
+    write_bytes_atomically(uri, page.encode("utf-8"))
+
+
+def page_environment() -> jinja2.Environment:
+    """What renders the templates of pages."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -86,26 +117,7 @@ def write_report(
         "seconds": _seconds,
         "mark": _mark,
     }
-    page = environment.get_template("report.html.j2").render(
-        title=title,
-        command=command,
-        notes=notes,
-        highlights=highlights,
-        scores=scores,
-        tables=score_tables(dict(scores)) if scores else [],
-        bars=score_bars(scores) if scores else {},
-        comparisons=comparison_tables(dict(scores)) if scores else [],
-        layers=layer_tables(dict(scores)) if scores else [],
-        layer_curves=layer_curves(scores) if scores else {},
-        curves=training_curves(metrics or {}),
-        runs=list(metrics or {}),
-        grids=grids or {},
-        wrong_choices=wrong_choices or {},
-        captions=[(image, list(asked)) for image, asked in groupby(captions, key=lambda compared: compared.image)],
-        caption_table=caption_table,
-        timings=timings or {},
-    )
-    write_bytes_atomically(uri, page.encode("utf-8"))
+    return environment
 
 
 def training_curves(metrics: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, str]:

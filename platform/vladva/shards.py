@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vladva import storage
+from vladva.progress import Progress
 from vladva.sidecars import (
     MAX_PIXELS,
     CountTokens,
@@ -184,7 +185,11 @@ def _run(scanner: Scanner, listed: list[list[Any]]) -> list[dict[str, Any]]:
 
     rows = [{"shard": shard, "size": size, "changed": changed} for shard, size, changed in listed]
     scanned = ray.data.from_items(rows, override_num_blocks=len(rows)).map(scanner)
-    facts = {fact["shard"]: fact for fact in (json.loads(row["facts"]) for row in scanned.iter_rows())}
+    facts = {}
+    with Progress("scanning shards", len(rows)) as progress:
+        for fact in (json.loads(row["facts"]) for row in scanned.iter_rows()):
+            facts[fact["shard"]] = fact
+            progress.advance(1)
     return [facts[shard] for shard, _, _ in listed]
 
 

@@ -112,6 +112,12 @@ def list_infos(uri: str) -> list[FileInfo]:
     return sorted(FileInfo(join(uri, below), size, changed) for below, size, changed in infos)
 
 
+def file_info(uri: str) -> FileInfo:
+    """What is known of the file at `uri`. Raises FileNotFoundError, for a folder too."""
+    store, path = _store(uri)
+    return FileInfo(uri, *_retry(uri, lambda: store.info(path)))
+
+
 def read_bytes(uri: str) -> bytes:
     """The whole object at `uri`. Raises FileNotFoundError."""
     store, path = _store(uri)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any, Protocol
 
 from pyarrow import fs
@@ -44,6 +46,10 @@ class Store(Protocol):
         """Bytes of a file."""
         ...
 
+    def info(self, path: str) -> tuple[int, int]:
+        """Bytes of a file, and time of its last change in ns. Raises FileNotFoundError for a folder too."""
+        ...
+
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         """Exactly `length` bytes, or all up to the end. Raises EOFError when the file ends before that."""
         ...
@@ -73,6 +79,12 @@ class LocalDisk:
 
     def size(self, path: str) -> int:
         return os.path.getsize(path)
+
+    def info(self, path: str) -> tuple[int, int]:
+        found = os.stat(path)
+        if stat.S_ISDIR(found.st_mode):
+            raise FileNotFoundError(errno.ENOENT, "a folder and not a file", path)
+        return found.st_size, found.st_mtime_ns
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         with open(path, "rb") as file:
@@ -146,8 +158,7 @@ class S3:
                 page = self.client.list_objects_v2(**query)
             for entry in page.get("Contents", []):
                 if not entry["Key"].endswith("/"):  # some tools keep an empty object for a folder
-                    changed = int(entry["LastModified"].timestamp() * 1000) * 1_000_000
-                    yield entry["Key"][len(prefix) :], entry["Size"], changed
+                    yield entry["Key"][len(prefix) :], entry["Size"], _nanoseconds(entry["LastModified"])
             if not page["IsTruncated"]:
                 return
             query["ContinuationToken"] = page["NextContinuationToken"]
@@ -156,6 +167,14 @@ class S3:
         bucket, _, key = path.partition("/")
         with _faults(path):
             return self.client.head_object(Bucket=bucket, Key=key)["ContentLength"]
+
+    def info(self, path: str) -> tuple[int, int]:
+        bucket, _, key = path.partition("/")
+        if not key:
+            raise FileNotFoundError(errno.ENOENT, f"s3://{path} is a bucket")
+        with _faults(path):
+            found = self.client.head_object(Bucket=bucket, Key=key)
+        return found["ContentLength"], _nanoseconds(found["LastModified"])
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         bucket, _, key = path.partition("/")
@@ -186,6 +205,10 @@ class S3:
         bucket, _, key = path.partition("/")
         with _faults(path):
             self.client.delete_object(Bucket=bucket, Key=key)
+
+
+def _nanoseconds(changed: datetime) -> int:
+    return int(changed.timestamp() * 1000) * 1_000_000
 
 
 def _ends_early(path: str, offset: int, length: int, size: int) -> EOFError:

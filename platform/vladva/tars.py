@@ -215,6 +215,13 @@ def check_picture(data: bytes, *, verify: bool, max_pixels: int) -> tuple[int, i
     return width, height
 
 
+def picture_ending(data: bytes) -> str:
+    """The name's ending for a picture that `check_picture` accepts, by its first bytes."""
+    return dict(zip(MAGIC, ("jpg", "png", "webp", "gif"), strict=True))[
+        next(magic for magic in MAGIC if data.startswith(magic))
+    ]
+
+
 def read_captions(data: bytes) -> list[str]:
     """The caption in the content of a `txt` member; none if it is empty. Raises BadDataError."""
     return _stripped([_decoded(data)])

@@ -1,0 +1,126 @@
+#!/usr/bin/env python
+"""Make pictures with captions ready for training: `jobs/prepare.py SOURCE [--out URI]`.
+
+Tar shards (as img2dataset writes them) are used where they are, and only scanned. Anything else is written as tar
+shards to --out, the pictures byte for byte as they were, and then scanned:
+
+{formats}
+
+The scan leaves an index in _index/ beside the shards; what cannot be used is not lost from sight but listed, with the
+reason, in a table that the job names. A page with counts, histograms and pictures is written too.
+
+    jobs/prepare.py /data/cc3m                                                  # tars, in place
+    jobs/prepare.py s3://lake/hf --out s3://lake/shards --caption-column text   # Parquet
+    jobs/prepare.py dataset_coco.json --images /data/coco --split train,restval --out /data/coco-train
+    jobs/prepare.py pairs.csv --out shards --captions-from long.jsonl --join-on stem=image_id
+
+The same command goes on where it was interrupted. Next: jobs/train.py RECIPE --data.uri URI
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from vladva.config import user_errors
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Command-line arguments."""
+    from vladva import sources
+
+    formats = "\n".join(f"    {name:11} {sources.find(name).TITLE}" for name in sources.names())
+    parser = argparse.ArgumentParser(
+        prog="jobs/prepare.py",
+        description=__doc__.format(formats=formats),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="folder, file or s3://... with pictures and captions")
+    parser.add_argument(
+        "--out", default="", help="folder or s3://... for the shards; without it tars are used in place"
+    )
+    form = parser.add_argument_group("what the source is, where it is not found out")
+    form.add_argument("--format", default="", help=f"one of {', '.join(sources.names())}")
+    form.add_argument(
+        "--images", default="", help="folder that relative paths of pictures start from (default: SOURCE)"
+    )
+    form.add_argument("--split", default="", help="Karpathy JSON: only these splits, commas between")
+    form.add_argument("--image-column", default="", help="column of pictures or of their paths")
+    form.add_argument("--caption-column", action="append", default=[], help="column of captions; may be repeated")
+    form.add_argument("--id-column", default="", help="column or field with ids (default: path, or file and row)")
+    join = parser.add_argument_group("more captions for the same pictures, from a table (pictures captioned again)")
+    join.add_argument("--captions-from", metavar="TABLE", default="", help=".parquet, .csv, .tsv or .jsonl")
+    join.add_argument(
+        "--join-on",
+        metavar="[FIELD=]COLUMN",
+        default="",
+        help="the TABLE's column that holds the samples' id, or another FIELD: path, name (of the file), stem (name "
+        "without ending)",
+    )
+    join.add_argument(
+        "--join-caption-column", action="append", default=[], help="the TABLE's captions; may be repeated"
+    )
+    parser.add_argument("--model", default="tiny", help="model whose tokens the captions are counted in")
+    parser.add_argument("--samples-per-shard", type=int, default=1000)
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="decode every picture, reading all of its data (a JPEG at an eighth of its size, which is a third of the "
+        "time). With --no-verify only headers are read; training then scans again, since it wants pictures decoded",
+    )
+    parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="stop when more of the samples are bad")
+    parser.add_argument("--overwrite", action="store_true", help="replace the shards of another source in --out")
+    parser.add_argument("--html", metavar="PAGE", default="", help="the page (default: summary.html in _index/)")
+    options = parser.parse_args(arguments)
+    if bool(options.captions_from) != bool(options.join_on):
+        raise ValueError("--captions-from and --join-on belong together: which table, and which of its columns")
+    if options.samples_per_shard < 1:
+        raise ValueError(f"--samples-per-shard is {options.samples_per_shard}; it must be at least 1")
+    return options
+
+
+@user_errors
+def main() -> None:
+    options = parse(sys.argv[1:])
+
+    from vladva import cluster
+    from vladva.batches import Preprocessor
+    from vladva.embedder import find_model
+    from vladva.joins import Join
+    from vladva.prepare import prepare
+    from vladva.sources import SourceOptions
+    from vladva.summary import summarise
+    from vladva.summary_page import write_page
+
+    count_tokens = Preprocessor(find_model(options.model).checkpoint).count_tokens
+    join = None
+    if options.captions_from:
+        join = Join.parse(options.captions_from, options.join_on, options.join_caption_column)
+    source = SourceOptions(
+        format=options.format,
+        images=options.images,
+        image_column=options.image_column,
+        caption_columns=tuple(options.caption_column),
+        id_column=options.id_column,
+        splits=tuple(options.split.split(",")) if options.split else (),
+    )
+    cluster.connect()
+    prepared = prepare(
+        options.source,
+        options.out,
+        count_tokens,
+        source,
+        join=join,
+        samples_per_shard=options.samples_per_shard,
+        verify=options.verify,
+        max_bad_fraction=options.max_bad_fraction,
+        overwrite=options.overwrite,
+    )
+    summary = summarise(prepared.uri)
+    page = write_page(options.html, prepared, summary, command=" ".join(["jobs/prepare.py", *sys.argv[1:]]))
+    print(f"{prepared}\n{summary}\nThe page: {page}. Next: jobs/train.py RECIPE --data.uri {prepared.uri}")
+
+
+if __name__ == "__main__":
+    main()

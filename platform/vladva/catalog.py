@@ -1,0 +1,130 @@
+"""Catalog: the entries of a source put together into samples, on this machine's disk, then cut into lots.
+
+Rows of one picture are joined into one sample, second pictures of one id are refused, captions of another table are
+looked up. A source may have them in any order and in any number, so this is done in an SQLite file and not in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from vladva.joins import Join
+from vladva.sources import Entry, LeftOut, Rejected
+
+TABLES = """
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+CREATE TABLE samples (number INTEGER PRIMARY KEY, id TEXT UNIQUE, key TEXT, file TEXT, offset INTEGER, entry TEXT);
+CREATE TABLE captions (seq INTEGER PRIMARY KEY, sample INTEGER, text TEXT);
+CREATE TABLE joined (seq INTEGER PRIMARY KEY, key TEXT, place TEXT, texts TEXT);
+"""
+INDEXES = """
+CREATE INDEX captions_of ON captions (sample);
+CREATE INDEX joined_by ON joined (key);
+CREATE INDEX samples_by ON samples (key);
+"""
+OF_ITSELF = "SELECT sample, text FROM captions WHERE sample BETWEEN ? AND ? ORDER BY seq"
+JOINED = (
+    "SELECT number, texts FROM samples JOIN joined ON joined.key = samples.key "
+    "WHERE number BETWEEN ? AND ? ORDER BY joined.seq"
+)
+
+
+class Catalog:
+    """Samples have numbers 0 .. N-1, in the order in which the source first names them.
+
+    counts: `found` is what the source named: `samples`, `merged` (more captions of a sample), `left_out` and
+    `rejected` make it up. `joined_rows` are the rows of the captions' table, `joined_samples` the samples that found
+    one.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.database = sqlite3.connect(path)
+        self.database.executescript(TABLES)
+        self.counts: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
+        self.rejected: list[Rejected] = []
+
+    def add(self, found: Entry | Rejected | LeftOut, join: Join | None) -> None:
+        """Take what the source named next."""
+        self.counts["found"] += 1
+        if isinstance(found, LeftOut):
+            self.left_out[found.reason] += 1
+        elif isinstance(found, Rejected):
+            self.rejected.append(found)
+        elif any("\ud800" <= letter <= "\udfff" for letter in found.id + found.file):
+            self.rejected.append(Rejected(readable(found.id), readable(found.place), "name is not UTF-8"))
+        else:
+            self._add_entry(found, join)
+
+    def _add_entry(self, entry: Entry, join: Join | None) -> None:
+        number = self.counts["samples"]
+        key = join.key_of(entry) if join else ""
+        content = json.dumps([entry.place, entry.length, entry.column, entry.beside, list(entry.negatives)])
+        row = (number, entry.id, key, entry.file, entry.offset, content)
+        added = self.database.execute("INSERT OR IGNORE INTO samples VALUES (?, ?, ?, ?, ?, ?)", row)
+        if added.rowcount:
+            self.counts["samples"] += 1
+        else:
+            query = "SELECT number, file, offset, entry FROM samples WHERE id = ?"
+            number, file, offset, first = self.database.execute(query, (entry.id,)).fetchone()
+            if (file, offset) != (entry.file, entry.offset):
+                detail = f"the first one, at {json.loads(first)[0]}, is kept"
+                self.rejected.append(Rejected(entry.id, entry.place, "duplicate key", detail))
+                return
+            self.counts["merged"] += 1
+        rows = [(number, text) for text in entry.captions]
+        self.database.executemany("INSERT INTO captions (sample, text) VALUES (?, ?)", rows)
+
+    def add_captions(self, join: Join) -> list[Rejected]:
+        """Take the rows of another table; gives those that cannot be read."""
+        rejected = []
+        for row in join.rows():
+            self.counts["joined_rows"] += 1
+            if isinstance(row, Rejected):
+                rejected.append(row)
+            else:
+                key, place, texts = row
+                insert = "INSERT INTO joined (key, place, texts) VALUES (?, ?, ?)"
+                self.database.execute(insert, (key, place, json.dumps(texts)))
+        return rejected
+
+    def finish(self) -> None:
+        """To be called between the last `add` and what follows."""
+        self.database.executescript(INDEXES)
+        count = "SELECT COUNT(*) FROM samples WHERE key IN (SELECT key FROM joined)"
+        self.counts["joined_samples"] = self.database.execute(count).fetchone()[0]
+
+    def unmatched(self) -> Iterator[tuple[str, str, str]]:
+        """(side, id, place) of samples without a row in the other table, then of its rows without a sample."""
+        samples = "SELECT 'sample', id, entry FROM samples WHERE key NOT IN (SELECT key FROM joined) ORDER BY number"
+        for side, name, entry in self.database.execute(samples):
+            yield side, name, json.loads(entry)[0]
+        rows = "SELECT 'table', key, place FROM joined WHERE key NOT IN (SELECT key FROM samples) ORDER BY seq"
+        yield from self.database.execute(rows)
+
+    def lots(self, size: int) -> Iterator[list[dict[str, Any]]]:
+        """The samples in order, `size` at a time, with all of their captions; columns as in `lots.LOT`."""
+        query = "SELECT number, id, file, offset, entry FROM samples WHERE number BETWEEN ? AND ? ORDER BY number"
+        for first in range(0, self.counts["samples"], size):
+            span = (first, first + size - 1)
+            lot = {}
+            for number, name, file, offset, entry in self.database.execute(query, span):
+                place, length, column, beside, negatives = json.loads(entry)
+                where = {"place": place, "file": file, "offset": offset, "length": length, "column": column}
+                texts = {"beside": beside, "negatives": negatives, "captions": []}
+                lot[number] = {"number": number, "id": name, **where, **texts}
+            for number, text in self.database.execute(OF_ITSELF, span):
+                lot[number]["captions"].append(text)
+            for number, texts in self.database.execute(JOINED, span):
+                lot[number]["captions"] += json.loads(texts)
+            yield list(lot.values())
+
+
+def readable(name: str) -> str:
+    """What of a name is not UTF-8, as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,186 @@
+"""Summary page: what a source has become, with plots and pictures, as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from textwrap import shorten
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from vladva import storage
+from vladva.captions import spread
+from vladva.config import DataConfig
+from vladva.figures import heat_map, histogram
+from vladva.prepare import Prepared
+from vladva.report import Highlight, data_uri, page_environment
+from vladva.shards import ShardIndex, read_samples
+from vladva.summary import MEGAPIXEL_BOUNDS, PER_PICTURE, SIDE_BOUNDS, TOKEN_BOUNDS, Summary
+
+PICTURES = 12
+EXAMPLES = 3  # of each reason
+CAPTIONS_SHOWN = 3  # of each picture
+CAPTION_WIDTH = 240  # characters of each
+SHORT, LONG, UNUSED = 1, 2, 0  # numbers of colours
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture of the contact sheet, with a few of its captions and how many more there are."""
+
+    id: str
+    picture: str
+    size: str
+    captions: Sequence[str]
+    more: int
+
+
+def write_page(uri: str, prepared: Prepared, summary: Summary, command: str) -> str:
+    """Write the page to `uri`, or to summary.html beside the index; where it is."""
+    page = (
+        page_environment()
+        .get_template("summary.html.j2")
+        .render(
+            title=f"Data: {prepared.uri.rpartition('/')[2]}",
+            prepared=prepared,
+            summary=summary,
+            kinds=summary.kinds(),
+            data=DataConfig,
+            highlights=highlights(prepared, summary),
+            ledger=ledger(prepared),
+            tokens=token_figure(summary),
+            per_picture=per_picture_figure(summary),
+            megapixels=megapixel_figure(summary),
+            sizes=size_figure(summary),
+            copies={"pictures": summary.pictures, "captions": summary.captions},
+            quarantine=quarantine(prepared.quarantine_uri),
+            pictures=contact_sheet(prepared.uri),
+            command=command,
+        )
+    )
+    uri = uri or storage.join(prepared.uri, "_index/summary.html")
+    storage.write_bytes_atomically(uri, page.encode())
+    return uri
+
+
+def highlights(prepared: Prepared, summary: Summary) -> list[Highlight]:
+    """The figures at the head of the page."""
+    kinds = summary.kinds()
+    pictures = summary.num_samples - summary.texts_alone
+    mean = summary.picture_bytes / max(1, pictures)
+    per_sample = summary.num_captions / max(1, summary.num_samples)
+    bad = sum(prepared.quarantined.values())
+    return [
+        Highlight("samples", f"{summary.num_samples:,}", f"in {summary.num_shards:,} shards"),
+        Highlight("pictures", size_of(summary.picture_bytes), f"{size_of(mean)} each"),
+        Highlight("captions", f"{summary.num_captions:,}", f"{per_sample:.1f} per sample; {kinds['long']:,} long"),
+        Highlight("quarantined", f"{bad:,}", f"{bad / max(1, bad + summary.num_samples):.2%} of the samples"),
+        Highlight(
+            "copies", f"{summary.pictures.superfluous:,}", f"pictures; {summary.captions.superfluous:,} captions"
+        ),
+    ]
+
+
+def ledger(prepared: Prepared) -> list[tuple[str, int]]:
+    """What the source named, and where it went; the rest of the lines add up to the first."""
+    return [
+        ("found in the source", prepared.found),
+        ("samples in the index", prepared.samples),
+        *(
+            [("further rows of the same pictures: their captions were added", prepared.merged)]
+            if prepared.merged
+            else []
+        ),
+        *((f"left out: {reason}", count) for reason, count in prepared.left_out.items()),
+        *((f"quarantined: {reason}", count) for reason, count in prepared.quarantined.items()),
+    ]
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def token_figure(summary: Summary) -> str:
+    """Captions by length, coloured by what training does with them."""
+    used = bins_of(summary.tokens, len(TOKEN_BOUNDS))
+    kinds = [
+        SHORT if TOKEN_BOUNDS[place] < DataConfig.short_below else LONG if TOKEN_BOUNDS[place] < DataConfig.long_below
+        else UNUSED
+        for place in used
+    ]  # fmt: skip
+    names = [span(TOKEN_BOUNDS, place, 1) for place in used]
+    counts = {name: summary.tokens[place] for name, place in zip(names, used, strict=True)}
+    return histogram(counts, kinds=kinds, label="Captions by length in tokens", width=760)
+
+
+def per_picture_figure(summary: Summary) -> str:
+    """Samples by their number of captions."""
+    counts = {f"{number}{'+' * (number == PER_PICTURE)}": summary.per_picture[number] for number in bins_of(
+        summary.per_picture, PER_PICTURE + 1)}  # fmt: skip
+    return histogram(counts, label="Samples by number of captions")
+
+
+def megapixel_figure(summary: Summary) -> str:
+    """Pictures by area."""
+    used = bins_of(summary.megapixels, len(MEGAPIXEL_BOUNDS))
+    counts = {span(MEGAPIXEL_BOUNDS, place): summary.megapixels[place] for place in used}
+    return histogram(counts, label="Pictures by area in megapixels")
+
+
+def size_figure(summary: Summary) -> str:
+    """Pictures by width and height."""
+    return heat_map(
+        summary.sizes, SIDE_BOUNDS, label="Pictures by width and height", axes=("width, pixels", "height, pixels")
+    )
+
+
+def bins_of(counts: Counter[int], number: int) -> range:
+    """The bins from the first to the last that holds something."""
+    return range(min(counts, default=0), max(counts, default=number - 1) + 1)
+
+
+def span(bounds: Sequence[float], place: int, step: int = 0) -> str:
+    """A bin's name: from its lower bound to `step` below the next."""
+    if place == len(bounds) - 1:
+        return f"{bounds[place]:g}+"
+    return f"{bounds[place]:g}\N{EN DASH}{bounds[place + 1] - step:g}"
+
+
+def size_of(count: float) -> str:
+    """Bytes in a unit that gives few digits."""
+    power = min(4, int(math.log(max(count, 1), 1000)))
+    return f"{count / 1000**power:,.{1 if power else 0}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+def quarantine(uri: str) -> dict[str, tuple[int, list[dict[str, Any]]]]:
+    """Reason -> how many, and the first few, most frequent first."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, list[dict[str, Any]]] = {}
+    for batch in pq.ParquetFile(storage.RangedFile(uri)).iter_batches():
+        for row in batch.to_pylist():
+            counts[row["reason"]] += 1
+            if counts[row["reason"]] <= EXAMPLES:
+                examples.setdefault(row["reason"], []).append(row)
+    return {reason: (count, examples[reason]) for reason, count in counts.most_common()}
+
+
+def contact_sheet(data_folder_uri: str) -> list[Shown]:
+    """Pictures at even distances of the whole data set."""
+    index = ShardIndex.open(data_folder_uri)
+    refs = [index.samples(number, 1)[0] for number in spread(index.num_samples, PICTURES)]
+    refs = [ref for ref in refs if ref.width]
+    return [
+        Shown(
+            id=ref.id,
+            picture=data_uri(data),
+            size=f"{ref.width} x {ref.height}",
+            captions=[shorten(caption, CAPTION_WIDTH, placeholder=" ...") for caption in ref.captions[:CAPTIONS_SHOWN]],
+            more=max(0, len(ref.captions) - CAPTIONS_SHOWN),
+        )
+        for ref, data in zip(refs, read_samples(data_folder_uri, refs), strict=True)
+    ]

@@ -1,0 +1,306 @@
+"""Sources: every format gives the same samples, byte for byte, and says what it could not use."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from vladva import sources, storage
+from vladva.lots import read_pictures
+from vladva.sources import Entry, LeftOut, Rejected, SourceOptions, ahead, open_source
+from vladva.tars import BadDataError
+
+
+def picture(kind: str, seed: int) -> bytes:
+    """A picture of noise, as a file."""
+    body = io.BytesIO()
+    Image.frombytes("RGB", (12, 8), Random(seed).randbytes(12 * 8 * 3)).save(body, kind)
+    return body.getvalue()
+
+
+KINDS = {"a.jpg": "JPEG", "b.png": "PNG", "c.jpeg": "JPEG", "d.webp": "WEBP", "e.PNG": "PNG"}
+PICTURES = {name: picture(kind, seed) for seed, (name, kind) in enumerate(KINDS.items())}
+CAPTIONS = {name: [f"the first of {name}", f"another, with a comma; of {name} \N{SNOWMAN}"] for name in PICTURES}
+ROWS = [(name, text) for which in (0, 1) for name in PICTURES for text in [CAPTIONS[name][which]]]  # not neighbours
+
+
+def write_pictures(folder: Path) -> None:
+    (folder / "pictures").mkdir(parents=True)
+    for name, data in PICTURES.items():
+        (folder / "pictures" / name).write_bytes(data)
+
+
+def webdataset(folder: Path) -> None:
+    for shard, names in enumerate((["a.jpg", "b.png"], ["c.jpeg", "d.webp", "e.PNG"])):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for name in names:
+                stem, ending = name.split(".")
+                about = json.dumps({"caption": CAPTIONS[name][0], "url": "http://127.0.0.1/", "width": 12})
+                contents = {ending: PICTURES[name], "json": about.encode(), "txt": CAPTIONS[name][1].encode()}
+                for member, data in contents.items():
+                    header = tarfile.TarInfo(f"{stem}.{member}")
+                    header.size = len(data)
+                    tar.addfile(header, io.BytesIO(data))
+        (folder / f"{shard:05d}_stats.json").write_text('{"images": 3}')  # as img2dataset leaves it there
+        pq.write_table(pa.table({"url": ["http://127.0.0.1/"]}), folder / f"{shard:05d}.parquet")
+
+
+def parquet_bytes(folder: Path) -> None:
+    table = pa.table({"jpg": list(PICTURES.values()), "captions": list(CAPTIONS.values())})
+    pq.write_table(table.slice(0, 2), folder / "0.parquet")
+    pq.write_table(table.slice(2), folder / "1.parquet", row_group_size=2)
+
+
+def parquet_struct(folder: Path) -> None:
+    write_pictures(folder)  # Hugging Face keeps bytes, or the path to them
+    cells = [{"bytes": data if name < "d" else None, "path": f"pictures/{name}"} for name, data in PICTURES.items()]
+    short, long = zip(*CAPTIONS.values(), strict=True)
+    pq.write_table(pa.table({"image": cells, "caption": short, "long": long}), folder / "x.parquet")
+
+
+def parquet_paths(folder: Path) -> None:
+    write_pictures(folder)
+    paths, texts = zip(*ROWS, strict=True)
+    table = pa.table({"file_name": [f"pictures/{path}" for path in paths], "text": texts})
+    pq.write_table(table, folder / "x.parquet", row_group_size=3)
+
+
+def karpathy(folder: Path) -> None:
+    write_pictures(folder / "coco")
+    images = [
+        {"filepath": "pictures", "filename": name, "split": split, "sentids": [1], "cocoid": number, "imgid": number}
+        | {"sentences": [{"raw": text, "tokens": []} for text in CAPTIONS.get(name, ["held out"])]}
+        for number, (name, split) in enumerate([*((name, "train") for name in PICTURES), ("other.jpg", "test")])
+    ]
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
+
+
+def coco(folder: Path) -> None:
+    write_pictures(folder)
+    ids = {name: 7 * number for number, name in enumerate(PICTURES)}
+    notes = [{"image_id": ids[name], "id": number, "caption": text} for number, (name, text) in enumerate(ROWS)]
+    images = [{"id": number, "file_name": name, "width": 12} for name, number in ids.items()]
+    content = {"info": {"year": 2017}, "images": images, "annotations": notes}
+    (folder / "captions_train2017.json").write_text(json.dumps(content))
+
+
+def table(folder: Path, delimiter: str = ",", ending: str = "csv") -> None:
+    write_pictures(folder)
+    with (folder / f"pairs.{ending}").open("w", newline="", encoding="utf-8-sig") as file:
+        rows = csv.writer(file, delimiter=delimiter)
+        rows.writerow(["number", "filename", "caption"])
+        rows.writerows([number, f"pictures/{name}", text] for number, (name, text) in enumerate(ROWS))
+
+
+def table_of_lists(folder: Path) -> None:
+    write_pictures(folder)
+    with (folder / "pairs.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["path", "raw"], *([f"pictures/{n}", json.dumps(c)] for n, c in CAPTIONS.items())])
+
+
+def folder_of_texts(folder: Path) -> None:
+    write_pictures(folder)
+    for name, captions in CAPTIONS.items():
+        (folder / "pictures" / name).with_suffix(".txt").write_text("\n".join(captions) + "\n")
+
+
+VARIANTS: dict[str, tuple[str, Callable[[Path], None], dict[str, Any]]] = {
+    "webdataset": ("webdataset", webdataset, {}),
+    "parquet, bytes": ("parquet", parquet_bytes, {}),
+    "parquet, structs": ("parquet", parquet_struct, {"caption_columns": ("caption", "long")}),
+    "parquet, paths": ("parquet", parquet_paths, {}),
+    "karpathy": ("karpathy", karpathy, {"images": "coco", "splits": ("train",)}),
+    "coco": ("coco", coco, {"images": "pictures"}),
+    "csv": ("table", table, {}),
+    "tsv": ("table", lambda folder: table(folder, "\t", "TSV"), {}),
+    "csv, lists": ("table", table_of_lists, {}),
+    "folder, texts": ("folder", folder_of_texts, {}),
+}
+
+
+def write_variant(variant: str, folder: Path) -> SourceOptions:
+    """Write the five pictures in this form; the options that it takes."""
+    _, write, options = VARIANTS[variant]
+    folder.mkdir()
+    write(folder)
+    return SourceOptions(**options | ({"images": str(folder / options["images"])} if "images" in options else {}))
+
+
+def test_every_format_is_among_the_variants() -> None:
+    assert {form for form, _, _ in VARIANTS.values()} == set(sources.names())
+
+
+@pytest.mark.parametrize("name", sources.names())
+def test_a_format_says_what_it_is_and_refuses_an_empty_folder(name: str, tmp_path: Path) -> None:
+    form = sources.find(name)
+    assert form.__doc__
+    assert "\n" not in form.TITLE
+    assert len({sources.find(other).PRIORITY for other in sources.names()}) == len(sources.names())
+    with pytest.raises(ValueError, match=f"nothing of the format {name}"):
+        open_source(str(tmp_path), SourceOptions(format=name))
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "webdataset"])  # its listing is a scan
+def test_every_format_lists_the_same_samples(variant: str, tmp_path: Path) -> None:
+    options = write_variant(variant, tmp_path / "source")
+    source = open_source(str(tmp_path / "source"), options)
+    assert source.format == VARIANTS[variant][0]
+    found = list(source.entries())
+    assert all(isinstance(each, (Entry, LeftOut)) for each in found), found
+    entries = [each for each in found if isinstance(each, Entry)]
+    captions: dict[str, list[str]] = {}
+    for entry in entries:
+        captions.setdefault(entry.id, []).extend(entry.captions)
+    if variant != "folder, texts":  # those are read when the shards are written
+        assert list(captions.values()) == list(CAPTIONS.values())
+    first = list({entry.id: entry for entry in entries}.values())
+    bytes_of = read_pictures(source.images_uri, [entry._asdict() for entry in first])
+    assert bytes_of == list(PICTURES.values())
+    assert [each.reason for each in found if isinstance(each, LeftOut)] == ["split test"] * (variant == "karpathy")
+
+
+def test_a_single_file_is_a_source_too(tmp_path: Path) -> None:
+    options = write_variant("csv", tmp_path / "source")
+    (tmp_path / "source/second.csv").write_text("path,caption\nnowhere.jpg,not asked for\n")
+    whole = list(open_source(str(tmp_path / "source"), options).entries())
+    one = list(open_source(str(tmp_path / "source/pairs.csv"), options).entries())
+    assert (len(whole), len(one)) == (11, 10)
+    assert one == whole[:10]
+
+
+def test_listing_parquet_leaves_the_pictures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    big = [Random(number).randbytes(50_000) for number in range(40)]
+    pq.write_table(pa.table({"image": big, "text": ["a caption"] * 40}), tmp_path / "x.parquet", row_group_size=10)
+    read = []
+    whole = storage._read_range
+    monkeypatch.setattr(storage, "_read_range", lambda part: read.append(part.length) or whole(part))
+    assert sum(isinstance(each, Entry) for each in open_source(str(tmp_path), SourceOptions()).entries()) == 40
+    assert sum(read) < 100_000 < 2_000_000 < (tmp_path / "x.parquet").stat().st_size
+
+
+def test_ahead_keeps_the_order_and_waits_for_few() -> None:
+    started: list[int] = []
+    results = ahead(lambda number: started.append(number) or number, range(100), count=4)
+    assert next(results) == 0
+    assert len(started) <= 4
+    assert list(results) == list(range(1, 100))
+
+
+# --- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+def entries_of(folder: Path, **options: Any) -> list[Entry | Rejected | LeftOut]:
+    return list(open_source(str(folder), SourceOptions(**options)).entries())
+
+
+def test_bad_rows_of_a_table_are_named_by_their_line(tmp_path: Path) -> None:
+    lines = [
+        b"path,caption",
+        b"a.jpg,good",
+        b"b.jpg",
+        b"c.jpg,gr\xfcn",
+        b"",
+        b",no path",
+        b'd.jpg,"two\nlines"',
+        b"e.jpg,",
+    ]
+    (tmp_path / "pairs.csv").write_bytes(b"\n".join([*lines, b"f\xff.jpg,name"]))
+    found = entries_of(tmp_path)
+    assert [(each.place, each.reason) for each in found if isinstance(each, Rejected)] == [
+        ("pairs.csv, line 3", "broken row"),
+        ("pairs.csv, line 4", "caption is not UTF-8"),
+        ("pairs.csv, line 6", "no id or path"),
+    ]
+    good = [each for each in found if isinstance(each, Entry)]
+    assert [(each.id, list(each.captions)) for each in good[:3]] == [
+        ("a.jpg", ["good"]), ("d.jpg", ["two\nlines"]), ("e.jpg", []),
+    ]  # fmt: skip
+    assert good[2].place == "pairs.csv, line 9"
+
+
+def test_bad_cells_and_files_of_parquet_are_named_by_their_row(tmp_path: Path) -> None:
+    texts = pa.array([b"good", "gr\xfcn".encode("latin-1"), None], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"path": ["a.jpg", "b.jpg", "c.jpg"], "text": texts}), tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
+    found = entries_of(tmp_path)
+    assert [list(each.captions) for each in found if isinstance(each, Entry)] == [["good"], []]
+    assert [(each.place, each.reason) for each in found if isinstance(each, Rejected)] == [
+        ("a.parquet, row 1", "caption is not UTF-8"),
+        ("b.parquet", "unreadable Parquet"),
+    ]
+
+
+def test_annotations_without_their_picture_are_named(tmp_path: Path) -> None:
+    images = [{"id": 1, "file_name": "a.jpg"}, {"id": 2}]
+    notes = [{"image_id": 1, "caption": "good"}, {"image_id": 3, "caption": "whose?"}, {"image_id": 1, "caption": 5}]
+    (tmp_path / "x.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    found = entries_of(tmp_path)
+    assert [(each.place, each.reason) for each in found if isinstance(each, Rejected)] == [
+        ("x.json, image 0", "caption is not text"),
+        ("x.json, image 1", "no id or path"),
+        ("x.json, annotation 1", "unknown image"),
+    ]
+
+
+def test_class_folders_give_their_names(tmp_path: Path) -> None:
+    for name in ("train/tabby_cat/1.jpg", "train/dog/1.jpg", "top.jpg", "train/dog/notes.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(PICTURES["a.jpg"])
+    found = entries_of(tmp_path)
+    named = {each.id: list(each.captions) for each in found if isinstance(each, Entry)}
+    assert named == {"top.jpg": [], "train/dog/1.jpg": ["dog"], "train/tabby_cat/1.jpg": ["tabby cat"]}
+    assert LeftOut("not a picture") in found
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "options", "told"),
+    [
+        ("a.tar.gz", b"", {}, "a.tar.gz is compressed with gzip.*`gunzip a.tar.gz`"),
+        ("a.tgz", b"", {}, "gunzip a.tgz` and give it the ending .tar"),
+        ("a.tar", b"\x1f\x8b\x08", {}, "a.tar is compressed with gzip"),
+        ("a.csv", b"", {}, "a header line"),
+        ("a.csv", b"a,a\n1,2\n", {}, "a name for every column"),
+        (
+            "a.csv",
+            b"who,what\n1,2\n",
+            {},
+            r"no column any of path, .* for the paths: name one with --image-column; it has \['who'",
+        ),
+        ("a.csv", b"path,what\n1,2\n", {"caption_columns": ("text",)}, "no column text .*--caption-column"),
+        ("a.csv", b"path,what\n1,2\n", {"id_column": "key"}, "no column key .*--id-column"),
+        ("a.tsv", b"path\tcaption\nhttps://127.0.0.1/a.jpg\ta\n", {}, "holds links .*img2dataset"),
+        ("a.json", b'{"images": [{"sentids": [1', {}, "a.json is no JSON"),
+        ("a.json", b'{"images": [], "annotations": 5}', {}, "no list 'annotations', which the format coco needs"),
+        ("a.json", b'{"images": [{"sentids": [], "split": "val"}]}', {"splits": ("train",)}, "a.json has only val"),
+        ("a.json", b'{"images": [{"sentids": [], "filename": "a"}]}', {"id_column": "id"}, "no field id"),
+        ("notes.md", b"", {}, "nothing of a known format. There are: webdataset"),
+        ("a.csv", b"", {"format": "excel"}, "--format 'excel' is unknown"),
+    ],
+)
+def test_what_cannot_be_used_at_all_is_refused_with_the_fix(
+    tmp_path: Path, file: str, content: bytes, options: dict[str, Any], told: str
+) -> None:
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=told):
+        entries_of(tmp_path, **options)
+
+
+def test_pictures_that_cannot_be_read_have_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "folder.jpg").mkdir()
+    samples = [Entry(name, name, name)._asdict() for name in ("missing.jpg", "folder.jpg")]
+    assert [each.reason for each in read_pictures(str(tmp_path), samples) if isinstance(each, BadDataError)] == [
+        "missing file",
+        "unreadable file",
+    ]
