@@ -28,7 +28,7 @@ def connect() -> None:
     # Jobs show progress and raise errors themselves; what workers print besides goes to the screen on request only.
     chatty = bool(os.environ.get("VLADVA_TRACEBACK"))
     cpus = max(4, os.cpu_count() or 1)
-    ray.init(num_cpus=cpus, include_dashboard=False, logging_level="WARNING", log_to_driver=chatty)
+    ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level="WARNING", log_to_driver=chatty)
 
 
 def each(function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:

@@ -77,7 +77,7 @@ class EmbeddingModel(nn.Module):
         inputs = {"input_ids": ids, "attention_mask": (positions < tokens["lengths"][:, None]).long()}
         if pixels is None:
             return self.backbone.model_inputs(self.base.config, inputs, None, None)
-        values = ((pixels["values"].float() - self.pixel_mean) / self.pixel_std).to(self.base.dtype)
+        values = pixels["values"].float().sub_(self.pixel_mean).div_(self.pixel_std).to(self.base.dtype)
         return self.backbone.model_inputs(self.base.config, inputs, values, pixels["sizes"])
 
     def forward(

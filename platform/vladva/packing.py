@@ -32,10 +32,15 @@ class Packed:
         return Packed(**{name: value.to(device) for name, value in vars(self).items()})
 
 
-def groups(lengths: np.ndarray, limit: int) -> Iterator[np.ndarray]:
-    """Rows of each group: like lengths together, about equally many tokens, at most `limit` with padding."""
+def groups(lengths: np.ndarray, limit: int, threads: int = 1) -> Iterator[np.ndarray]:
+    """Rows of each group: like lengths together, about `limit` tokens at most, and about equally many.
+
+    More groups than one are as many as `threads` can share evenly.
+    """
     order = np.argsort(lengths, kind="stable")
     number = max(1, -(-int(lengths.sum()) // limit))
+    if number > threads:
+        number = -(-number // threads) * threads
     shares = np.minimum(lengths[order].cumsum() * number // (lengths.sum() + 1), number - 1)
     for share in range(number):
         rows = order[shares == share]

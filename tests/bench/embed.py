@@ -248,7 +248,7 @@ def job(model: str, data: str, out: str, kinds: list[str], dtype: str) -> dict[s
         return result
 
     TableInProgress.commit = note  # type: ignore[method-assign]
-    ray.init(num_cpus=THREADS + 1, include_dashboard=False, logging_level="ERROR")
+    ray.init("local", num_cpus=THREADS + 1, include_dashboard=False, logging_level="ERROR")
     corpus = open_corpus(data, kinds, count_tokens=Preprocessor(model).count_tokens)
     encode(
         corpus.items,

@@ -1,0 +1,73 @@
+"""Fast tower: a CLIP vision tower as inference wants it, with no layer after those that a model asks for.
+
+R pictures or tiles, S patches and the class token, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vladva.products import CPU_TOKENS, activated, in_threads, product
+
+
+def with_fast_tower(model: nn.Module) -> nn.Module:
+    """A view of a LLaVA whose vision tower is fast; a model with another kind of tower as it is."""
+    if model.config.vision_config.model_type != "clip_vision_model":
+        return model
+    asked = model.config.vision_feature_layer
+    view = copy.copy(model)
+    view._modules = dict(model._modules)
+    view.vision_tower = FastTower(model.vision_tower, [asked] if isinstance(asked, int) else asked)
+    return view
+
+
+class FastTower(nn.Module):
+    """Pixels [R, 3, h, w] -> hidden states [R, S, D] of the layers that are asked for, by their number."""
+
+    def __init__(self, tower: nn.Module, asked: list[int]) -> None:
+        super().__init__()
+        self.embeddings, self.norm = tower.embeddings, tower.pre_layrnorm
+        every = len(tower.encoder.layers) + 1  # before the first layer and after each
+        self.asked = {layer: layer % every for layer in asked}
+        self.layers = [TowerLayer(layer) for layer in tower.encoder.layers[: max(self.asked.values())]]
+
+    def forward(self, pixel_values: torch.Tensor, **_: object) -> BaseModelOutputWithPooling:
+        """As the tower's own, with the hidden states that are asked for."""
+        rows = len(pixel_values)
+        if not pixel_values.is_cuda:
+            rows = max(1, CPU_TOKENS // self.embeddings.num_positions)
+        parts = in_threads(self.hidden_states, list(pixel_values.split(rows)))
+        states = {layer: torch.cat([part[place] for part in parts]) for layer, place in self.asked.items()}
+        return BaseModelOutputWithPooling(hidden_states=states)
+
+    def hidden_states(self, pixels: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Hidden states by how many layers they have been through."""
+        hidden_RSD = self.norm(self.embeddings(pixels))
+        states = {0: hidden_RSD}
+        for depth, layer in enumerate(self.layers, start=1):
+            hidden_RSD = layer(hidden_RSD)
+            states[depth] = hidden_RSD
+        return {depth: states[depth] for depth in self.asked.values()}
+
+
+class TowerLayer:
+    """A layer of the tower: queries, keys and values by one product; the activation is part of another."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.before, self.after, self.heads = layer.layer_norm1, layer.layer_norm2, attention.num_heads
+        self.project = product(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = product(attention.out_proj)
+        self.mlp = activated(mlp.fc1, mlp.fc2, mlp.config.hidden_act, mlp.activation_fn)
+
+    def __call__(self, hidden_RSD: torch.Tensor) -> torch.Tensor:
+        """Hidden states [R, S, D] after the layer."""
+        heads = self.project(self.before(hidden_RSD)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended_RSD = scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        hidden_RSD = self.output(attended_RSD).add_(hidden_RSD)
+        return self.mlp(self.after(hidden_RSD)).add_(hidden_RSD)

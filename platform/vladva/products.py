@@ -1,0 +1,143 @@
+"""Products: linear layers as inference wants them, and the threads and memory of a CPU that computes them.
+
+On a CPU with bfloat16 products, weights are kept once more: in oneDNN's layout, side by side where the input is the
+same, with the weight of the norm before them, and the activation after them is part of the product. Layers with LoRA,
+in float32 or on a GPU are called as they are.
+
+N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+CPU_TOKENS = 512  # in a group: few, so that activations stay in the cache of a core
+QUICK_GELU = 1.702  # x * sigmoid(1.702 x)
+FREED_BYTES = 1 << 30  # that a process on a CPU keeps: it asks for the same again at once
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD = -1, -3, 32 << 20  # of glibc's malloc.h
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+def product(*linears: nn.Module) -> Product:
+    """x [N, D] -> the outputs of linear layers side by side."""
+    if packable(*linears):
+        return packed(torch.cat([linear.weight for linear in linears]), bias_of(*linears))
+    if len(linears) == 1:
+        return linears[0]
+    return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
+
+
+def normed(norm: nn.Module, *linears: nn.Module) -> Product:
+    """x [N, D] -> the outputs, side by side, of linear layers that take x after the root-mean-square norm."""
+    if packable(*linears):
+        weight = torch.cat([linear.weight for linear in linears]).float() * norm.weight
+        after, epsilon = packed(weight.bfloat16(), bias_of(*linears)), norm.variance_epsilon
+        return lambda x: after(unit(x, epsilon))
+    after = product(*linears)
+    return lambda x: after(norm(x))
+
+
+def gated(norm: nn.Module, mlp: nn.Module) -> Product:
+    """x [N, D] -> act(gate(y)) * up(y) of y = norm(x)."""
+    gate, up, epsilon = mlp.gate_proj, mlp.up_proj, norm.variance_epsilon
+    if not packable(gate, up) or mlp.config.hidden_act != "silu" or gate.bias is not None:
+
+        def plain(x: torch.Tensor) -> torch.Tensor:
+            x = norm(x)
+            return mlp.act_fn(gate(x)) * up(x)
+
+        return plain
+    gate, up = (reordered((linear.weight.float() * norm.weight).bfloat16()) for linear in (gate, up))
+    pointwise = torch.ops.mkldnn._linear_pointwise
+
+    def fused(x: torch.Tensor) -> torch.Tensor:
+        x = unit(x, epsilon)
+        return pointwise.binary(x, pointwise(x, gate, None, "swish", [], ""), up, None, "mul")
+
+    return fused
+
+
+def activated(first: nn.Module, second: nn.Module, name: str, activation: nn.Module) -> Product:
+    """x [N, D] -> second(activation(first(x)))."""
+    if not packable(first, second) or name != "quick_gelu":
+        first, second = product(first), product(second)
+        return lambda x: second(activation(first(x)))
+    # oneDNN has no such activation, but swish(a x) / a, with a in the weights before it and 1 / a in those after it.
+    before = packed((first.weight.float() * QUICK_GELU).bfloat16(), bias_of(first, scale=QUICK_GELU), "swish")
+    after = packed((second.weight.float() / QUICK_GELU).bfloat16(), bias_of(second))
+    return lambda x: after(before(x))
+
+
+def unit(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Rows divided by their root mean square, which is computed in float32 and rounded."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return x * length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_().to(x.dtype)
+
+
+def packable(*linears: nn.Module) -> bool:
+    """Whether oneDNN has a layout of its own for these weights: plain linear layers in bfloat16 on a CPU."""
+    return all(
+        type(linear) is nn.Linear and linear.weight.dtype == torch.bfloat16 and linear.weight.device.type == "cpu"
+        for linear in linears
+    ) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def packed(weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none") -> Product:
+    """x [N, D] -> activation(x weight^T + bias)."""
+    weight = reordered(weight)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
+
+
+def reordered(weight: torch.Tensor) -> torch.Tensor:
+    """A copy of the weight in oneDNN's layout."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), CPU_TOKENS)
+
+
+def bias_of(*linears: nn.Module, scale: float = 1.0) -> torch.Tensor | None:
+    """The biases side by side."""
+    biases = [linear.bias for linear in linears]
+    return None if biases[0] is None else (torch.cat(biases).detach().float() * scale).to(biases[0].dtype)
+
+
+# --------------------------------------------------------------------------------------------------- threads, memory
+
+
+def in_threads(function: Callable[[Any], Any], tasks: list[Any]) -> list[Any]:
+    """`function` of each task, without gradients, in as many threads as PyTorch has; few tasks share these."""
+    threads = torch.get_num_threads()
+    workers = min(threads, len(tasks))
+    if workers < 2:
+        return [function(task) for task in tasks]
+
+    def work(task: Any) -> Any:
+        if torch.get_num_threads() != threads // workers:
+            torch.set_num_threads(threads // workers)
+        with torch.inference_mode():
+            return function(task)
+
+    results = list(pool(threads).map(work, tasks))
+    torch.set_num_threads(threads)  # for threads that begin later: they take what was set last
+    return results
+
+
+@cache
+def pool(threads: int) -> ThreadPoolExecutor:
+    """The process's threads for `in_threads`."""
+    return ThreadPoolExecutor(threads, "vladva-products")
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: an activation that is given back to the system costs page faults to have again."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+        libc.mallopt(M_TRIM_THRESHOLD, FREED_BYTES)
