@@ -1,18 +1,25 @@
-"""A report with every section, from made-up scores: what the tests of the page look at."""
+"""Pages with every section, from made-up scores and data: what the tests of the pages look at."""
 
 from __future__ import annotations
 
 import io
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
+import pytest
 from PIL import Image
+from tasks import count_words, here, scan_here
 
+from vladva import prepare, shards, summary
 from vladva.benchmarks import find
 from vladva.captions import statistics_table
 from vladva.report import CaptionComparison, Highlight, write_report
 from vladva.score_tables import layouts
+from vladva.shards import ShardWriter
 from vladva.showcase import Grid, GridRow, Hit, WrongChoice
+from vladva.summary_page import write_page
 
 METRICS = {f"{way}_r{k}": 0.01 * k for way in ("t2i", "i2t") for k in (1, 5, 10)}
 
@@ -110,3 +117,21 @@ def write_wide(path: Path) -> None:
     changes = {name: dict.fromkeys(of_name, change) for name, of_name in metrics.items()}
     base["comparisons"] = [{"model": "vladva-llava-1.5-7b", "against": "llava-1.5-7b", "benchmarks": changes}]
     write_report(str(path), title="Every table", command="jobs/evaluate.py", scores=base)
+
+
+def write_data_page(path: Path) -> None:
+    """The page about a data set with pictures of all sizes, captions of all lengths, copies and a quarantine."""
+    folder = str(path.parent / "shards")
+    with ShardWriter(folder, 20) as writer:
+        for number in range(60):
+            captions = ["a caption", "word " * number**2, "an_unbroken_word_" * 20][: number % 3 + 1]
+            content = b"" if number % 25 == 7 else picture(2 ** (number % 9 + 1), "blue")
+            writer.write(f"{number}", {"png": content, "json": json.dumps({"captions": captions}).encode()})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "each", here)
+        patch.setattr(summary, "each", here)
+        patch.setattr(shards, "_run", scan_here)
+        prepared = prepare.prepare(folder, "", count_words, max_bad_fraction=0.1)
+        joined = {"rows": 4, "rows_without": 3, "rows_rejected": 2, "samples": 1, "samples_without": 0}
+        counted = summary.summarise(prepared.uri)
+        write_page(str(path), replace(prepared, joined=joined), counted, "jobs/prepare.py " + folder)

@@ -19,32 +19,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from s3 import BUCKET, s3_server
+from source_variants import CAPTIONS, PICTURES, VARIANTS, picture, write_variant
+from tasks import count_words, here, scan_here
 
 from jobs.prepare import main, parse
-from tests.s3 import BUCKET, s3_server
-from tests.test_sources import CAPTIONS, PICTURES, VARIANTS, picture, write_variant
 from vladva import cluster, shards, storage, summary
 from vladva import prepare as prepare_module
 from vladva.joins import Join
 from vladva.listing import read_table
 from vladva.prepare import Prepared, prepare
 from vladva.shards import ShardIndex, read_samples, scan
-from vladva.sidecars import Scanner
 from vladva.sources import SourceOptions
-
-
-def count_words(texts: list[str]) -> list[int]:
-    return [len(text.split()) for text in texts]
-
-
-def here(function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
-    """The tasks one after the other in this process."""
-    return (json.loads(json.dumps(function(number))) for number in numbers)
-
-
-def scan_here(scanner: Scanner, listed: list[list[Any]]) -> list[dict[str, Any]]:
-    rows = [{"shard": shard, "size": size, "changed": changed} for shard, size, changed in listed]
-    return [json.loads(scanner(row)["facts"]) for row in rows]
 
 
 @pytest.fixture

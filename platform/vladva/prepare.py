@@ -110,7 +110,7 @@ def prepare(
     started = time.monotonic()
     out_uri = storage.absolute(out_uri) if out_uri else ""
     source = open_source(source_uri, options or SourceOptions(), storage.join(out_uri, "_prepare"))
-    check_places(source, out_uri, join)
+    check_places(source, storage.absolute(source_uri), out_uri, join)
     if not out_uri:
         return scan_in_place(source, count_tokens, verify=verify, max_bad_fraction=max_bad_fraction)
     stamp = stamp_of(source, join, samples_per_shard)
@@ -151,7 +151,7 @@ def prepare(
     return prepared
 
 
-def check_places(source: Source, out_uri: str, join: Join | None) -> None:
+def check_places(source: Source, named_uri: str, out_uri: str, join: Join | None) -> None:
     """Raise ValueError where the source and --out do not go together."""
     tars = source.format == "webdataset"
     if tars and out_uri and join is None:
@@ -162,8 +162,8 @@ def check_places(source: Source, out_uri: str, join: Join | None) -> None:
     if not out_uri and (join or not tars):
         what = "to join captions shards are written" if tars else f"{source.format} is written as shards"
         raise ValueError(f"{source.uri}: {what}, name their folder with --out")
-    if out_uri and f"{out_uri}/".startswith(f"{source.uri}/") and len(source.files) > 1:
-        raise ValueError(f"--out {out_uri} is inside the source {source.uri}: choose a folder outside it")
+    if out_uri and f"{out_uri}/".startswith(f"{named_uri}/"):  # the next time it would be taken for the source
+        raise ValueError(f"--out {out_uri} is inside the source {named_uri}: choose a folder outside it")
 
 
 # --- the work --------------------------------------------------------------------------------------------------------

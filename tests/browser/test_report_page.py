@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
-from reports import write_full, write_wide
+from reports import write_data_page, write_full, write_wide
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
@@ -36,6 +36,13 @@ def browser() -> Iterator[Browser]:
         chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(scope="module")
+def data_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "summary.html"
+    write_data_page(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +93,19 @@ def test_nothing_is_wrong_with_the_page(browser: Browser, report: Path, viewport
     for link in page.locator("nav a").all():
         assert page.locator(link.get_attribute("href")).count() == 1
     page.context.close()
+
+
+@pytest.mark.parametrize("viewport", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_nothing_is_wrong_with_the_page_about_data(browser: Browser, data_page: Path, viewport: dict) -> None:
+    assert faults(browser, data_page, viewport) == []
+    for scheme in ("light", "dark"):
+        page, _ = open_page(browser, data_page, viewport, color_scheme=scheme)
+        assert page.locator("svg").count() == 4
+        for text, behind in (("body", "body"), ("p.soft", "body"), (".highlight .soft", ".highlight")):
+            assert page.evaluate(CONTRAST, [text, behind]) >= 4.5, f"{text} on {behind}, {scheme}"
+        for link in page.locator("nav a").all():
+            assert page.locator(link.get_attribute("href")).count() == 1
+        page.context.close()
 
 
 def test_the_widest_tables_fit_screen_and_paper(browser: Browser, tmp_path: Path) -> None:

@@ -16,12 +16,13 @@ BEGINS = re.compile(rb'^\s*\{\s*"(info|images|licenses|annotations|type)"\s*:')
 
 
 def match(files: FileSet) -> list[str]:
-    """JSON files at the top that begin as COCO's do."""
-    return [
+    """JSON files at the top that begin as COCO's do; of several, those with "caption" in their name."""
+    found = [
         name
         for name in files.ending(".json")
         if "/" not in name and BEGINS.match(head := files.head(name)) and b'"sentids"' not in head
     ]
+    return [name for name in found if "caption" in name.lower()] or found
 
 
 def entries(source: Source) -> Iterator[Entry | Rejected | LeftOut]:
@@ -31,13 +32,17 @@ def entries(source: Source) -> Iterator[Entry | Rejected | LeftOut]:
     """
     for file in source.files:
         content = read_document(source, file, "images", "annotations")
+        if not any("caption" in annotation for annotation in content["annotations"]):
+            raise ValueError(
+                f"{file} holds no captions: name the file that does as SOURCE, captions_train2017.json say"
+            )
         captions: dict[Any, list[Any]] = defaultdict(list)
         for annotation in content["annotations"]:
             captions[annotation.get("image_id")].append(annotation.get("caption"))
         for number, image in enumerate(content["images"]):
             path = image.get("file_name") or ""
-            yield entry_of(source, f"{file}, image {number}", image, path, captions.get(image["id"], []))
-        listed = {image["id"] for image in content["images"]}
+            yield entry_of(source, f"{file}, image {number}", image, path, captions.get(image.get("id"), []))
+        listed = {image.get("id") for image in content["images"]}
         for number, annotation in enumerate(content["annotations"]):
             if (image_id := annotation.get("image_id")) not in listed:
                 yield Rejected(str(image_id), f"{file}, annotation {number}", "unknown image", "not among its images")

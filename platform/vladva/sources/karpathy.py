@@ -58,6 +58,7 @@ def read_document(source: Source, file: str, *lists: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}") from None
     for name in lists:
-        if not isinstance(content, dict) or not isinstance(content.get(name), list):
-            raise ValueError(f"{file} holds no list {name!r}, which the format {source.format} needs")
+        values = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+            raise ValueError(f"{file} holds no list of objects {name!r}, which the format {source.format} needs")
     return content
