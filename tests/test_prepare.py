@@ -456,9 +456,12 @@ def test_the_job_leaves_training_nothing_to_scan(
 
 
 def test_ray_tasks_write_what_one_process_writes(tmp_path: Path, ray_cluster: None) -> None:
+    def count_letters(texts: list[str]) -> list[int]:  # here, so that it travels to the workers
+        return [len(text) for text in texts]
+
     good, bad = bad_table(tmp_path / "source", 200)
     source, options = str(tmp_path / "source"), SourceOptions(id_column="id")
-    prepared = prepare(source, str(tmp_path / "many"), count_words, options, samples_per_shard=20)
+    prepared = prepare(source, str(tmp_path / "many"), count_letters, options, samples_per_shard=20)
     counted = summary.summarise(prepared.uri)
     assert delivered(prepared.uri) == good
     assert quarantined(prepared) == bad
@@ -466,7 +469,7 @@ def test_ray_tasks_write_what_one_process_writes(tmp_path: Path, ray_cluster: No
         patch.setattr(prepare_module, "each", here)
         patch.setattr(summary, "each", here)
         patch.setattr(shards, "_run", scan_here)
-        alone = prepare(source, str(tmp_path / "one"), count_words, options, samples_per_shard=20)
+        alone = prepare(source, str(tmp_path / "one"), count_letters, options, samples_per_shard=20)
         assert summary.summarise(alone.uri) == counted
     assert tars(tmp_path / "one") == tars(tmp_path / "many")
     assert len(tars(tmp_path / "one")) == alone.shards == 10
