@@ -81,8 +81,8 @@ def main() -> None:
         f"{summary.quarantined:,} quarantined"
     )
     print(
-        f"{summary.items_per_s:,.1f} items/s and {summary.tokens_per_s:,.0f} tokens/s over {summary.seconds:.0f} s, "
-        f"{summary.padding:.1%} padding. Next: jobs/index.py {options.out} --out INDEX"
+        f"{summary.items_per_s:,.1f} items/s and {summary.tokens_per_s:,.0f} tokens/s over {summary.seconds:.0f} s. "
+        f"Next: jobs/index.py {options.out} --out INDEX"
     )
 
 

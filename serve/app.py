@@ -28,6 +28,7 @@ from serve.generative import Generative
 from serve.guard import Guard, digest
 
 API_KEYS = "VLADVA_API_KEYS"  # environment variable: keys, separated by commas
+WRITE_KEYS = "VLADVA_WRITE_KEYS"  # the same: keys that may change the index as well, which the others then may not
 ROUTES = (status, embeddings, search, changes, scores, chat)
 INGRESS_REQUESTS = 1000
 START_S = 600
@@ -39,10 +40,15 @@ class Ingress:
     """HTTP in, HTTP out. Holds no model."""
 
     def __init__(
-        self, args: ServeArgs, key_digests: list[bytes], discriminative: DeploymentHandle, generative: DeploymentHandle
+        self,
+        args: ServeArgs,
+        key_digests: list[bytes],
+        write_digests: list[bytes],
+        discriminative: DeploymentHandle,
+        generative: DeploymentHandle,
     ) -> None:
         self.args = args
-        self.key_digests = key_digests
+        self.key_digests, self.write_digests = key_digests, write_digests
         self.backend = Backend(args, discriminative, generative)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -51,11 +57,14 @@ class Ingress:
         for noun in ROUTES:
             app.include_router(noun.routes(self.backend))
         handle_errors(app)
-        return LastResort(Guard(app, self.key_digests, self.args.max_body_bytes))
+        return LastResort(Guard(app, self.key_digests, self.args.max_body_bytes, self.write_digests))
 
 
 def build(args: ServeArgs) -> Application:
-    """The application. API keys come from the environment variable VLADVA_API_KEYS; only digests of them are kept."""
+    """The application. API keys come from the environment; only digests of them are kept.
+
+    VLADVA_API_KEYS: who is served. VLADVA_WRITE_KEYS: who may change the index as well; without any, every key may.
+    """
     autoscaling = {
         "min_replicas": args.min_replicas,
         "max_replicas": args.max_replicas,
@@ -80,12 +89,18 @@ def build(args: ServeArgs) -> Application:
     ingress = Ingress.options(
         ray_actor_options={"num_cpus": 0}, max_ongoing_requests=INGRESS_REQUESTS, max_queued_requests=INGRESS_REQUESTS
     )
-    return ingress.bind(args, [digest(key) for key in api_keys()], discriminative, generative)
+    digests = ([digest(key) for key in keys(variable)] for variable in (API_KEYS, WRITE_KEYS))
+    return ingress.bind(args, *digests, discriminative, generative)
+
+
+def keys(*variables: str) -> list[str]:
+    """The keys that environment variables hold."""
+    return [key.strip() for name in variables for key in os.environ.get(name, "").split(",") if key.strip()]
 
 
 def api_keys() -> list[str]:
-    """The configured keys."""
-    return [key.strip() for key in os.environ.get(API_KEYS, "").split(",") if key.strip()]
+    """All configured keys."""
+    return keys(API_KEYS, WRITE_KEYS)
 
 
 def start(args: ServeArgs, host: str = "127.0.0.1", port: int = 8000) -> str:

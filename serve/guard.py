@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.errors import ApiError
 
 OPEN_PATHS = {"/health"}
+WRITE_PATHS = "/v1/index/"
 
 
 def digest(key: str) -> bytes:
@@ -19,25 +20,35 @@ def digest(key: str) -> bytes:
 
 
 class Guard:
-    """ASGI middleware: API key (401), loopback only without one (403), JSON only (415), body cap (413)."""
+    """ASGI middleware: API key (401), loopback only without one (403), JSON only (415), body cap (413).
 
-    def __init__(self, app: ASGIApp, key_digests: Sequence[bytes], max_body_bytes: int) -> None:
+    write_digests: of the keys that may change the index as well (403 for the others); without any, every key may.
+    """
+
+    def __init__(
+        self, app: ASGIApp, key_digests: Sequence[bytes], max_body_bytes: int, write_digests: Sequence[bytes] = ()
+    ) -> None:
         self.app = app
-        self.key_digests = key_digests
+        self.key_digests = [*key_digests, *write_digests]
+        self.write_digests = write_digests
         self.max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers = Headers(scope=scope)
-            if scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN_PATHS:
-                self.check_caller(scope, headers)
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            if path not in OPEN_PATHS:
+                self.check_caller(scope, headers, writes=path.startswith(WRITE_PATHS))
             if scope["method"] == "POST":
                 self.check_kind(headers)
                 receive = await self.bounded(headers, receive)
         await self.app(scope, receive, send)
 
-    def check_caller(self, scope: Scope, headers: Headers) -> None:
-        """Refuse a caller without a key; where no key is configured, every caller that is not on this machine."""
+    def check_caller(self, scope: Scope, headers: Headers, *, writes: bool) -> None:
+        """Refuse a caller without a key; where no key is configured, every caller that is not on this machine.
+
+        One who `writes` needs a key for that, where there are such.
+        """
         if not self.key_digests:
             if not ip_address(scope["client"][0]).is_loopback:
                 raise ApiError(403, "no API key is configured, so only this machine is served", "loopback_only")
@@ -48,6 +59,8 @@ class Guard:
         matches = [hmac.compare_digest(presented, known) for known in self.key_digests]
         if scheme.lower() != "bearer" or not any(matches):
             raise ApiError(401, "a valid API key is needed: `Authorization: Bearer KEY`", "invalid_api_key")
+        if writes and self.write_digests and not any(matches[-len(self.write_digests) :]):
+            raise ApiError(403, "this API key may search the index, not change it", "read_only_api_key")
 
     def check_kind(self, headers: Headers) -> None:
         """Refuse what is not JSON before reading it."""

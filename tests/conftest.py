@@ -18,7 +18,7 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray for the whole session, with four logical CPUs."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, logging_level="WARNING")
+    ray.init("local", num_cpus=4, include_dashboard=False, logging_level="WARNING")
     yield
     ray.shutdown()
 

@@ -180,7 +180,15 @@ def test_what_cannot_be_searched_is_said(store: VectorStore) -> None:
         store.search(np.ones(8), 0)
     with pytest.raises(ValueError, match="zero or not finite"):
         store.search(np.zeros(8), 3)
-    for condition in ("colour = 3", "number >", "1; DROP TABLE rows", "number = 1; number = 2", "number = 1 or so"):
+    for condition in (
+        "colour = 3",
+        "number >",
+        "1; DROP TABLE rows",
+        "number = 1; number = 2",
+        "number = 1 or so",
+        "number = 1) OR (number = 2",
+        "caption = ')' ) OR (number = 2",
+    ):
         with pytest.raises(ValueError, match="filter") as caught:
             store.search(np.ones(8), 3, filter=condition)
         assert "\n" not in str(caught.value)
@@ -369,6 +377,26 @@ def test_a_thousand_upserts_are_seen_at_once_and_stay_after_optimizing(tmp_path:
     assert [hit.columns["number"] for hit in hits] == list(range(3000, 3100))
     assert index.settings.recall_at_10 >= 0.98
     assert index.settings.partitions >= partitions > 1
+
+
+def test_an_exact_index_that_has_grown_is_partitioned(tmp_path: Path) -> None:
+    vectors_ND = clustered(1200)
+    tables = [write_table(tmp_path / name, vectors_ND[:900]) for name in ("planned", "exact")]
+    build_index(tables[0], str(tmp_path / "grows"), exact_below=1000)
+    build_index(tables[1], str(tmp_path / "stays"), exact_below=1000, index_type="exact")
+    grows, stays = (open_index(str(tmp_path / name)) for name in ("grows", "stays"))
+    assert (grows.settings.index_type, grows.settings.planned) == ("exact", "IVF_SQ")
+    for index in (grows, stays):
+        index.optimize()
+        assert index.settings.index_type == "exact"  # too few rows
+        index.upsert(rows_of(vectors_ND[900:], list(range(900, 1200))))
+        index.optimize()
+    assert stays.settings.index_type == "exact"
+    assert open_index(str(tmp_path / "grows")).settings == grows.settings
+    assert grows.settings.index_type == "IVF_SQ"
+    assert grows.settings.partitions > 1
+    assert grows.settings.recall_at_10 >= 0.98
+    assert [grows.search(vectors_ND[i], 1)[0].columns["number"] for i in (3, 1100)] == [3, 1100]
 
 
 def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:

@@ -46,7 +46,6 @@ class EncodeSummary:
     quarantined: int
     rows: int  # in the table
     tokens: int
-    padding: float  # fraction of the computed tokens that was padding
     seconds: float
     items_per_s: float  # embedded, from start to end
     tokens_per_s: float
@@ -217,7 +216,7 @@ class Run:
     """Counts of a run, from the reports of its batches."""
 
     def __init__(self, max_bad_fraction: float) -> None:
-        self.counts = dict.fromkeys(("embedded", "repeated", "skipped", "tokens", "computed"), 0)
+        self.counts = dict.fromkeys(("embedded", "images", "repeated", "skipped", "tokens"), 0)
         self.bad: list[dict[str, Any]] = []
         self.max_bad_fraction = max_bad_fraction
         self.began = time.monotonic()
@@ -244,8 +243,11 @@ class Run:
     @property
     def figures(self) -> str:
         """For the line of progress."""
-        speed = self.counts["tokens"] / (time.monotonic() - self.began)
-        return f"{speed:,.0f} tokens/s" + (f"  {len(self.bad)} quarantined" if self.bad else "")
+        images, embedded, tokens = (self.counts[name] for name in ("images", "embedded", "tokens"))
+        seconds = time.monotonic() - self.began
+        speeds = {"images": images, "texts": embedded - images, "tokens": tokens}
+        told = [f"{number / seconds:,.1f} {name}/s" for name, number in speeds.items() if number]
+        return "  ".join([*told, f"{len(self.bad)} quarantined"] if self.bad else told)
 
     def summary(self, rows: int, quarantined: int, description: dict[str, Any]) -> EncodeSummary:
         """Of the whole run: repeats of bad items are bad too, which only the end shows."""
@@ -259,7 +261,6 @@ class Run:
             quarantined=quarantined,
             rows=rows,
             tokens=counts["tokens"],
-            padding=1 - counts["tokens"] / counts["computed"] if counts["computed"] else 0.0,
             seconds=seconds,
             items_per_s=counts["embedded"] / seconds,
             tokens_per_s=counts["tokens"] / seconds,

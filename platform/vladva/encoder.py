@@ -59,7 +59,8 @@ class Encoder:
         bad = [{**i, "content": i["content"].hex(), "reason": r} for i, r in zip(ids, reasons, strict=True) if r]
         lengths = [len(prompt) for prompt in batch.prompts]
         report["bad"] = report.get("bad", []) + bad
-        report |= {"embedded": int(good.sum()), "tokens": sum(lengths), "computed": max(lengths) * len(lengths)}
+        embedded = int(good.sum())
+        report |= {"embedded": embedded, "images": embedded if batch.pixels else 0, "tokens": sum(lengths)}
 
     def write(self, items: pa.Table, embeddings_ND: np.ndarray) -> None:
         """Write the batch's part."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from vladva.tables import FingerprintMismatch, keys_of
+
+# In SQL; a quote within is doubled, and so ends one and begins another.
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`")
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,7 @@ class ExactStore:
 
     def _where(self, condition: str) -> np.ndarray:
         """Numbers of the rows for which the condition holds."""
+        check_brackets(condition)
         names = [name for name in self.rows.column_names if name != "embedding"]
         with sqlite3.connect(":memory:") as database:
             database.execute(f"CREATE TABLE rows ({', '.join(_quoted(name) for name in names)})")
@@ -139,6 +144,15 @@ def matrix_of(rows: pa.Table) -> np.ndarray:
 def hit_of(row: dict[str, Any], score: float) -> Hit:
     """A row without its embedding, as a hit."""
     return Hit(row["id"], score, {name: value for name, value in row.items() if name != "id"})
+
+
+def check_brackets(where: str) -> None:
+    """Raises ValueError where a condition closes a bracket that it has not opened: it would close that around it."""
+    depth = 0
+    for bracket in re.findall(r"[()]", QUOTED.sub("", where)):
+        depth += 1 if bracket == "(" else -1
+        if depth < 0:
+            raise ValueError(f"filter {where!r}: a bracket is closed that was not opened")
 
 
 def check_query(vector: np.ndarray, k: int, dimension: int) -> np.ndarray:

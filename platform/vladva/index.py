@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,7 +23,6 @@ from vladva.hits import Hit, VectorStore, check_rows
 from vladva.partitions import IndexType, num_partitions, partition
 from vladva.searches import (
     EFFORTS,
-    EXACT,
     EXACT_BELOW,
     NUM_QUERIES,
     WANTED,
@@ -98,9 +97,7 @@ def build_index(
     workers = max(1, min(workers, MAX_WORKERS))
     dataset = _write(note, table_uri, index_uri, kind, filter_columns, -(-note.num_rows // workers))
     rows = dataset.count_rows()
-    settings = EXACT
-    if rows >= exact_below and index_type != "exact":
-        settings = SearchSettings(index_type, partition(dataset, index_type, workers))
+    settings = planned(dataset, SearchSettings(planned=index_type, exact_below=exact_below), workers)
     dataset.create_scalar_index("kind", "BITMAP")
     for column in dict.fromkeys(["id", *filter_columns]):
         dataset.create_scalar_index(column, "BTREE")
@@ -222,13 +219,15 @@ class VectorIndex:
         return gone
 
     def optimize(self) -> None:
-        """Merge small files, take new rows into the partitions, and measure again."""
+        """Merge small files, take new rows into the partitions (or make them, of enough rows), and measure again."""
         newest = self._newest()
         settings = SearchSettings.of(newest)
         newest.optimize.compact_files()
         newest.optimize.optimize_indices(num_indices_to_merge=1)
         if settings.index_type != "exact":
-            settings = SearchSettings(settings.index_type, num_partitions(newest), settings.nprobes)
+            settings = replace(settings, partitions=num_partitions(newest))
+        else:
+            settings = planned(newest, settings, workers=1)
         fit(newest, settings, sample(newest), [None], WANTED).keep(newest)
         self._see(newest)
 
@@ -272,6 +271,14 @@ def _write(
         max_rows_per_file=rows_per_file,
         storage_options=_options(),
     )
+
+
+def planned(dataset: lance.LanceDataset, settings: SearchSettings, workers: int) -> SearchSettings:
+    """The settings once the data set is partitioned as planned; as they are where it has too few rows for that."""
+    if settings.planned == "exact" or dataset.count_rows() < settings.exact_below:
+        return settings
+    partitions = partition(dataset, settings.planned, workers)
+    return replace(settings, index_type=settings.planned, partitions=partitions)
 
 
 def cluster_nodes() -> int:

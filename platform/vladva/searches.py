@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from vladva.hits import Hit, check_query, hit_of, matrix_of
+from vladva.hits import Hit, check_brackets, check_query, hit_of, matrix_of
 from vladva.partitions import VECTORS, IndexType, centroids
 from vladva.recall import Measured, Queries, cheapest, exact_thresholds, measure
 from vladva.rows import Rows
@@ -47,6 +47,8 @@ class SearchSettings:
     """How a data set is searched, and what was measured of it."""
 
     index_type: IndexType = "exact"
+    planned: IndexType = "exact"  # from `exact_below` rows on, which an index may grow to have
+    exact_below: int = EXACT_BELOW
     partitions: int = 0
     nprobes: int = 0
     effort: int = 0
@@ -79,9 +81,6 @@ class SearchSettings:
         return probes | {"refine_factor": self.effort}
 
 
-EXACT = SearchSettings()
-
-
 class Searcher:
     """One version of a data set, and what it keeps between searches: its rows as well, if they have been warmed up."""
 
@@ -108,6 +107,7 @@ class Searcher:
     def search(self, vector: np.ndarray, k: int, where: str | None = None) -> list[Hit]:
         """The k rows nearest to a vector [D] among those for which the SQL condition holds. Raises ValueError."""
         query_D = check_query(vector, k, self.dimension)
+        check_brackets(where or "")
         with plain_errors(where):
             # In brackets, or Lance would not look at what follows a complete condition.
             condition = None if where is None else f"({where}\n)"

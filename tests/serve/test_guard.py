@@ -30,7 +30,9 @@ def test_every_route_but_health_wants_a_key(strict: httpx.Client) -> None:
         assert strict.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
 
 
-def request_from(host: str, keys: list[str], headers: dict[str, str]) -> int:
+def request_from(
+    host: str, keys: list[str], headers: dict[str, str], path: str = "/v1/models", write_keys: tuple[str, ...] = ()
+) -> int:
     """Status that a guarded application gives to a caller at `host`."""
     statuses: list[int] = []
 
@@ -45,8 +47,9 @@ def request_from(host: str, keys: list[str], headers: dict[str, str]) -> int:
         raise AssertionError("nothing is read")
 
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    scope = {"type": "http", "method": "GET", "path": "/v1/models", "client": (host, 1234), "headers": raw}
-    asyncio.run(LastResort(Guard(application, [digest(key) for key in keys], 100))(scope, receive, send))
+    scope = {"type": "http", "method": "GET", "path": path, "client": (host, 1234), "headers": raw}
+    digests, write_digests = ([digest(key) for key in some] for some in (keys, write_keys))
+    asyncio.run(LastResort(Guard(application, digests, 100, write_digests))(scope, receive, send))
     return statuses[0]
 
 
@@ -55,6 +58,19 @@ def test_without_a_key_only_this_machine_is_served() -> None:
     assert request_from("192.0.2.7", [], {}) == 403
     assert request_from("192.0.2.7", ["k"], {}) == 401
     assert request_from("192.0.2.7", ["k"], {"authorization": "Bearer k"}) == 200
+
+
+def test_where_there_are_keys_to_write_the_others_may_only_read() -> None:
+    for path, key, write_keys, status in (
+        ("/v1/index/upsert", "k", (), 200),
+        ("/v1/index/upsert", "k", ("w", "x"), 403),
+        ("/v1/index/delete", "k", ("w", "x"), 403),
+        ("/v1/index/delete", "w", ("w", "x"), 200),
+        ("/v1/search", "w", ("w", "x"), 200),
+        ("/v1/search", "k", ("w", "x"), 200),
+        ("/v1/index/upsert", "other", ("w", "x"), 401),
+    ):
+        assert request_from("192.0.2.7", ["k"], {"authorization": f"Bearer {key}"}, path, write_keys) == status
 
 
 def test_kinds_of_bodies(strict: httpx.Client) -> None:
