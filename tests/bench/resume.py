@@ -157,7 +157,7 @@ def spoiled(seed: int) -> Iterator[str]:
 
 
 def count_retries(logs: Iterable[Path]) -> int:
-    """Attempts that failed, as `storage.py` logs them; a driver's log repeats those of its workers, with their `pid`."""
+    """Attempts that failed, as `storage.py` logs them; a driver's log repeats its workers', with their `pid`."""
     lines = (line for log in logs for line in log.read_text(errors="replace").splitlines())
     return sum(bool(re.search(r"attempt \d of \d failed", line)) for line in lines if "pid=" not in line)
 
