@@ -44,7 +44,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         image.load()
         if image.mode.startswith("I;16"):  # 16-bit grey: convert() would clip it to white
             image = image.point(lambda value: value / 256).convert("L")
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"not a picture in one of the formats {', '.join(FORMATS)}") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
