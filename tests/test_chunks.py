@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from streams import run_over, scan_here, write_corpus
+from streams import run_over, scan_here, write_corpus, write_large_index
 
 from tests.s3 import BUCKET, FaultyProxy, faulty_proxy, s3_server
 from vladva import storage, stores
@@ -89,6 +90,28 @@ def test_chunks_are_the_same_one_by_one_and_ahead(config: RunConfig) -> None:
         assert (ahead.image_keys == alone.image_keys).all()
         assert len(set(alone.image_keys)) == 4
     assert list(reader.batches([])) == []
+
+
+def test_the_first_chunk_of_a_large_index_reads_its_own_sidecars(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten million samples take some hundred bytes of memory a shard, and no more files than ten thousand do."""
+    opened: dict[int, list[str]] = {}
+    read = storage._read_range
+    for num_shards in (10, 10_000):
+        run = run_over(DataConfig(str(tmp_path / str(num_shards)), run_length=8), tmp_path, chunk=32, batch=64)
+        needed = write_large_index(run, num_shards, per_shard=1_000)
+        reads = opened[num_shards] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "_read_range", lambda part, reads=reads: reads.append(part.uri) or read(part))
+            tracemalloc.start()
+            samples = SampleFinder(run)(0)
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+        assert len({ref.id for _, ref in samples}) == 32
+        assert {uri.partition("_index/")[2].removesuffix(".parquet") for uri in reads} == needed
+    assert peak < 2_000 * 10_000  # bytes
+    assert len(opened[10_000]) <= 3 * 4 * 2  # requests for a footer and a group of rows, four runs over two shards
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------
