@@ -2,7 +2,7 @@
 """How fast a training step is: against the usual two forwards, against sentence-transformers, against the machine.
 
     pip install -c constraints.txt -e '.[bench]'
-    tests/bench/train_step.py [--rounds 5]
+    tests/bench/train_step.py [--rounds 4]
 
 A random LLaVA of 186M parameters in bfloat16 with LoRA 16, short captions of 26 tokens with their prompt, long ones of
 40 to 120. All contenders take the same token ids; preparing them is not measured. Rounds are interleaved, the last line
@@ -12,9 +12,13 @@ is JSON with medians:
                               over all positions, and AdamW, over the time of our step
     vs_sentence_transformers  time of CachedMultipleNegativesSymmetricRankingLoss and AdamW over that of our gradient
                               cache, both without caption loss, in chunks of 8
-    flop_utilisation          useful FLOP/s of our step (no recomputation, no padding) over the rate of a large bfloat16
-                              matrix product, which is measured in every round, too
-    memory_growth             peak memory of a process with a global batch of 512, over that with 32; gradient cache
+    flop_utilisation          FLOP/s of our step over the rate of a large bfloat16 matrix product, which is measured in
+                              every round, too; see `useful_flop` for what is counted
+    memory_growth             peak memory of a process that makes a step with a global batch of 512, over that of one
+                              with 32; gradient cache in chunks of 8, with caption loss
+    padding_*                 share of padding in the peers' tokens; ours have none
+
+About six minutes on two quiet cores, two and a half of them for memory_growth.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from random_llava import LONG, build_random_llava, images, texts
 from torch import nn
@@ -45,6 +50,7 @@ from vladva.embedder import EmbeddingModel, add_adapter, as_tensors, caption_lab
 from vladva.engine import Engine
 from vladva.examples import Example
 from vladva.gradcache import prompts_only
+from vladva.packing import pack
 from vladva.train import backward_of
 
 PAIRS, CACHED_PAIRS, CHUNK, RATE = 16, 32, 8, 1e-4
@@ -156,25 +162,43 @@ def sentence_transformers_step(checkpoint: str, pairs: int, chunk: int) -> Calla
 
 
 def useful_flop(engine: Engine, batches: list[Batch]) -> float:
-    """FLOP of one forward and backward of a step, without padding, recomputation and gradients of frozen weights."""
+    """FLOP that the two losses of a step, and their gradients, cannot do without.
+
+    No padding, no recomputation, no gradients of frozen weights; beginnings that prompts share once; in the last layer
+    only keys and values of tokens that are neither a prompt's end nor before a caption's token.
+    """
     base = engine.model.base
 
     def linear(module: nn.Module, *, lora: bool) -> int:
         found = ((name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear))
         return sum(m.weight.numel() for name, m in found if ("lora_" in name) == lora)
 
+    def by_token(module: nn.Module) -> int:
+        return 4 * linear(module, lora=False) + 6 * linear(module, lora=True)
+
     language = base.model.language_model
-    settings = base.config.get_text_config()
-    lengths = torch.cat([torch.tensor(side.lengths) for batch in batches for side in (batch.image, batch.text)])
-    tokens = int(lengths.sum())
-    flop = tokens * (4 * linear(language, lora=False) + 6 * linear(language, lora=True))
-    flop += 3 * 2 * int((lengths**2).sum()) * settings.hidden_size * settings.num_hidden_layers  # attention, causal
-    labelled = sum(int((batch.image.lengths - batch.image.prompt_lengths).sum()) for batch in batches)
-    flop += 4 * labelled * base.lm_head.weight.numel()
+    last = language.layers[-1]
+    of_all = by_token(last.self_attn.k_proj) + by_token(last.self_attn.v_proj)
+    flop = 0.0
+    for batch in batches:
+        for side in (batch.image, batch.text):
+            packed = pack(side.ids, side.lengths, np.arange(len(side.ids)), base.config.image_token_id)
+            labelled = int((side.lengths - side.prompt_lengths).sum())
+            flop += len(packed.ids) * (by_token(language) - by_token(last) + of_all)
+            flop += (len(side.ids) + labelled) * (by_token(last) - of_all)
+            flop += 4 * labelled * base.lm_head.weight.numel()
+            attention = int((side.lengths**2).sum()) * language.config.hidden_size  # causal: half of all pairs
+            flop += 3 * 2 * attention * language.config.num_hidden_layers
     pictures = sum(len(batch.ids) for batch in batches)
     patches = (base.config.vision_config.image_size // base.config.vision_config.patch_size) ** 2
     seen = linear(base.model.vision_tower, lora=False) + linear(base.model.multi_modal_projector, lora=False)
     return flop + 2 * pictures * patches * seen
+
+
+def padding(batch: Batch, *names: str) -> float:
+    """Share of padding in the token ids of these sides, as the peers take them."""
+    sides = [getattr(batch, name) for name in names]
+    return 1 - sum(int(side.lengths.sum()) for side in sides) / sum(side.ids.size for side in sides)
 
 
 def matrix_product(size: int = 2048) -> Callable[[], None]:
@@ -212,12 +236,19 @@ def measure(checkpoint: str, rounds: int) -> dict[str, Any]:
                 times[name].append(time.perf_counter() - began)
         print({name: round(seconds[-1], 3) for name, seconds in times.items() if seconds}, flush=True)
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
-    flop = useful_flop(engine, chunks_of(engine.model.preprocessor, PAIRS, PAIRS, long=True))
+    preprocessor = engine.model.preprocessor
+    (step,), (texts,) = (
+        chunks_of(preprocessor, PAIRS, PAIRS, long=True),
+        chunks_of(preprocessor, CACHED_PAIRS, CACHED_PAIRS, long=False),
+    )
+    flop = useful_flop(engine, [step])
     rate = 2 * 2048**3 / median["matrix_product"]
     return {
         "vs_two_forward": median["two_forward"] / median["ours"],
         "vs_sentence_transformers": median["sentence_transformers"] / median["ours_cached"],
         "flop_utilisation": flop / median["ours"] / rate,
+        "padding_two_forward": padding(step, "image", "text"),
+        "padding_sentence_transformers": padding(texts, "image", "text"),
         "pairs_per_s": PAIRS / median["ours"],
         "cached_pairs_per_s": CACHED_PAIRS / median["ours_cached"],
         "gflop_per_s": flop / median["ours"] / 1e9,
@@ -227,7 +258,7 @@ def measure(checkpoint: str, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--checkpoint", default="", help="folder of the model, if it has been built before")
     parser.add_argument("--memory-of", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -242,7 +273,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = options.checkpoint or build_random_llava(Path(folder))
         figures = measure(checkpoint, options.rounds)
-        figures["memory_growth"] = peak_memory(checkpoint, 512) / peak_memory(checkpoint, 32)
+        print(json.dumps(figures), flush=True)
+        small, large = (peak_memory(checkpoint, pairs) for pairs in (32, 512))
+        figures |= {"memory_growth": large / small, "peak_gib_of_32": small / 2**30}
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
 
 
