@@ -30,6 +30,8 @@ class ModelConfig:
     """Rank of the adapter on every linear layer of the language model; 0 for none."""
     lora_alpha: int = 16
     lora_dropout: float = 0.0
+    max_image_tokens: int | None = None
+    """Larger pictures are made smaller (Qwen families); None: as the checkpoint's own files say."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,8 @@ class RunConfig:
             raise ValueError("train.offload needs ZeRO: set train.zero_stage to 1, 2 or 3")
         if self.data.hard_negatives < 0:
             raise ValueError(f"data.hard_negatives is {self.data.hard_negatives}; it must be 0 or more")
+        if self.model.max_image_tokens is not None and self.model.max_image_tokens < 1:
+            raise ValueError(f"model.max_image_tokens is {self.model.max_image_tokens}; it must be at least 1")
         if not self.model.soft_prompts and not self.model.lora_rank:
             raise ValueError("nothing to train: set model.soft_prompts or model.lora_rank")
         if self.model.layer is not None and self.model.layer < 1:

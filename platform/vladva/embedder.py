@@ -25,11 +25,13 @@ from torch.nn.functional import normalize
 
 from vladva.backbones import resolve
 from vladva.batches import Pixels, Preprocessor, Tokens, cut, key_of
-from vladva.config import ModelConfig
+from vladva.config import ModelConfig, RunConfig
 from vladva.dual_encoders import family_of
 from vladva.fast_forward import Forward, embedding_forward
-from vladva.losses.next_token import next_token
+from vladva.losses.next_token import cross_entropy_sum, mean_share, next_token
+from vladva.operations import Table
 from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT
+from vladva.training_forward import TrainingForward, why_plain
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -60,6 +62,7 @@ class EmbeddingModel(nn.Module):
         mean, std = preprocessor.pixel_statistics()
         self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.packed: TrainingForward | None = None  # what training runs on, where it can
 
     @property
     def base(self) -> nn.Module:
@@ -77,7 +80,9 @@ class EmbeddingModel(nn.Module):
         inputs = {"input_ids": ids, "attention_mask": (positions < tokens["lengths"][:, None]).long()}
         if pixels is None:
             return self.backbone.model_inputs(self.base.config, inputs, None, None)
-        values = pixels["values"].float().sub_(self.pixel_mean).div_(self.pixel_std).to(self.base.dtype)
+        values = pixels["values"]
+        if "features" not in pixels:
+            values = values.float().sub_(self.pixel_mean).div_(self.pixel_std).to(self.base.dtype)
         return self.backbone.model_inputs(self.base.config, inputs, values, pixels["sizes"])
 
     def forward(
@@ -93,6 +98,8 @@ class EmbeddingModel(nn.Module):
         `caption_tokens` is the number of caption tokens in the global batch, over which the loss is a mean; with None
         there is no caption loss (0).
         """
+        if self.packed is not None and self.training:
+            return self.packed_forward(self.packed, tokens, pixels, caption_tokens)
         inputs = self.inputs(tokens, pixels)
         if "position_ids" not in inputs:
             # Causal attention with the padding on the right sees none of it. (Without a mask, transformers takes
@@ -108,6 +115,33 @@ class EmbeddingModel(nn.Module):
         if caption_tokens is not None:
             loss = next_token(hidden, self.base.lm_head.weight, caption_labels(tokens), caption_tokens)
         return embeddings, loss, torch.cat([self.log_scale, self.bias]).float()
+
+    def packed_forward(
+        self,
+        packed: TrainingForward,
+        tokens: dict[str, torch.Tensor],
+        pixels: dict[str, torch.Tensor] | None,
+        caption_tokens: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same without what is not needed for it."""
+        scalars = torch.cat([self.log_scale, self.bias]).float()
+        if caption_tokens is None:
+            return packed(tokens, pixels), scalars.new_zeros(()), scalars
+        embeddings, before, targets = packed.with_captions(tokens, pixels)
+        head = Table.of(self.base.lm_head)
+        replaced = None if head.rows is None else (head.soft, head.rows)
+        total = cross_entropy_sum(before, head.base.weight, targets, replaced=replaced)
+        return embeddings, mean_share(total, caption_tokens), scalars
+
+    def see(self, pixels: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+        """The pictures as the vision tower, which is frozen, gives them; unchanged where training is not packed."""
+        if pixels is None or self.packed is None:
+            return pixels
+        nothing = pixels["values"].new_zeros(len(pixels["sizes"]), 1, dtype=torch.long)
+        tokens = {"ids": nothing, "lengths": nothing[:, 0]}
+        features = self.packed.image_features(self.inputs(tokens, pixels))
+        shape = torch.empty(pixels["values"].shape, device="meta")
+        return {"values": shape, "sizes": pixels["sizes"], "features": features}
 
 
 def caption_labels(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -152,6 +186,14 @@ def add_adapter(model: EmbeddingModel, config: ModelConfig) -> None:
     raise_precision(model)
 
 
+def pack_training(model: EmbeddingModel, config: RunConfig) -> str | None:
+    """Train on packed tokens from now on; returns the reason where that cannot be."""
+    reason = why_plain(model.backbone, model.base.config.get_text_config(), config)
+    if reason is None:
+        model.packed = TrainingForward(model)
+    return reason
+
+
 def raise_precision(model: EmbeddingModel) -> None:
     """What is trained in float32, in which the optimizer works whatever the base model's dtype."""
     for parameter in model.lvlm.parameters():
@@ -182,7 +224,7 @@ def save_adapter(model: EmbeddingModel, config: ModelConfig, folder: Path) -> No
 
 def adapter_note(config: ModelConfig) -> dict[str, Any]:
     """What must be known, beside the weights, to embed with an adapter."""
-    names = ("checkpoint", "layer", "image_prompt", "text_prompt", "soft_prompts")
+    names = ("checkpoint", "layer", "image_prompt", "text_prompt", "soft_prompts", "max_image_tokens")
     return {name: getattr(config, name) for name in names}
 
 
@@ -267,6 +309,7 @@ def load_embedder(
         image_prompt=config.image_prompt,
         text_prompt=config.text_prompt,
         soft_prompts=config.soft_prompts,
+        max_image_tokens=config.max_image_tokens,
     )
     embedding_model = EmbeddingModel(config, preprocessor)
     if folder:

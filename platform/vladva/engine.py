@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.functional import pad
 
 from vladva.config import OptimConfig, RunConfig
+from vladva.embedder import pack_training
 from vladva.fast_forward import keep_freed_memory
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -76,6 +77,8 @@ class Engine:
         self.device = torch.device(self.engine.device)
         if self.device.type == "cpu":
             keep_freed_memory()
+        self.plain = pack_training(self.model, config)
+        """Why the model's plain forward is trained; None where it is the packed one."""
 
     @property
     def model(self) -> nn.Module:
@@ -85,6 +88,10 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward."""
         return self.engine(*args, **kwargs)
+
+    def see(self, pixels: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """Pictures as the model's frozen vision tower gives them, where it can go on from those."""
+        return self.model.see(pixels)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of `loss`; the step's gradient is the sum over its calls, averaged over the workers."""

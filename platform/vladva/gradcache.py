@@ -33,6 +33,8 @@ from vladva.losses.pairs import PairLoss
 if TYPE_CHECKING:
     from vladva.batches import Tokens
 
+KEPT_FEATURES = 1 << 30  # bytes of image features that a worker keeps from step 1 to step 3
+
 Contrastive = Callable[..., PairLoss]
 """images [G, D], texts [G, D], scalars [2] (log scale, bias); the columns of `Columns` by name."""
 
@@ -45,6 +47,8 @@ class Backward(Protocol):
     def __call__(
         self, tokens: dict[str, Tensor], pixels: dict[str, Tensor] | None = None, *, caption_tokens: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def see(self, pixels: dict[str, Tensor] | None) -> dict[str, Tensor] | None: ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
 
@@ -205,15 +209,21 @@ def cached(
     tokens = count_caption_tokens(chunks, device) if next_token_weight else 0
     own, passes = len(chunks), weighted(chunks, device)
 
-    states, images, texts = [], [], []
-    with torch.no_grad():
-        for chunk, _ in passes:
-            inputs = as_tensors(chunk.image, device) if tokens and dropout else prompts_only(chunk.image, device)
+    states, images, texts, seen = [], [], [], []
+    for i, (chunk, _) in enumerate(passes):
+        newest = i == len(passes) - 1  # its graph is kept: step 3 begins with it
+        with torch.set_grad_enabled(newest):
+            whole = tokens and (dropout or newest)
+            inputs = as_tensors(chunk.image, device) if whole else prompts_only(chunk.image, device)
+            pixels = engine.see(pixels_of(chunk, device))
+            seen.append(keep(pixels, seen))
             before_image = rng_state(device)
-            images.append(engine(inputs, pixels_of(chunk, device))[0])
+            image, caption_loss, _ = engine(inputs, pixels, caption_tokens=(tokens or None) if newest else None)
             states.append((before_image, rng_state(device)))
-            embedding, _, scalars = engine(as_tensors(chunk.text, device))
-            texts.append(embedding)
+            text, _, scalars = engine(as_tensors(chunk.text, device))
+        images.append(image)
+        texts.append(text)
+    newest_outputs = images[-1], texts[-1], caption_loss, scalars
     after = rng_state(device)
 
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (*images[:own], *texts[:own], scalars)]
@@ -222,20 +232,34 @@ def cached(
     gradients = torch.autograd.grad(loss.loss, leaves, materialize_grads=True)  # a fixed temperature has none
 
     caption_total = torch.zeros((), device=device)
-    for i, (chunk, weight) in enumerate(passes):
-        inputs = as_tensors(chunk.image, device) if tokens else prompts_only(chunk.image, device)
-        set_rng_state(states[i][0], device)  # the same dropout as in step 1
-        image, caption_loss, _ = engine(inputs, pixels_of(chunk, device), caption_tokens=tokens or None)
-        set_rng_state(states[i][1], device)
-        text, _, own_scalars = engine(as_tensors(chunk.text, device))
+    for i in reversed(range(len(passes))):
+        chunk, weight = passes[i]
+        if i == len(passes) - 1:
+            image, text, caption_loss, own_scalars = newest_outputs
+            del newest_outputs
+        else:
+            inputs = as_tensors(chunk.image, device) if tokens else prompts_only(chunk.image, device)
+            pixels = seen[i] or engine.see(pixels_of(chunk, device))
+            set_rng_state(states[i][0], device)  # the same dropout as in step 1
+            image, caption_loss, _ = engine(inputs, pixels, caption_tokens=tokens or None)
+            set_rng_state(states[i][1], device)
+            text, _, own_scalars = engine(as_tensors(chunk.text, device))
         number = min(i, own - 1)
         surrogate = (image * gradients[number]).sum() + (text * gradients[own + number]).sum()
         surrogate = weight * (surrogate + next_token_weight * caption_loss)
         surrogate = surrogate + (own_scalars * gradients[-1]).sum() / (size * len(passes))
-        engine.backward(size * surrogate, last=i == len(passes) - 1)
+        engine.backward(size * surrogate, last=i == 0)
         caption_total += weight * caption_loss.detach()
     set_rng_state(after, device)
     return StepLoss(detached(loss), total(caption_total), scalars.detach(), tokens)
+
+
+def keep(pixels: dict[str, Tensor] | None, kept: list[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
+    """The pictures as the vision tower gave them, for step 3, as long as there is room for those of another chunk."""
+    if pixels is None or "features" not in pixels:
+        return None
+    there = [each["features"] for each in kept if each is not None] + [pixels["features"]]
+    return pixels if sum(features.nbytes for features in there) <= KEPT_FEATURES else None
 
 
 def detached(loss: PairLoss) -> PairLoss:

@@ -37,6 +37,7 @@ class MemoryPlan:
     tokens_per_step: int
     device: dict[str, int]
     host: dict[str, int]
+    plain: str | None  # why the plain forward is trained; None where tokens are packed
 
     @property
     def total(self) -> int:
@@ -80,6 +81,9 @@ def _advice(config: RunConfig, limit: float) -> str:
 
 def plan_memory(config: RunConfig) -> MemoryPlan:
     """Expected sizes of a run, from its configuration alone."""
+    from vladva.gradcache import KEPT_FEATURES
+    from vladva.training_forward import why_plain
+
     settings = settings_of(config.model.checkpoint)
     text_settings = settings.get_text_config()
     parameters, trainable = count_parameters(settings, config)
@@ -87,18 +91,25 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
     tokens_per_pair = image + text * (1 + config.data.hard_negatives)
     chunks = 1 if config.caches_gradients else config.chunks_per_worker
     kept = tokens_per_pair * config.train.chunk_size * chunks
+    plain = why_plain(import_module(f"vladva.backbones.{settings.model_type}"), text_settings, config)
 
     device, host = states(config, parameters, trainable), {}
     if config.train.offload:
         host["optimizer"] = device.pop("optimizer")
-    device["activations"] = kept * activation_bytes(text_settings, config)
+    device["activations"] = kept * activation_bytes(text_settings, config, image, plain)
     if config.train.activation_checkpointing:
-        device["one layer again"] = kept * layer_bytes(text_settings, config)
+        device["one layer again"] = kept * layer_bytes(text_settings, config, image, plain)
+    if plain and config.model.soft_prompts:
+        device["token table"] = table_bytes(settings, config)
+    if not plain and config.caches_gradients and not config.data.texts_only:
+        features = image * text_settings.hidden_size * element_bytes(config)
+        pictures = config.chunks_per_worker * config.train.chunk_size
+        device["image features"] = min(KEPT_FEATURES, pictures * features)
     device |= loss_bytes(text_settings, config)
     if config.cluster.gpus_per_worker:
         device["reserve"] = RESERVE
     tokens = tokens_per_pair * config.train.global_batch
-    return MemoryPlan(parameters, trainable, image, text, tokens, device, host)
+    return MemoryPlan(parameters, trainable, image, text, tokens, device, host, plain)
 
 
 def settings_of(checkpoint: str) -> PreTrainedConfig:
@@ -142,6 +153,8 @@ def side_tokens(settings: PreTrainedConfig, config: RunConfig) -> tuple[int, int
         return text, text
     backbone = import_module(f"vladva.backbones.{settings.model_type}")
     processor = getattr(transformers, IMAGE_PROCESSOR_MAPPING_NAMES[settings.model_type]["pil"])()
+    if config.model.max_image_tokens is not None:
+        backbone.limit_image_tokens(settings, processor, config.model.max_image_tokens)
     caption = data.long_below if config.loss.next_token_weight else 0
     return backbone.num_image_tokens(settings, processor, PICTURE) + PROMPT_TOKENS + caption, text
 
@@ -169,26 +182,45 @@ def element_bytes(config: RunConfig) -> int:
     return 2 if config.model.dtype == "bfloat16" else 4
 
 
-def activation_bytes(text_settings: PreTrainedConfig, config: RunConfig) -> int:
+def table_bytes(settings: PreTrainedConfig, config: RunConfig) -> int:
+    """PEFT's soft prompts in the plain forward: a copy of the token embeddings with them, and its gradient.
+
+    Where the LM head is tied to them, the caption loss has another copy, and a gradient in float32.
+    """
+    text = settings.get_text_config()
+    width, size = element_bytes(config), text.vocab_size * text.hidden_size
+    tied = text.tie_word_embeddings and config.loss.next_token_weight > 0
+    return size * (2 * width + (width + 4 if tied else 0))
+
+
+def activation_bytes(text_settings: PreTrainedConfig, config: RunConfig, longest: int, plain: str | None) -> int:
     """What one token keeps for backward in the language model."""
     layers = config.model.layer or text_settings.num_hidden_layers
     if config.loss.next_token_weight:
         layers = text_settings.num_hidden_layers
     if config.train.activation_checkpointing:
         return layers * text_settings.hidden_size * element_bytes(config)
-    return layers * layer_bytes(text_settings, config)
+    return layers * layer_bytes(text_settings, config, longest, plain)
 
 
-def layer_bytes(text_settings: PreTrainedConfig, config: RunConfig) -> int:
-    """What one token keeps for backward in one layer, with LoRA on all of its frozen linear layers.
+def layer_bytes(text_settings: PreTrainedConfig, config: RunConfig, longest: int, plain: str | None) -> int:
+    """What one token, of a sequence of `longest`, keeps for backward in one layer with LoRA on its linear layers.
 
-    The two norms keep their input (in float32) and what comes out, which is the input of the LoRA factors; attention
-    keeps queries, keys, values and its output; the MLP the gate before and after SiLU, the other half, and the product.
-    Frozen linear layers keep nothing; a LoRA keeps its `rank` numbers; dropout copies each LoRA's input, and its mask.
+    The two norms keep their input, and a number, and what comes out, which is the input of the LoRA factors; attention
+    keeps queries, keys, values and its output, and on a CPU its probabilities; the MLP gate, other half, and product.
+    Frozen linear layers keep nothing; a LoRA keeps its `rank` numbers. Transformers' own layer keeps the norms' input
+    in float32 and the gate after SiLU, too; dropout copies each LoRA's input, and its mask.
     """
+    from vladva.training_forward import SHORT
+
     s, width, rank = text_settings, element_bytes(config), config.model.lora_rank
     head = getattr(s, "head_dim", None) or s.hidden_size // s.num_attention_heads
     queries, keys = s.num_attention_heads * head, s.num_key_value_heads * head
+    if plain is None:
+        attention = 2 * queries + 2 * keys + s.num_attention_heads * longest
+        if config.cluster.gpus_per_worker or longest > SHORT:  # a fused kernel: its output, and values beside the rest
+            attention = 4 * queries + 3 * keys
+        return width * (4 * s.hidden_size + attention + 3 * s.intermediate_size + 7 * rank) + 2 * 4
     kept = 2 * 4 * s.hidden_size + width * (2 * s.hidden_size + 2 * queries + 2 * keys + 4 * s.intermediate_size)
     if config.model.lora_dropout:
         kept += (width + 1) * (5 * s.hidden_size + queries + s.intermediate_size)
@@ -225,6 +257,7 @@ def memory_table(config: RunConfig, plan: MemoryPlan) -> Table:
     table.add_row("trained", f"{plan.trainable / 1e6:.2f} M")
     table.add_row("tokens of a picture, prompt and caption, at most", f"{plan.image_tokens:,}")
     table.add_row("tokens of a text and prompt, at most", f"{plan.text_tokens:,}")
+    table.add_row("training forward", f"with padding: {plan.plain}" if plan.plain else "packed tokens")
     table.add_row("tokens of a step, all workers, at most", f"{plan.tokens_per_step:,}", end_section=True)
     for name, size in plan.device.items():
         table.add_row(name, _told(size))

@@ -71,7 +71,8 @@ def qwen2_vl_2b() -> RunConfig:
     return replace(
         seven,
         name="qwen2-vl-2b",
-        model=replace(seven.model, checkpoint="Qwen/Qwen2-VL-2B-Instruct"),
+        # The published files allow 16,384 tokens a picture.
+        model=replace(seven.model, checkpoint="Qwen/Qwen2-VL-2B-Instruct", max_image_tokens=1280),
         train=replace(seven.train, activation_checkpointing=False),
     )
 

@@ -261,6 +261,8 @@ def build_engine(config: RunConfig, start: int) -> Engine:
     from vladva.engine import Engine
 
     engine = Engine(build_model(config, start), config)
+    if engine.plain:
+        logger.warning("training with padding: %s", engine.plain)
     if start:
         saved = checkpoint.load(storage.join(config.uri, "checkpoints", f"step-{start}"))
         engine.load_optimizer_state(saved.optimizer, start)

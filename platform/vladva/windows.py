@@ -80,8 +80,8 @@ def preprocessor_of(config: ModelConfig) -> Preprocessor:
         from vladva.dual_encoder import DualPreprocessor
 
         return DualPreprocessor(config.checkpoint)
-    prompts = {name: getattr(config, name) for name in ("image_prompt", "text_prompt", "soft_prompts")}
-    return Preprocessor(config.checkpoint, **prompts)
+    names = ("image_prompt", "text_prompt", "soft_prompts", "max_image_tokens")
+    return Preprocessor(config.checkpoint, **{name: getattr(config, name) for name in names})
 
 
 def count_done(items: ray.data.Dataset, done: ObjectRef) -> tuple[int, int]:

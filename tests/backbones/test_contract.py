@@ -127,6 +127,28 @@ def test_tokens_and_pixels_are_those_of_the_processor(embedder: Embedder, folder
         assert name not in found or found[name].tolist() == expected[name].tolist()
 
 
+def test_larger_pictures_are_made_smaller_as_the_processor_does(folder: str) -> None:
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    if "qwen" not in Path(folder).name:
+        with pytest.raises(ValueError, match="max_image_tokens: llava"):
+            Preprocessor(folder, max_image_tokens=8)
+        return
+    limited, whole = Preprocessor(folder, max_image_tokens=8), Preprocessor(folder)
+    expected = AutoImageProcessor.from_pretrained(folder, backend="pil", max_pixels=8 * 16 * 16)
+    for image in PICTURES:
+        grid = expected(images=[image], return_tensors="pt")["image_grid_thw"][0].tolist()
+        found = limited.pixels([image])
+        assert found.sizes[0].tolist() == grid[1:]
+        assert limited.num_image_tokens(image.size) == np.prod(grid) // 4
+        assert np.prod(grid) // 4 <= 8 or min(image.size) < 20  # one row of tokens is the least
+        unscaled = expected(images=[image], do_rescale=False, do_normalize=False, temporal_patch_size=1)
+        assert np.abs(found.values.reshape(len(found.values), -1) - unscaled["pixel_values"]).max() <= 0.5
+    assert max(whole.num_image_tokens(image.size) for image in PICTURES) > 8
+    with pytest.raises(ValueError, match="max_image_tokens is 1, but the checkpoint's pictures have at least 4"):
+        Preprocessor(folder, max_image_tokens=1)
+
+
 def test_texts_are_those_of_the_processor(embedder: Embedder, folder: str) -> None:
     expected = by_transformers(folder, [], asking(f"a red circle\n{TEXT_PROMPT}", pictures=0))
     assert embedder.preprocessor.text_prompt("a red circle") == expected["input_ids"][0].tolist()

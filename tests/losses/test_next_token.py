@@ -39,6 +39,23 @@ def test_equals_full_logits(dtype: torch.dtype, tolerance: float, chunk_size: in
         torch.testing.assert_close(grad, plain_grad, rtol=tolerance, atol=tolerance)
 
 
+def test_replaced_rows_are_trained_without_a_gradient_of_the_weight() -> None:
+    hidden, weight, labels = batch(torch.float64)
+    rows = torch.tensor([7, 3, 49])
+    own = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    labels[0, 3:6] = rows
+    loss = cross_entropy_sum(hidden[0], weight.detach(), labels[0], replaced=(rows, own), chunk_size=4)
+    whole = weight.detach().index_copy(0, rows, own)
+    plain = torch.nn.functional.cross_entropy(hidden[0] @ whole.T, labels[0], reduction="sum")
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-12)
+    for grad, plain_grad in zip(
+        torch.autograd.grad(loss, (hidden, own)), torch.autograd.grad(plain, (hidden, own)), strict=True
+    ):
+        torch.testing.assert_close(grad, plain_grad, rtol=1e-12, atol=1e-12)
+    unreplaced = cross_entropy_sum(hidden[0], weight.detach(), labels[0])
+    assert unreplaced.item() != pytest.approx(plain.item(), rel=1e-3)  # negative control
+
+
 def test_plain_loss_by_hand() -> None:
     """The sum over 8 + 5 positions of -log softmax, each position scored against the token that follows."""
     hidden, weight, labels = batch(torch.float64)

@@ -9,6 +9,7 @@ A file holds only what differs between families, under agreed names:
     num_image_tokens(config, processor, size)  image tokens of a picture of (width, height)
     pixels(processor, image)                   a picture as the image processor cuts it up, neither rescaled nor
                                                normalised [R, 3, h, w], and its (height, width) where that matters
+    limit_image_tokens(config, processor, most)  has the processor make larger pictures smaller
     model_inputs(config, inputs, values, sizes)  what the model takes: `inputs` holds input_ids and attention_mask;
                                                normalised pixels [R, 3, h, w] and sizes [N, 2], or None without pictures
     hidden_states(model, inputs, layer)        final-normed hidden states [B, T, D] of layer `layer` (None: the last)

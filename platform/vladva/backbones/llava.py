@@ -29,6 +29,11 @@ def num_image_tokens(config: LlavaConfig, processor: BaseImageProcessor, size: t
     return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
 
 
+def limit_image_tokens(config: LlavaConfig, processor: BaseImageProcessor, most: int) -> None:
+    """Raises ValueError: the size of the vision tower alone says how many tokens a picture, or a tile of it, has."""
+    raise ValueError(f"model.max_image_tokens: {config.model_type} models have no such limit; leave it out")
+
+
 def pixels(processor: BaseImageProcessor, image: Image) -> tuple[np.ndarray, tuple[int, int]]:
     """The picture, resized and cropped [1, 3, H, W]; its own (height, width) does not matter afterwards."""
     processed = processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")

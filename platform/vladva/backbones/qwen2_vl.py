@@ -14,7 +14,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import BaseImageProcessor, PreTrainedConfig
 
-__all__ = ["EMBED_TOKENS", "LORA_TARGETS", "hidden_states", "load", "model_inputs", "num_image_tokens", "pixels"]
+__all__ = [
+    "EMBED_TOKENS",
+    "LORA_TARGETS",
+    "hidden_states",
+    "limit_image_tokens",
+    "load",
+    "model_inputs",
+    "num_image_tokens",
+    "pixels",
+]
 
 FAST_DECODERS = ("qwen2_vl_text",)
 
@@ -28,6 +37,15 @@ def num_image_tokens(config: Qwen2VLConfig, processor: BaseImageProcessor, size:
     """As many as the picture has room for, in the image processor's limits. Raises ValueError for one too narrow."""
     width, height = size
     return processor.get_number_of_image_patches(height, width, {}) // config.vision_config.spatial_merge_size**2
+
+
+def limit_image_tokens(config: PreTrainedConfig, processor: BaseImageProcessor, most: int) -> None:
+    """As the processor's own `max_pixels` does. Raises ValueError below the checkpoint's least number of tokens."""
+    of_a_token = (processor.patch_size * config.vision_config.spatial_merge_size) ** 2
+    least = -(-processor.size["shortest_edge"] // of_a_token)
+    if most < least:
+        raise ValueError(f"model.max_image_tokens is {most}, but the checkpoint's pictures have at least {least}")
+    processor.size["longest_edge"] = most * of_a_token
 
 
 def pixels(processor: BaseImageProcessor, image: Image) -> tuple[np.ndarray, tuple[int, int]]:

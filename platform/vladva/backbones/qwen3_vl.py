@@ -5,9 +5,26 @@ from __future__ import annotations
 import torch
 from transformers import Qwen3VLForConditionalGeneration
 
-from vladva.backbones.qwen2_vl import EMBED_TOKENS, LORA_TARGETS, hidden_states, model_inputs, num_image_tokens, pixels
+from vladva.backbones.qwen2_vl import (
+    EMBED_TOKENS,
+    LORA_TARGETS,
+    hidden_states,
+    limit_image_tokens,
+    model_inputs,
+    num_image_tokens,
+    pixels,
+)
 
-__all__ = ["EMBED_TOKENS", "LORA_TARGETS", "hidden_states", "load", "model_inputs", "num_image_tokens", "pixels"]
+__all__ = [
+    "EMBED_TOKENS",
+    "LORA_TARGETS",
+    "hidden_states",
+    "limit_image_tokens",
+    "load",
+    "model_inputs",
+    "num_image_tokens",
+    "pixels",
+]
 
 FAST_DECODERS = ()  # features of the vision tower go into several layers
 

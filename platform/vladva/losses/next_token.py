@@ -27,7 +27,7 @@ def next_token(
     index_N = (targets_BT != IGNORED).flatten().nonzero().squeeze(1)
     hidden_ND = hidden[:, :-1].reshape(-1, hidden.shape[-1])[index_N]
     total = cross_entropy_sum(hidden_ND, weight, targets_BT.flatten()[index_N], chunk_size=chunk_size)
-    return total / _at_least_one(num_tokens)
+    return mean_share(total, num_tokens)
 
 
 def next_token_from_logits(logits: Tensor, labels: Tensor, num_tokens: int | Tensor) -> Tensor:
@@ -38,9 +38,26 @@ def next_token_from_logits(logits: Tensor, labels: Tensor, num_tokens: int | Ten
     return total / _at_least_one(num_tokens)
 
 
-def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size: int = 512) -> Tensor:
-    """Cross-entropy of hidden [N, D] times weight [V, D] transposed at targets int64 [N], summed; 0 for N = 0."""
-    return _CrossEntropySum.apply(hidden, weight, targets, chunk_size)
+def cross_entropy_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    replaced: tuple[Tensor, Tensor] | None = None,
+    chunk_size: int = 512,
+) -> Tensor:
+    """Cross-entropy of hidden [N, D] times weight [V, D] transposed at targets int64 [N], summed; 0 for N = 0.
+
+    replaced: int64 [S] and [S, D]; rows of the weight, and what stands in their stead. Where those are all that is
+        trained of a large weight, it needs no gradient as large as itself.
+    """
+    rows_S, rows_SD = replaced or (None, None)
+    return _CrossEntropySum.apply(hidden, weight, targets, rows_S, rows_SD, chunk_size)
+
+
+def mean_share(total: Tensor, num_tokens: int | Tensor) -> Tensor:
+    """A part's sum as its share of the mean over the global batch."""
+    return total / _at_least_one(num_tokens)
 
 
 def _at_least_one(num_tokens: int | Tensor) -> int | Tensor:
@@ -55,32 +72,53 @@ class _CrossEntropySum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk_size: int) -> Tensor:
+    def forward(
+        ctx: FunctionCtx,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        rows_S: Tensor | None,
+        rows_SD: Tensor | None,
+        chunk_size: int,
+    ) -> Tensor:
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)  # softmax and sums of bfloat16, too, in float32
         grad_hidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if ctx.needs_input_grad[1] else None
+        grad_rows_SD = torch.zeros_like(rows_SD, dtype=exact) if ctx.needs_input_grad[4] else None
+        own_SD = None if rows_SD is None else rows_SD.to(hidden_ND.dtype)
         total = torch.zeros((), dtype=exact, device=hidden_ND.device)
         for start in range(0, len(hidden_ND), chunk_size):
             part = slice(start, start + chunk_size)
             target_R1 = targets_N[part, None]
             logits_RV = (hidden_ND[part] @ weight_VD.T).to(exact)
-            lse_R1 = logits_RV.logsumexp(1, keepdim=True)
-            total += (lse_R1 - logits_RV.gather(1, target_R1)).sum()
-            if any(ctx.needs_input_grad):
-                grad_RV = logits_RV.sub_(lse_R1).exp_().scatter_add_(1, target_R1, torch.full_like(lse_R1, -1))
-                grad_RV = grad_RV.to(hidden_ND.dtype)
+            if own_SD is not None:
+                logits_RV[:, rows_S] = (hidden_ND[part] @ own_SD.T).to(exact)
+            log_shares_RV = logits_RV.log_softmax(1)
+            total -= log_shares_RV.gather(1, target_R1).sum()
+            if not any(ctx.needs_input_grad):
+                continue
+            grad_RV = log_shares_RV.exp_().scatter_add_(1, target_R1, torch.full_like(target_R1, -1, dtype=exact))
+            grad_RV = grad_RV.to(hidden_ND.dtype)
+            if own_SD is not None:
+                grad_RS = grad_RV[:, rows_S]
+                grad_RV[:, rows_S] = 0
             if grad_hidden_ND is not None:
-                grad_hidden_ND[part] = grad_RV @ weight_VD
+                torch.mm(grad_RV, weight_VD, out=grad_hidden_ND[part])
+                if own_SD is not None:
+                    grad_hidden_ND[part].addmm_(grad_RS, own_SD)
             if grad_weight_VD is not None:
                 grad_weight_VD += grad_RV.T @ hidden_ND[part]
-        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
-        ctx.weight_dtype = weight_VD.dtype
+            if grad_rows_SD is not None:
+                grad_rows_SD += grad_RS.T @ hidden_ND[part]
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_rows_SD)
+        ctx.dtypes = weight_VD.dtype, None if rows_SD is None else rows_SD.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
+        grad_hidden_ND, grad_weight_VD, grad_rows_SD = ctx.saved_tensors
         grad_hidden_ND = None if grad_hidden_ND is None else grad_hidden_ND * grad
-        grad_weight_VD = None if grad_weight_VD is None else (grad_weight_VD * grad).to(ctx.weight_dtype)
-        return grad_hidden_ND, grad_weight_VD, None, None
+        grad_weight_VD = None if grad_weight_VD is None else (grad_weight_VD * grad).to(ctx.dtypes[0])
+        grad_rows_SD = None if grad_rows_SD is None else (grad_rows_SD * grad).to(ctx.dtypes[1])
+        return grad_hidden_ND, grad_weight_VD, None, None, grad_rows_SD, None
