@@ -54,8 +54,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--join-on",
         metavar="[FIELD=]COLUMN",
         default="",
-        help="the TABLE's column that holds the samples' id, or another FIELD: path, name (of the file), stem (name "
-        "without ending)",
+        help="the TABLE's column that holds the samples' id, or another FIELD: key (of a tar's sample), path, "
+        "name (of the file), stem (name without ending)",
     )
     join.add_argument(
         "--join-caption-column", action="append", default=[], help="the TABLE's captions; may be repeated"
@@ -84,7 +84,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main() -> None:
     options = parse(sys.argv[1:])
 
-    from vladva import cluster
     from vladva.batches import Preprocessor
     from vladva.embedder import find_model
     from vladva.joins import Join
@@ -105,7 +104,6 @@ def main() -> None:
         id_column=options.id_column,
         splits=tuple(options.split.split(",")) if options.split else (),
     )
-    cluster.connect()
     prepared = prepare(
         options.source,
         options.out,

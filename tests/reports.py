@@ -10,9 +10,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from PIL import Image
-from tasks import count_words, here, scan_here
+from tasks import count_words, leave_ray_out
 
-from vladva import prepare, shards, summary
+from vladva import prepare, summary
 from vladva.benchmarks import find
 from vladva.captions import statistics_table
 from vladva.report import CaptionComparison, Highlight, write_report
@@ -128,9 +128,7 @@ def write_data_page(path: Path) -> None:
             content = b"" if number % 25 == 7 else picture(2 ** (number % 9 + 1), "blue")
             writer.write(f"{number}", {"png": content, "json": json.dumps({"captions": captions}).encode()})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "each", here)
-        patch.setattr(summary, "each", here)
-        patch.setattr(shards, "_run", scan_here)
+        leave_ray_out(patch)
         prepared = prepare.prepare(folder, "", count_words, max_bad_fraction=0.1)
         joined = {"rows": 4, "rows_without": 3, "rows_rejected": 2, "samples": 1, "samples_without": 0}
         counted = summary.summarise(prepared.uri)

@@ -8,10 +8,12 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from vladva import shards
+from vladva import shards, sidecars, storage
+from vladva.chunks import SampleFinder
 from vladva.config import ClusterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 
 BAD = b"no picture"
@@ -59,3 +61,25 @@ def run_over(
     train = TrainConfig(steps=steps, global_batch=batch, chunk_size=chunk, audit=True)
     cluster = ClusterConfig(workers=1)
     return RunConfig("run", str(storage), ModelConfig(checkpoint=model), data, train, cluster=cluster, seed=5)
+
+
+def write_large_index(config: RunConfig, num_shards: int, per_shard: int) -> set[str]:
+    """An index with the sidecars alone that the run's first chunk needs; returns their shards."""
+    names = [f"{number // 1000:03d}/{number:06d}.tar" for number in range(num_shards)]
+    manifest = {
+        "settings": {"version": 2, "verify": True, "max_pixels": 50_000_000, "probe": [1, 2, 3, 4]},
+        "listed": [[name, 60_000_000, 1_700_000_000_000_000_000] for name in names],
+        "shards": [{"shard": name, "num_samples": per_shard, "num_bad": 0, "damaged": False} for name in names],
+        "reasons": {},
+        "fingerprint": "0" * 16,
+    }
+    storage.write_json(storage.join(config.data.uri, "_index", "manifest.json"), manifest)
+    runs = SampleFinder(config).schedule.chunk(0)
+    needed = {names[number // per_shard] for run in runs for number in (run.first, run.first + run.count - 1)}
+    alike = {"offset": 0, "length": 60_000, "captions": ["a"], "caption_tokens": [1], "negatives": []}
+    alike |= {"width": 640, "height": 480, "crc32": 1}
+    for name in needed:
+        rows = [{"id": f"{name}#{i:06d}", "key": f"{i:06d}", "shard": name, **alike} for i in range(per_shard)]
+        uri = sidecars.sidecar_uri(storage.join(config.data.uri, "_index"), name)
+        storage.write_bytes_atomically(uri, sidecars.parquet_bytes(pa.Table.from_pylist(rows, sidecars.SCHEMA), {}))
+    return needed

@@ -6,6 +6,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import pytest
+
+from vladva import cluster, shards
 from vladva.sidecars import Scanner
 
 
@@ -21,3 +24,10 @@ def here(function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any
 def scan_here(scanner: Scanner, listed: list[list[Any]]) -> list[dict[str, Any]]:
     rows = [{"shard": shard, "size": size, "changed": changed} for shard, size, changed in listed]
     return [json.loads(scanner(row)["facts"]) for row in rows]
+
+
+def leave_ray_out(patch: pytest.MonkeyPatch) -> None:
+    """Every task of `scan`, `prepare` and `summarise` runs in this process from here on."""
+    patch.setattr(cluster, "connect", lambda: None)
+    patch.setattr(cluster, "each", here)
+    patch.setattr(shards, "_run", scan_here)

@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 from s3 import BUCKET, s3_server
 from source_variants import CAPTIONS, PICTURES, VARIANTS, picture, write_variant
-from tasks import count_words, here, scan_here
+from tasks import count_words, leave_ray_out
 
 from jobs.prepare import main, parse
-from vladva import cluster, shards, storage, summary
+from vladva import cluster, storage, summary
 from vladva import prepare as prepare_module
 from vladva.joins import Join
 from vladva.listing import read_table
@@ -35,9 +35,7 @@ from vladva.sources import SourceOptions
 
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "each", here)
-    monkeypatch.setattr(summary, "each", here)
-    monkeypatch.setattr(shards, "_run", scan_here)
+    leave_ray_out(monkeypatch)
 
 
 def delivered(uri: str) -> dict[bytes, list[str]]:
@@ -153,11 +151,13 @@ def test_tars_are_rewritten_to_join_captions(tmp_path: Path, without_ray: None) 
     with pytest.raises(ValueError, match="leave --out away to scan them where they are"):
         prepare(source, out, count_words)
     table = tmp_path / "long.csv"
-    table.write_text("id,caption\n00000.tar#a,more of a\n00001.tar#c,more of c\n")
+    table.write_text("id,caption\na,more of a\nc,more of c\n")
     with pytest.raises(ValueError, match="to join captions shards are written, name their folder with --out"):
         prepare(source, "", count_words, join=Join.parse(str(table), "id"))
     before = tars(tmp_path / "source")
-    prepared = prepare(source, out, count_words, join=Join.parse(str(table), "id"), samples_per_shard=3)
+    with pytest.raises(ValueError, match="no file of its own, join on its id or key"):
+        prepare(source, out, count_words, join=Join.parse(str(table), "stem=id"))
+    prepared = prepare(source, out, count_words, join=Join.parse(str(table), "key=id"), samples_per_shard=3)
     more = {"a.jpg": ["more of a"], "c.jpeg": ["more of c"]}
     assert delivered(out) == {PICTURES[name]: CAPTIONS[name] + more.get(name, []) for name in PICTURES}
     assert prepared.joined["samples_without"] == 3
@@ -170,7 +170,7 @@ def test_a_join_that_finds_nothing_says_what_was_compared(tmp_path: Path, withou
         prepare(str(tmp_path / "source"), str(tmp_path / "out"), count_words,
                 join=Join.parse(write_long(tmp_path, ".csv"), "key", ["long"]))  # fmt: skip
     for on in ("=key", "who=key", "id="):
-        with pytest.raises(ValueError, match=r"--join-on is .* FIELD one of id, path, name, stem"):
+        with pytest.raises(ValueError, match=r"--join-on is .* FIELD one of id, key, path, name, stem"):
             Join.parse("x.csv", on)
     with pytest.raises(ValueError, match=r"must end in one of .parquet"):
         Join.parse("x.xlsx", "id")
@@ -317,7 +317,7 @@ def test_what_was_killed_goes_on_and_gives_the_same_bytes(
     source, out = str(tmp_path / "source"), str(tmp_path / "out")
     whole = prepare(source, str(tmp_path / "whole"), count_words, samples_per_shard=3)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "each", killed_after(3))
+        patch.setattr(cluster, "each", killed_after(3))
         with pytest.raises(KeyboardInterrupt):
             prepare(source, out, count_words, samples_per_shard=3)
     assert list(tars(tmp_path / "out")) == [f"00000{number}.tar" for number in range(4)]
@@ -439,7 +439,6 @@ def test_the_job_leaves_training_nothing_to_scan(
     source, out = str(tmp_path / "source/pairs.csv"), str(tmp_path / "out")
     command = ["jobs/prepare.py", source, "--out", out, "--id-column", "id", "--samples-per-shard", "40"]
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.setattr(cluster, "connect", lambda: None)
     main()
     assert delivered(out) == good
     said = capsys.readouterr().out
@@ -466,9 +465,7 @@ def test_ray_tasks_write_what_one_process_writes(tmp_path: Path, ray_cluster: No
     assert delivered(prepared.uri) == good
     assert quarantined(prepared) == bad
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "each", here)
-        patch.setattr(summary, "each", here)
-        patch.setattr(shards, "_run", scan_here)
+        leave_ray_out(patch)
         alone = prepare(source, str(tmp_path / "one"), count_letters, options, samples_per_shard=20)
         assert summary.summarise(alone.uri) == counted
     assert tars(tmp_path / "one") == tars(tmp_path / "many")

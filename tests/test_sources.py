@@ -13,7 +13,7 @@ import pytest
 from source_variants import CAPTIONS, PICTURES, VARIANTS, write_variant
 
 from vladva import sources, storage
-from vladva.lots import read_pictures
+from vladva.pictures import read_cells, read_pictures
 from vladva.sources import Entry, LeftOut, Rejected, SourceOptions, ahead, open_source
 from vladva.tars import BadDataError
 
@@ -115,12 +115,30 @@ def test_bad_cells_and_files_of_parquet_are_named_by_their_row(tmp_path: Path) -
     pq.write_table(pa.table({"path": ["a.jpg", "b.jpg", "c.jpg"], "text": texts}), tmp_path / "a.parquet")
     whole = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "c.parquet").write_bytes(whole[:4] + bytes(40) + whole[44:])  # its footer is whole
     found = entries_of(tmp_path)
     assert [list(each.captions) for each in found if isinstance(each, Entry)] == [["good"], []]
     assert [(each.place, each.reason) for each in found if isinstance(each, Rejected)] == [
         ("a.parquet, row 1", "caption is not UTF-8"),
         ("b.parquet", "unreadable Parquet"),
+        *[(f"c.parquet, row {number}", "unreadable Parquet") for number in range(3)],
     ]
+
+
+def test_pictures_in_a_damaged_page_are_named_and_the_others_read(tmp_path: Path) -> None:
+    pictures = [Random(number).randbytes(5_000) for number in range(4)]
+    pq.write_table(pa.table({"image": pictures}), tmp_path / "x.parquet", row_group_size=2, use_dictionary=False)
+    whole = (tmp_path / "x.parquet").read_bytes()
+    (tmp_path / "x.parquet").write_bytes(whole[:4] + bytes(40) + whole[44:])
+    cells = [data for data, _ in read_cells(str(tmp_path / "x.parquet"), "image", [0, 1, 3])]
+    assert cells[2] == pictures[3]
+    assert [each.reason for each in cells[:2] if isinstance(each, BadDataError)] == ["unreadable Parquet"] * 2
+
+
+def test_a_column_of_another_type_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [1.5], "text": ["a"]}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="the column image is of type double; bytes, {bytes, path} or paths are need"):
+        entries_of(tmp_path)
 
 
 def test_annotations_without_their_picture_are_named(tmp_path: Path) -> None:
@@ -172,6 +190,8 @@ def test_class_folders_give_their_names(tmp_path: Path) -> None:
         ("a.json", b'{"info": {}, "images": [], "annotations": [{"bbox": []}]}', {}, "a.json holds no captions: name"),
         ("a.json", b'{"images": [{"sentids": [], "split": "val"}]}', {"splits": ("train",)}, "a.json has only val"),
         ("a.json", b'{"images": [{"sentids": [], "filename": "a"}]}', {"id_column": "id"}, "no field id"),
+        ("a.csv", b"path,caption\n", {"splits": ("val",)}, "--split means nothing for the format table"),
+        ("a.tar", b"", {"caption_columns": ("x",)}, "--caption-column means nothing for the format webdataset"),
         ("notes.md", b"", {}, "nothing of a known format. There are: webdataset"),
         ("a.csv", b"", {"format": "excel"}, "--format 'excel' is unknown"),
     ],

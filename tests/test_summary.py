@@ -13,10 +13,9 @@ from random import Random
 
 import pytest
 from PIL import Image
-from tasks import count_words, here, scan_here
+from tasks import count_words, leave_ray_out
 
-from vladva import prepare as prepare_module
-from vladva import shards, summary
+from vladva import summary
 from vladva.figures import heat_map, histogram
 from vladva.prepare import Prepared, prepare
 from vladva.shards import ShardWriter
@@ -50,9 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Prepared, i
             )
             num_bytes += 0 if bad else len(body)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "each", here)
-        patch.setattr(summary, "each", here)
-        patch.setattr(shards, "_run", scan_here)
+        leave_ray_out(patch)
         yield prepare(str(folder), "", count_words), num_bytes
 
 

@@ -48,6 +48,10 @@ class Pixels:
     values: np.ndarray  # uint8 [R, 3, h, w]
     sizes: np.ndarray  # int64 [B, 2]; (height, width) of each picture: in patches (Qwen), before resizing (the others)
 
+    def key(self) -> int:
+        """Equal for what the model cannot tell apart."""
+        return key_of(self.sizes.tobytes() + self.values.tobytes())
+
     @classmethod
     def concatenate(cls, parts: Sequence[Pixels]) -> Pixels:
         """The pictures of all parts, in order."""
@@ -65,7 +69,7 @@ class Batch:
     text: Tokens  # [B + N] the short captions, then the hard negatives
     text_owners: np.ndarray  # int64 [B + N]; the pair that each text belongs to: 0 .. B-1, then those of the negatives
     has_short: np.ndarray  # bool [B]; pairs without a short caption take no part in the contrastive loss
-    image_keys: np.ndarray  # int64 [B]; equal for equal pictures
+    image_keys: np.ndarray  # int64 [B]; equal for pictures that are equal to the model
     caption_keys: np.ndarray  # int64 [B + N]; equal for equal texts
 
     def to_row(self) -> dict[str, Any]:
@@ -206,13 +210,17 @@ class Preprocessor:
 
     def pixels(self, images: Sequence[Image.Image]) -> Pixels:
         """Pictures resized and cut up as the model wants them."""
+        return Pixels.concatenate(self.pixel_parts(images))
+
+    def pixel_parts(self, images: Sequence[Image.Image]) -> list[Pixels]:
+        """The same, one by one."""
         parts = []
         for image in images:
             values, size = self.backbone.pixels(self.image_processor, image)
             if values.dtype != np.uint8:
                 values = np.clip(np.rint(values), 0, 255).astype(np.uint8)
             parts.append(Pixels(values, np.array([size], np.int64)))
-        return Pixels.concatenate(parts)
+        return parts
 
     def pixel_statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation per channel, on the scale of 0 to 255."""
@@ -256,6 +264,7 @@ class Preprocessor:
         anchors = [example.image for example in examples]
         texts = [anchor for anchor in anchors if isinstance(anchor, str)]
         assert len(texts) in (0, len(anchors)), examples[0].id
+        parts = [] if texts else self.pixel_parts(anchors)
         if texts:
             image = self.texts(texts)
         else:
@@ -266,11 +275,11 @@ class Preprocessor:
         return Batch(
             number=number,
             ids=[example.id for example in examples],
-            pixels=None if texts else self.pixels(anchors),
+            pixels=Pixels.concatenate(parts) if parts else None,
             image=image,
             text=self.texts(captions),
             text_owners=np.array([*range(len(examples)), *(owner for owner, _ in negatives)], np.int64),
             has_short=np.array([example.short is not None for example in examples]),
-            image_keys=np.array([key_of(a.encode() if texts else a.tobytes()) for a in anchors], np.int64),
+            image_keys=np.array([key_of(text.encode()) for text in texts] or [part.key() for part in parts], np.int64),
             caption_keys=np.array([key_of(text.encode()) for text in named], np.int64),
         )

@@ -38,8 +38,8 @@ class Catalog:
     """Samples have numbers 0 .. N-1, in the order in which the source first names them.
 
     counts: `found` is what the source named: `samples`, `merged` (more captions of a sample), `left_out` and
-    `rejected` make it up. `joined_rows` are the rows of the captions' table, `joined_samples` the samples that found
-    one.
+    `rejected` make it up. Of the `rows` of the captions' table `joined_rows` found a sample, and `joined_samples` found
+    one of them.
     """
 
     def __init__(self, path: str) -> None:
@@ -56,7 +56,7 @@ class Catalog:
             self.left_out[found.reason] += 1
         elif isinstance(found, Rejected):
             self.rejected.append(found)
-        elif any("\ud800" <= letter <= "\udfff" for letter in found.id + found.file):
+        elif not _is_utf8(found.id) or not _is_utf8(found.file):
             self.rejected.append(Rejected(readable(found.id), readable(found.place), "name is not UTF-8"))
         else:
             self._add_entry(found, join)
@@ -84,7 +84,7 @@ class Catalog:
         """Take the rows of another table; gives those that cannot be read."""
         rejected = []
         for row in join.rows():
-            self.counts["joined_rows"] += 1
+            self.counts["rows"] += 1
             if isinstance(row, Rejected):
                 rejected.append(row)
             else:
@@ -96,16 +96,18 @@ class Catalog:
     def finish(self) -> None:
         """To be called between the last `add` and what follows."""
         self.database.executescript(INDEXES)
-        count = "SELECT COUNT(*) FROM samples WHERE key IN (SELECT key FROM joined)"
-        self.counts["joined_samples"] = self.database.execute(count).fetchone()[0]
+        for name, table, other in (("joined_samples", "samples", "joined"), ("joined_rows", "joined", "samples")):
+            count = f"SELECT COUNT(*) FROM {table} WHERE key IN (SELECT key FROM {other})"
+            self.counts[name] = self.database.execute(count).fetchone()[0]
 
-    def unmatched(self) -> Iterator[tuple[str, str, str]]:
+    def unmatched(self) -> Iterator[dict[str, str]]:
         """(side, id, place) of samples without a row in the other table, then of its rows without a sample."""
-        samples = "SELECT 'sample', id, entry FROM samples WHERE key NOT IN (SELECT key FROM joined) ORDER BY number"
-        for side, name, entry in self.database.execute(samples):
-            yield side, name, json.loads(entry)[0]
-        rows = "SELECT 'table', key, place FROM joined WHERE key NOT IN (SELECT key FROM samples) ORDER BY seq"
-        yield from self.database.execute(rows)
+        samples = "SELECT id, entry FROM samples WHERE key NOT IN (SELECT key FROM joined) ORDER BY number"
+        for name, entry in self.database.execute(samples):
+            yield {"side": "sample", "id": name, "place": json.loads(entry)[0]}
+        rows = "SELECT key, place FROM joined WHERE key NOT IN (SELECT key FROM samples) ORDER BY seq"
+        for key, place in self.database.execute(rows):
+            yield {"side": "table", "id": key, "place": place}
 
     def lots(self, size: int) -> Iterator[list[dict[str, Any]]]:
         """The samples in order, `size` at a time, with all of their captions; columns as in `lots.LOT`."""
@@ -123,6 +125,14 @@ class Catalog:
             for number, texts in self.database.execute(JOINED, span):
                 lot[number]["captions"] += json.loads(texts)
             yield list(lot.values())
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeError:
+        return False
+    return True
 
 
 def readable(name: str) -> str:

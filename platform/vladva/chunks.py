@@ -1,11 +1,14 @@
 """Chunks: the run's batches in plan order, as a Ray data set of one row a chunk.
 
-Chunk g of a run belongs to optimizer step g // M. A task reads the chunk's samples with ranged reads, decodes and
-collates them; the row crosses the object store once, to the worker that trains on it.
+Chunk g of a run belongs to optimizer step g // M. A task makes a few chunks after one another: it reads their samples
+with ranged reads, those of the next chunk while it decodes and collates this one. Each chunk is one row and one block,
+handed on as soon as it is made; it crosses the object store once, to the worker that trains on it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from vladva.examples import Example
     from vladva.schedule import Run
     from vladva.sidecars import SampleRef
+
+CHUNKS_PER_TASK = 4  # starting a task costs as much as decoding a few pictures
 
 
 def chunk_stream(config: RunConfig, first_step: int) -> ray.data.Dataset:
@@ -32,18 +37,23 @@ def chunk_stream(config: RunConfig, first_step: int) -> ray.data.Dataset:
     if config.cluster.min_workers is not None:
         last += config.cluster.workers
     content = ray.put(config.to_json())
-    rows = ray.data.range(last - first, override_num_blocks=max(1, last - first))
-    return rows.map(read_row, fn_kwargs={"first": first, "config": content})
+    num_tasks = max(1, -(-(last - first) // CHUNKS_PER_TASK))
+    tasks = ray.data.range(num_tasks, override_num_blocks=num_tasks)
+    stream = tasks.flat_map(read_rows, fn_kwargs={"first": first, "last": last, "config": content})
+    stream.context.target_max_block_size = 1  # byte: a block is full with its first row
+    return stream
 
 
-def read_row(row: dict[str, Any], *, first: int, config: Any) -> dict[str, Any]:
-    """The task: row `id` of the stream is chunk `first + id` of the run."""
+def read_rows(row: dict[str, Any], *, first: int, last: int, config: Any) -> Iterator[dict[str, Any]]:
+    """The task: row `id` of the input stands for the next few chunks from `first` on."""
     import json
 
     import ray
 
-    content = ray.get(config)
-    return chunk_reader(json.dumps(content))(first + int(row["id"])).to_row()
+    start = first + int(row["id"]) * CHUNKS_PER_TASK
+    reader = chunk_reader(json.dumps(ray.get(config)))
+    for batch in reader.batches(range(start, min(start + CHUNKS_PER_TASK, last))):
+        yield batch.to_row()
 
 
 @lru_cache(maxsize=2)
@@ -82,7 +92,9 @@ class SampleFinder:
     def __call__(self, number: int) -> list[tuple[Run, SampleRef]]:
         """The samples of a chunk, each with the run that it is from."""
         runs = self.schedule.chunk(number)
-        return [(run, ref) for run in runs for ref in self.indexes[run.source].samples(run.first, run.count)]
+        with ThreadPoolExecutor(len(runs)) as pool:
+            refs = pool.map(lambda run: self.indexes[run.source].samples(run.first, run.count), runs)
+            return [(run, ref) for run, found in zip(runs, refs, strict=True) for ref in found]
 
     def name(self, source: int, sample_id: str) -> str:
         """The id under which a sample is known in training: of a mix, with the number of its data set before it."""
@@ -105,19 +117,36 @@ class ChunkReader:
         self.preprocessor: Preprocessor = preprocessor_of(config)
 
     def __call__(self, number: int) -> Batch:
-        return self.preprocessor.collate(number, [example for example, _ in self.examples(number)])
+        return self.collate(number, self.fetch(number))
 
-    def examples(self, number: int) -> list[tuple[Example, bytes]]:
-        """The chunk's examples, each with the file that it was read from, as it is in the shard."""
+    def batches(self, numbers: Iterable[int]) -> Iterator[Batch]:
+        """The chunks of these numbers, in order; the bytes of the next one are read meanwhile."""
+        with ThreadPoolExecutor(1) as ahead:
+            waiting = None
+            for number in numbers:
+                fetched = ahead.submit(self.fetch, number)
+                if waiting:
+                    yield self.collate(waiting[0], waiting[1].result())
+                waiting = number, fetched
+            if waiting:
+                yield self.collate(waiting[0], waiting[1].result())
+
+    def fetch(self, number: int) -> list[tuple[Run, SampleRef, bytes]]:
+        """The chunk's samples with their files, as they are in the shards."""
         from vladva.shards import read_mixed_samples
 
         samples = self.find(number)
         contents = read_mixed_samples([(self.find.indexes[run.source].data_uri, ref) for run, ref in samples])
+        return [(run, ref, content) for (run, ref), content in zip(samples, contents, strict=True)]
+
+    def collate(self, number: int, samples: list[tuple[Run, SampleRef, bytes]]) -> Batch:
+        """The chunk from its samples."""
+        return self.preprocessor.collate(number, self.examples(number, samples))
+
+    def examples(self, number: int, samples: list[tuple[Run, SampleRef, bytes]]) -> list[Example]:
+        """The chunk's samples, decoded, with the captions that are used."""
         with_captions = self.has_captions(number)
-        return [
-            (self.example(run, ref, content, with_captions), content)
-            for (run, ref), content in zip(samples, contents, strict=True)
-        ]
+        return [self.example(*sample, with_captions) for sample in samples]
 
     def example(self, run: Run, ref: SampleRef, content: bytes, with_captions: bool) -> Example:
         """A sample as its data set's epoch uses it; the long caption only where the step takes the caption loss."""

@@ -41,10 +41,12 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         width, height = image.size
         if width * height > max_pixels:
             raise ValueError(f"the picture has {width} x {height} pixels; at most {max_pixels:,} are accepted")
+        # Not image.draft(): decoding at a half or a quarter of the size takes a third to a half of the time from
+        # 1024 x 768 on, but resized to 336 the pixels are others by up to 7 of 255, and the promise is 1e-3.
         image.load()
         if image.mode.startswith("I;16"):  # 16-bit grey: convert() would clip it to white
             image = image.point(lambda value: value / 256).convert("L")
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"not a picture in one of the formats {', '.join(FORMATS)}") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

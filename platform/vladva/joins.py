@@ -17,7 +17,7 @@ from vladva.sources.parquet import caption_columns, one_text, plain_rows
 from vladva.sources.table import cell_texts, read_table
 from vladva.tars import BadDataError
 
-FIELDS = ("id", "path", "name", "stem")
+FIELDS = ("id", "key", "path", "name", "stem")
 ENDINGS = (".parquet", ".csv", ".tsv", ".jsonl")
 
 
@@ -25,8 +25,8 @@ ENDINGS = (".parquet", ".csv", ".tsv", ".jsonl")
 class Join:
     """Which table, and which of its columns is which field of a sample.
 
-    `field`: "id" (what the source calls it), "path" (of its picture), "name" (of the picture's file) or "stem" (that
-    name without its ending).
+    `field`: "id" (what the source calls it), "key" (of a tar's sample, without the shard), "path" (of its picture),
+    "name" (of the picture's file) or "stem" (that name without its ending).
     """
 
     uri: str
@@ -51,10 +51,11 @@ class Join:
     def key_of(self, entry: Entry) -> str:
         """What the table calls the sample."""
         path = entry.file
-        if entry.offset >= 0 and self.field != "id":
-            raise ValueError(f"--join-on {self.field}=...: {entry.place} is no file of its own, join on its id")
+        if entry.offset >= 0 and self.field not in ("id", "key"):
+            raise ValueError(f"--join-on {self.field}=...: {entry.place} is no file of its own, join on its id or key")
         return {
             "id": entry.id,
+            "key": entry.id.rpartition("#")[2],
             "path": path,
             "name": PurePosixPath(path).name,
             "stem": PurePosixPath(path).stem,

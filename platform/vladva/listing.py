@@ -7,12 +7,14 @@ unmatched.parquet    samples that the captions' table does not know, and its row
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +29,7 @@ from vladva.sidecars import parquet_bytes, short_hash
 from vladva.sources import Rejected, Source, ahead
 
 QUARANTINE = pa.schema([(name, pa.string()) for name in Rejected._fields])
+ROWS_AT_ONCE = 10_000
 UNMATCHED = pa.schema([(name, pa.string()) for name in ("side", "id", "place")])
 
 
@@ -78,13 +81,13 @@ def make_plan(
         counts = catalog.counts
         if not counts["samples"]:
             raise ValueError(f"{source.uri}: none of the {counts['found']} entries of {source.format} can be used")
-        unmatched = [dict(zip(UNMATCHED.names, row, strict=True)) for row in catalog.unmatched()] if join else []
-        if join and not counts["joined_samples"]:
-            raise ValueError(_nothing_joined(join, unmatched))
+        if join:
+            if not counts["joined_samples"]:
+                raise ValueError(_nothing_joined(join, catalog))
+            broken = ({"side": "table", "id": f"({row.reason})", "place": row.place} for row in bad_rows)
+            write_table(out_uri, "unmatched", UNMATCHED, chain(catalog.unmatched(), broken))
         lots = enumerate(catalog.lots(samples_per_shard))
         num_lots = sum(1 for _ in ahead(lambda numbered: write_lot(out_uri, *numbered), lots))
-    unmatched += [{"side": "table", "id": f"({row.reason})", "place": row.place} for row in bad_rows]
-    write_table(out_uri, "unmatched", UNMATCHED, unmatched)
     write_table(out_uri, "rejected", QUARANTINE, (row._asdict() for row in catalog.rejected))
     plan = {
         "stamp": stamp,
@@ -92,7 +95,7 @@ def make_plan(
         "samples": counts["samples"],
         "merged": counts["merged"],
         "left_out": dict(catalog.left_out.most_common()),
-        "joined": _joined(counts, unmatched, len(bad_rows)) if join else {},
+        "joined": _joined(counts, len(bad_rows)) if join else {},
         "lots": num_lots,
     }
     storage.write_json(storage.join(out_uri, "_prepare/plan.json"), plan)
@@ -104,22 +107,22 @@ def write_lot(out_uri: str, number: int, samples: list[dict[str, Any]]) -> None:
     storage.write_bytes_atomically(lot_uri(out_uri, number), parquet_bytes(pa.Table.from_pylist(samples, LOT)))
 
 
-def _joined(counts: Counter[str], unmatched: list[dict[str, str]], num_bad: int) -> dict[str, int]:
-    without = Counter(row["side"] for row in unmatched)
+def _joined(counts: Counter[str], num_bad: int) -> dict[str, int]:
     return {
-        "rows": counts["joined_rows"] - without["table"],
-        "rows_without": without["table"] - num_bad,
+        "rows": counts["joined_rows"],
+        "rows_without": counts["rows"] - counts["joined_rows"] - num_bad,
         "rows_rejected": num_bad,
         "samples": counts["joined_samples"],
-        "samples_without": without["sample"],
+        "samples_without": counts["samples"] - counts["joined_samples"],
     }
 
 
-def _nothing_joined(join: Join, unmatched: list[dict[str, str]]) -> str:
-    first = {side: [row["id"] for row in unmatched if row["side"] == side][:3] for side in ("sample", "table")}
+def _nothing_joined(join: Join, catalog: Catalog) -> str:
+    samples = [row["id"] for row in islice(catalog.unmatched(), 3)]
+    rows = [row["id"] for row in catalog.unmatched() if row["side"] == "table"][:3]
     return (
         f"--join-on: no row of {join.uri} has the {join.field} of a sample in its column {join.column!r}; the first "
-        f"samples are {first['sample']}, the first rows {first['table']}: join on another field (FIELD=COLUMN)"
+        f"samples are {samples}, the first rows {rows}: join on another field (FIELD=COLUMN)"
     )
 
 
@@ -133,8 +136,12 @@ def table_uri(out_uri: str, name: str) -> str:
 
 def write_table(out_uri: str, name: str, schema: pa.Schema, rows: Iterable[dict[str, str]]) -> None:
     """Write one of the tables."""
-    clean = [{column: readable(text) for column, text in row.items()} for row in rows]
-    storage.write_bytes_atomically(table_uri(out_uri, name), parquet_bytes(pa.Table.from_pylist(clean, schema)))
+    body, waiting = io.BytesIO(), iter(rows)
+    with pq.ParquetWriter(body, schema) as table:
+        while batch := list(islice(waiting, ROWS_AT_ONCE)):
+            clean = [{column: readable(text) for column, text in row.items()} for row in batch]
+            table.write_table(pa.Table.from_pylist(clean, schema))
+    storage.write_bytes_atomically(table_uri(out_uri, name), body.getvalue())
 
 
 def read_table(out_uri: str, name: str) -> list[dict[str, str]]:

@@ -12,8 +12,7 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vladva import storage
+from vladva.pictures import fetch, place_of, read_pictures
 from vladva.sidecars import MAX_PIXELS, parquet_bytes, sidecar_uri
 from vladva.sources import Rejected, clean, texts_of
-from vladva.storage import ByteRange, RangedFile
-from vladva.stores import PassingFaultError
+from vladva.storage import RangedFile
 from vladva.tars import BadDataError, check_picture, picture_ending
 
 LOT = pa.schema(
@@ -39,8 +38,6 @@ RECEIPT = pa.schema(
     [(name, pa.string()) for name in ("key", "id", "place")]
     + [("crc32", pa.int64()), ("reason", pa.string()), ("detail", pa.string())]
 )
-ROWS_AT_ONCE = 64  # of a column of pictures
-READS = 16  # of whole files at a time
 
 
 def lot_uri(out_uri: str, number: int) -> str:
@@ -118,7 +115,9 @@ def pack(
                 if not captions:
                     raise BadDataError("no caption")
                 about = {"captions": captions, **({"negatives": sample["negatives"]} if sample["negatives"] else {})}
-                about["source"] = {name: sample[name] for name in ("id", "place", "file")}
+                # Not the path of a table: a source that was moved gives the same bytes.
+                named = ("id", "place") if sample["column"] else ("id", "place", "file")
+                about["source"] = {name: sample[name] for name in named}
                 content = json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
                 for ending, data in ((picture_ending(picture), picture), ("json", content)):
                     header = tarfile.TarInfo(f"{key}.{ending}")  # time, owner and rights are constants
@@ -141,81 +140,6 @@ def captions_of(sample: dict[str, Any], images_uri: str) -> list[str]:
         (whole,) = texts_of(content.removeprefix(b"\xef\xbb\xbf")) or [""]
         lines = whole.splitlines()
     return clean([*lines, *sample["captions"]])
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def read_pictures(images_uri: str, samples: list[dict[str, Any]]) -> list[bytes | BadDataError]:
-    """The bytes of every picture, or what keeps them from being read."""
-    pictures: list[bytes | BadDataError] = [b""] * len(samples)
-    columns: dict[tuple[str, str], list[int]] = {}
-    parts, files = [], []
-    for place, sample in enumerate(samples):
-        if sample["column"]:
-            columns.setdefault((sample["file"], sample["column"]), []).append(place)
-        else:
-            (parts if sample["offset"] >= 0 else files).append(place)
-    ranges = [
-        ByteRange(place_of(images_uri, samples[place]["file"]), samples[place]["offset"], samples[place]["length"])
-        for place in parts
-    ]
-    for place, data in zip(parts, storage.read_ranges(ranges), strict=True):
-        pictures[place] = data
-    for (file, column), places in columns.items():
-        cells = read_cells(file, column, [samples[place]["offset"] for place in places])
-        for place, (data, path) in zip(places, cells, strict=True):
-            pictures[place] = data or b""
-            if not data and path:  # Hugging Face's way of leaving a picture where it is
-                samples[place]["file"] = path
-                files.append(place)
-    with ThreadPoolExecutor(READS) as pool:
-        uris = [place_of(images_uri, samples[place]["file"]) for place in files]
-        for place, data in zip(files, pool.map(read_file, uris), strict=True):
-            pictures[place] = data
-    return pictures
-
-
-def place_of(folder_uri: str, file: str) -> str:
-    """URI of a file that is named relative to a folder, or absolutely."""
-    return file if file.startswith("/") or "://" in file else storage.join(folder_uri, file)
-
-
-def read_file(uri: str) -> bytes | BadDataError:
-    """A whole file, or what keeps it from being read."""
-    return fetch(lambda: storage.read_bytes(uri))
-
-
-def fetch(read: Callable[[], bytes]) -> bytes | BadDataError:
-    """What `read` gives; a storage that fails for the moment is no fault of the sample and is raised."""
-    try:
-        return read()
-    except PassingFaultError:
-        raise
-    except FileNotFoundError as error:
-        return BadDataError("missing file", str(error))
-    except (OSError, ValueError) as error:
-        return BadDataError("unreadable file", str(error))
-
-
-def read_cells(uri: str, column: str, rows: Sequence[int]) -> Iterator[tuple[bytes | None, str | None]]:
-    """(bytes, path) in these rows (ascending) of a Parquet column, a few rows at a time in memory."""
-    table = pq.ParquetFile(RangedFile(uri), buffer_size=1 << 20, pre_buffer=False)
-    wanted = iter(rows)
-    row = next(wanted, None)
-    first = 0
-    for group in range(table.num_row_groups):
-        end = first + table.metadata.row_group(group).num_rows
-        if row is not None and row < end:
-            for batch in table.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[column]):
-                while row is not None and row < first + len(batch):
-                    cell = batch.column(0)[row - first].as_py()
-                    yield (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
-                    row = next(wanted, None)
-                first += len(batch)
-                if row is None or row >= end:
-                    break
-        first = end
 
 
 # --- checking --------------------------------------------------------------------------------------------------------

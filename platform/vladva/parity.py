@@ -46,13 +46,14 @@ class Sample:
         data = DataConfig(data_uri, run_length=1)
         train = TrainConfig(steps=1, global_batch=count, chunk_size=count)
         reader = ChunkReader(RunConfig("parity", "", config, data, train))
-        pairs = reader.examples(0)
-        self.batch: Batch = reader.preprocessor.collate(0, [example for example, _ in pairs])
+        samples = reader.fetch(0)
+        examples = reader.examples(0, samples)
+        self.batch: Batch = reader.preprocessor.collate(0, examples)
         if self.batch.pixels is None:
             raise ValueError(f"{data_uri} holds pairs of texts; give shards of pictures with captions")
         # What has no short caption trains with an empty text, which is no text to embed.
-        self.images = {example.id: content for example, content in pairs}
-        self.texts = {example.id: example.short for example, _ in pairs if example.short is not None}
+        self.images = {example.id: content for example, (_, _, content) in zip(examples, samples, strict=True)}
+        self.texts = {example.id: example.short for example in examples if example.short is not None}
 
 
 def compare(

@@ -19,9 +19,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from vladva import storage
+from vladva import cluster, storage
 from vladva.catalog import readable
-from vladva.cluster import each
 from vladva.joins import Join
 from vladva.listing import QUARANTINE, make_plan, open_plan, read_table, stamp_of, table_uri, write_table
 from vladva.lots import LotChecker, LotWriter, shard_name
@@ -102,7 +101,7 @@ def prepare(
     max_bad_fraction: float = 0.05,
     overwrite: bool = False,
 ) -> Prepared:
-    """Write and scan shards below `out_uri`, or below the source where that is empty; needs a Ray cluster.
+    """Write and scan shards below `out_uri`, or scan tars below the source where that is empty, on Ray.
 
     Goes on where an earlier call with the same arguments was. Raises ValueError, with the fix, for a source that cannot
     be used, for shards of another source or of other options, and for more than `max_bad_fraction` bad samples.
@@ -111,6 +110,7 @@ def prepare(
     out_uri = storage.absolute(out_uri) if out_uri else ""
     source = open_source(source_uri, options or SourceOptions(), storage.join(out_uri, "_prepare"))
     check_places(source, storage.absolute(source_uri), out_uri, join)
+    cluster.connect()  # not before: mistakes in a name are told at once
     if not out_uri:
         return scan_in_place(source, count_tokens, verify=verify, max_bad_fraction=max_bad_fraction)
     stamp = stamp_of(source, join, samples_per_shard)
@@ -174,7 +174,7 @@ def write_lots(source: Source, out_uri: str, plan: dict[str, Any]) -> list[dict[
     writer = LotWriter(out_uri, source.images_uri, short_hash(plan["stamp"]))
     receipts = []
     with Progress("writing shards", plan["samples"]) as progress:
-        for receipt in each(writer, range(plan["lots"])):
+        for receipt in cluster.each(writer, range(plan["lots"])):
             receipts.append(receipt)
             progress.advance(receipt["samples"])
     return sorted(receipts, key=lambda receipt: receipt["lot"])
@@ -185,7 +185,7 @@ def check_lots(out_uri: str, numbers: list[int]) -> list[Rejected]:
     checker = LotChecker(out_uri, storage.join(out_uri, "_index"))
     refused: list[Rejected] = []
     with Progress("checking shards", len(numbers)) as progress:
-        for found in each(checker, numbers):
+        for found in cluster.each(checker, numbers):
             if found["wrong"]:
                 raise ValueError(
                     f"{storage.join(out_uri, shard_name(found['lot']))} does not hold what was written into it "

@@ -12,6 +12,7 @@ Afterwards samples have numbers 0 .. N-1 in the order (shard, offset), `ShardInd
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
@@ -267,12 +268,14 @@ class ShardIndex:
     def open(cls, data_uri: str, index_uri: str | None = None) -> ShardIndex:
         """Open the index that a scan has completed. Raises ValueError when there is none."""
         data_uri, index_uri = _places(data_uri, index_uri)
-        manifest = _read_manifest(index_uri)
-        if manifest is None:
-            raise ValueError(f"{data_uri} has no complete index in {index_uri}: scan its shards first")
+        try:
+            content = storage.read_bytes(_manifest_uri(index_uri))
+        except FileNotFoundError:
+            raise ValueError(f"{data_uri} has no complete index in {index_uri}: scan its shards first") from None
+        manifest, version = json.loads(content), hashlib.blake2b(content, digest_size=8).hexdigest()
         shards = tuple(shard["shard"] for shard in manifest["shards"])
         ends = tuple(accumulate(shard["num_samples"] for shard in manifest["shards"]))
-        return cls(data_uri, index_uri, manifest["fingerprint"], short_hash(manifest), shards, ends)
+        return cls(data_uri, index_uri, manifest["fingerprint"], version, shards, ends)
 
     @property
     def num_samples(self) -> int:

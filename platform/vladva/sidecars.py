@@ -111,7 +111,7 @@ def read_refs(sidecar: str, version: str, first: int, count: int) -> list[Sample
     """Rows first .. first + count - 1 of a sidecar, fewer where it ends. `version` must change when the file does."""
     refs: list[SampleRef] = []
     groups = range(first // ROWS_PER_GROUP, (first + count - 1) // ROWS_PER_GROUP + 1)
-    for group in range(groups.start, min(groups.stop, _footer(sidecar, version).num_row_groups)):
+    for group in range(groups.start, min(groups.stop, _footer(sidecar, version)[1].num_row_groups)):
         start = max(first - group * ROWS_PER_GROUP, 0)
         rows = _row_group(sidecar, version, group).slice(start, count - len(refs)).to_pylist()
         refs += [SampleRef(**row) for row in rows]
@@ -125,13 +125,16 @@ def read_ids(sidecar: str) -> list[str]:
 
 @lru_cache(maxsize=128)
 def _row_group(sidecar: str, version: str, group: int) -> pa.Table:
-    file = pq.ParquetFile(RangedFile(sidecar), metadata=_footer(sidecar, version), pre_buffer=True)
+    size, footer = _footer(sidecar, version)
+    file = pq.ParquetFile(RangedFile(sidecar, size), metadata=footer, pre_buffer=True)
     return file.read_row_group(group, columns=[name for name in SCHEMA.names if name != "key"])
 
 
 @lru_cache(maxsize=1024)
-def _footer(sidecar: str, version: str) -> pq.FileMetaData:
-    return pq.ParquetFile(RangedFile(sidecar)).metadata
+def _footer(sidecar: str, version: str) -> tuple[int, pq.FileMetaData]:
+    """The file's size, so that it need not be asked for again, and its metadata."""
+    file = RangedFile(sidecar)
+    return file.size, pq.ParquetFile(file).metadata
 
 
 def sidecar_uri(index_uri: str, shard: str) -> str:

@@ -194,13 +194,13 @@ def open_stream(uri: str, block_size: int = 8 << 20) -> io.BufferedReader:
 class RangedFile(io.RawIOBase):
     """An object as a seekable file. Every read is a ranged request of its own, so a fault costs no more than that one.
 
-    Raises FileNotFoundError.
+    size: of the object, where it is known. Raises FileNotFoundError.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, size: int | None = None) -> None:
         store, path = _store(uri)
         self.uri = uri
-        self.size = _retry(uri, lambda: store.size(path))
+        self.size = _retry(uri, lambda: store.size(path)) if size is None else size
         self.position = 0
 
     def readable(self) -> bool:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vladva.cluster import each
+from vladva import cluster
 from vladva.config import DataConfig
 from vladva.progress import Progress
 from vladva.shards import ShardIndex
@@ -122,7 +122,7 @@ def summarise(data_uri: str, index_uri: str | None = None) -> Summary:
     shards = range(len(index.shards))
     summary = Summary(index.num_samples, len(shards), Copies(every), Copies(captions_every), index.fingerprint)
     with Progress("counting shards", len(shards)) as progress:
-        for counts in each(counter, shards):
+        for counts in cluster.each(counter, shards):
             summary.add(counts)
             progress.advance(1)
     return summary

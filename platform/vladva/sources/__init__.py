@@ -3,6 +3,7 @@
 The folder listing is the menu: every module here is a format and is found by its file name. It has
 
     TITLE             one line, for people
+    OPTIONS           the fields of `SourceOptions` that mean something for it
     PRIORITY          where several formats recognise a folder, the lowest number has it
     match(files)      the names of those files that make up a source of this format; none where it is another one
     entries(source)   what is in them, in order, without the pictures: `Entry`, `Rejected` or `LeftOut` per row
@@ -18,7 +19,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from vladva import storage
@@ -100,6 +101,7 @@ class Format(Protocol):
     """What the module of a format has."""
 
     TITLE: str
+    OPTIONS: tuple[str, ...]
     PRIORITY: int
 
     def match(self, files: FileSet) -> list[str]:
@@ -155,11 +157,21 @@ def open_source(uri: str, options: SourceOptions, work_uri: str = "") -> Source:
     files = FileSet(uri, {name: info for name, info in below.items() if not re.search(r"(^|/)[._]", name)})
     for name in [options.format] if options.format else names():
         if matched := find(name).match(files):
+            check_options(name, options)
             infos = [files.infos[file] for file in matched]
             return Source(uri, name, tuple(matched), tuple(infos), options, work_uri)
     kinds = "; ".join(f"{name} ({find(name).TITLE})" for name in names())
     what = f"nothing of the format {options.format}" if options.format else "nothing of a known format"
     raise ValueError(f"{uri} holds {what}. There are: {kinds}")
+
+
+def check_options(name: str, options: SourceOptions) -> None:
+    """Raise ValueError for an option that the format would not heed."""
+    known = find(name).OPTIONS
+    for field in fields(options):
+        if field.name != "format" and getattr(options, field.name) and field.name not in known:
+            option = "--" + field.name.replace("columns", "column").replace("splits", "split").replace("_", "-")
+            raise ValueError(f"{option} means nothing for the format {name}: leave it out, or name the --format")
 
 
 # --- what several formats share --------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from vladva.sources.karpathy import entry_of, read_document
 
 TITLE = "COCO captions JSON (images and annotations) and the folder of its pictures"
 PRIORITY = 3
+OPTIONS = ("images", "id_column")
 BEGINS = re.compile(rb'^\s*\{\s*"(info|images|licenses|annotations|type)"\s*:')
 
 

@@ -8,6 +8,7 @@ from vladva.sources import PICTURE, Entry, FileSet, LeftOut, Rejected, Source
 
 TITLE = "folders of pictures: the folder's name is the caption, or KEY.txt beside KEY.jpg holds them"
 PRIORITY = 5
+OPTIONS: tuple[str, ...] = ()
 BELONGS = (".txt", ".json")  # img2dataset's plain files, beside the picture that they describe
 
 

@@ -12,6 +12,7 @@ from vladva.tars import BadDataError
 
 TITLE = "Karpathy JSON (dataset_coco.json) and the folder of its pictures; --split picks"
 PRIORITY = 2
+OPTIONS = ("images", "id_column", "splits")
 
 
 def match(files: FileSet) -> list[str]:

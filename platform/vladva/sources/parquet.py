@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,10 +22,12 @@ from vladva.sources import (
     refuse_urls,
     texts_of,
 )
+from vladva.stores import PassingFaultError
 from vladva.tars import BadDataError
 
 TITLE = "Parquet with a column of pictures (bytes or {bytes, path}) or of their paths"
 PRIORITY = 1
+OPTIONS = ("images", "image_column", "caption_columns", "id_column")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes", *PATH_COLUMNS)
 
 
@@ -58,36 +60,58 @@ def _read_group(piece: tuple[Source, str, int | Rejected, pq.FileMetaData | None
     if isinstance(group, Rejected):
         return [group]
     table = pq.ParquetFile(storage.RangedFile(storage.join(source.uri, file)), metadata=footer)
-    columns = table.schema_arrow.names
-    options = source.options
-    image = first_column("pictures", "--image-column", IMAGE_COLUMNS, options.image_column, columns, file)
-    captions = caption_columns(options.caption_columns, columns, file)
-    by_path = is_text(table.schema_arrow.field(image).type)
-    if options.id_column:
-        first_column("ids", "--id-column", (), options.id_column, columns, file)
-    wanted = {*captions, *([options.id_column] if options.id_column else []), *([image] if by_path else [])}
+    columns = _columns(source, table.schema_arrow, file)
     first = sum(table.metadata.row_group(number).num_rows for number in range(group))
+    numbers = range(first, first + table.metadata.row_group(group).num_rows)
     try:
-        rows = plain_rows(table.read_row_group(group, sorted(wanted)), table.metadata.row_group(group).num_rows)
+        rows = plain_rows(table.read_row_group(group, sorted(columns.read())), len(numbers))
+    except PassingFaultError:
+        raise
     except (pa.ArrowInvalid, OSError) as error:
-        return [Rejected(f"{file}#{first}", f"{file}, rows from {first} on", "unreadable Parquet", str(error)[:200])]
-    found: list[Entry | Rejected] = []
-    for number, row in enumerate(rows, start=first):
-        place = f"{file}, row {number}"
-        name = f"{file}#{number}"
-        try:
-            if options.id_column:
-                name = one_text(row[options.id_column])
-            texts = [text for column in captions for text in texts_of(row[column])]
-            if by_path:
-                path = one_text(row[image])
-                refuse_urls(path, file)
-                found.append(Entry(name if options.id_column else path, place, path, texts))
-            else:
-                found.append(Entry(name, place, storage.join(source.uri, file), texts, offset=number, column=image))
-        except BadDataError as problem:
-            found.append(Rejected(name, place, problem.reason, problem.detail))
-    return found
+        return [Rejected(f"{file}#{n}", f"{file}, row {n}", "unreadable Parquet", str(error)[:200]) for n in numbers]
+    return [_entry(source, columns, file, number, row) for number, row in zip(numbers, rows, strict=True)]
+
+
+def _entry(source: Source, columns: Columns, file: str, number: int, row: dict[str, Any]) -> Entry | Rejected:
+    place = f"{file}, row {number}"
+    name = f"{file}#{number}"
+    try:
+        if columns.id:
+            name = one_text(row[columns.id])
+        texts = [text for column in columns.captions for text in texts_of(row[column])]
+        if columns.by_path:
+            path = one_text(row[columns.image])
+            refuse_urls(path, file)
+            return Entry(name if columns.id else path, place, path, texts)
+        return Entry(name, place, storage.join(source.uri, file), texts, offset=number, column=columns.image)
+    except BadDataError as problem:
+        return Rejected(name, place, problem.reason, problem.detail)
+
+
+class Columns(NamedTuple):
+    """What is where in a file; `by_path`: the pictures' column holds paths."""
+
+    image: str
+    by_path: bool
+    captions: list[str]
+    id: str
+
+    def read(self) -> set[str]:
+        """The columns that a listing needs."""
+        return {*self.captions, *([self.id] if self.id else []), *([self.image] if self.by_path else [])}
+
+
+def _columns(source: Source, schema: pa.Schema, file: str) -> Columns:
+    options, names = source.options, schema.names
+    image = first_column("pictures", "--image-column", IMAGE_COLUMNS, options.image_column, names, file)
+    if options.id_column:
+        first_column("ids", "--id-column", (), options.id_column, names, file)
+    kind = schema.field(image).type
+    holds_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    holds_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    if not (is_text(kind) or holds_bytes or holds_struct):
+        raise ValueError(f"{file}: the column {image} is of type {kind}; bytes, {{bytes, path}} or paths are needed")
+    return Columns(image, is_text(kind), caption_columns(options.caption_columns, names, file), options.id_column)
 
 
 def caption_columns(given: tuple[str, ...], columns: list[str], file: str) -> list[str]:

@@ -15,6 +15,7 @@ from vladva.tars import BadDataError
 
 TITLE = "CSV or TSV with a header line, a column of paths and one or more of captions"
 PRIORITY = 4
+OPTIONS = ("images", "image_column", "caption_columns", "id_column")
 ENDINGS = (".csv", ".tsv")
 
 

@@ -11,6 +11,7 @@ from vladva.sources import Entry, FileSet, LeftOut, Rejected, Source
 
 TITLE = "tar shards as img2dataset writes them: KEY.jpg with KEY.txt or KEY.json"
 PRIORITY = 0
+OPTIONS: tuple[str, ...] = ()
 ROWS = 1000  # read at a time
 
 

@@ -1,0 +1,157 @@
+"""Chunk stream: the same global batches for any number of workers; a whole epoch out of a storage full of faults."""
+
+from __future__ import annotations
+
+import logging
+import time
+import tracemalloc
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from streams import run_over, scan_here, write_corpus, write_large_index
+
+from tests.s3 import BUCKET, FaultyProxy, faulty_proxy, s3_server
+from vladva import storage, stores
+from vladva.audit import check_chunks
+from vladva.chunks import ChunkReader, SampleFinder, chunk_stream
+from vladva.config import DataConfig, RunConfig
+from vladva.examples import choose_captions
+from vladva.schedule import Run
+
+Chunk = tuple[int, list[str]]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> RunConfig:
+    """Six steps of eight chunks over two data sets."""
+    uris = [str(tmp_path_factory.mktemp(name)) for name in ("one", "other")]
+    for uri, count in zip(uris, (150, 60), strict=True):
+        write_corpus(uri, count)
+        scan_here(uri)
+    data = DataConfig(uris[0], mix=(f"{uris[0]}=0.75", f"{uris[1]}=0.25"), run_length=2)
+    return run_over(data, tmp_path_factory.mktemp("runs"), tiny, steps=6, batch=32, chunk=4)
+
+
+def dealt(config: RunConfig, workers: int, first_step: int = 0) -> list[list[Chunk]]:
+    """The chunks that each worker gets, as Ray Train deals them; some workers are slower than others."""
+    import ray
+
+    @ray.remote(num_cpus=0.1)
+    def consume(split: Any, rank: int) -> list[Chunk]:
+        chunks = []
+        for row in split.iter_rows():
+            chunks.append((int(row["number"]), [str(name) for name in row["ids"]]))
+            time.sleep(0.02 * (rank % 3))
+        return chunks
+
+    stream = chunk_stream(config, first_step)
+    stream.context.execution_options.preserve_order = True
+    splits = stream.streaming_split(workers, equal=True)
+    return ray.get([consume.remote(split, rank) for rank, split in enumerate(splits)])
+
+
+def test_eight_workers_get_the_batches_of_one(ray_cluster: None, config: RunConfig) -> None:
+    find = SampleFinder(config)
+    planned = [(number, [find.name(run.source, ref.id) for run, ref in find(number)]) for number in range(48)]
+    for workers in (1, 2, 4, 8):
+        assert dealt(config, workers) == [planned[rank::workers] for rank in range(workers)]
+    left = planned[3 * 8 :]  # what is left of the run after three steps, taken up by three workers
+    assert dealt(config, 3, first_step=3) == [left[rank::3] for rank in range(3)]
+    record = [(number // 8, number, ids) for number, ids in planned]
+    assert check_chunks(record, find, 6).ok
+
+
+def test_each_data_set_draws_captions_by_its_own_epoch(config: RunConfig) -> None:
+    """The smaller one begins its third epoch while the larger is in its fourth."""
+    reader = ChunkReader(config)
+    runs = [run for number in range(160) for run, _ in reader.find(number)]
+    assert {(run.source, run.epoch) for run in runs} == {(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2)}
+    (_, ref, content), drawn = reader.fetch(0)[0], []
+    ref = replace(ref, captions=[f"short {number}" for number in range(20)], caption_tokens=[2] * 20)
+    for epoch in range(3):
+        by = {"seed": config.seed, "epoch": epoch, "sample_id": ref.id}
+        expected = choose_captions(ref.captions, ref.caption_tokens, short_below=5, long_below=500, **by)
+        drawn.append(reader.example(Run(1, epoch, 0, 2), ref, content, with_captions=False).short)
+        assert drawn[-1] == expected[0]
+    assert len(set(drawn)) > 1
+
+
+def test_chunks_are_the_same_one_by_one_and_ahead(config: RunConfig) -> None:
+    reader = ChunkReader(config)
+    for ahead, number in zip(reader.batches(range(3, 9)), range(3, 9), strict=True):
+        alone = reader(number)
+        assert (ahead.number, ahead.ids) == (alone.number, alone.ids)
+        assert (ahead.pixels.values == alone.pixels.values).all()
+        assert (ahead.image_keys == alone.image_keys).all()
+        assert len(set(alone.image_keys)) == 4
+    assert list(reader.batches([])) == []
+
+
+def test_the_first_chunk_of_a_large_index_reads_its_own_sidecars(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten million samples take some hundred bytes of memory a shard, and no more files than ten thousand do."""
+    opened: dict[int, list[str]] = {}
+    read = storage._read_range
+    for num_shards in (10, 10_000):
+        run = run_over(DataConfig(str(tmp_path / str(num_shards)), run_length=8), tmp_path, chunk=32, batch=64)
+        needed = write_large_index(run, num_shards, per_shard=1_000)
+        reads = opened[num_shards] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "_read_range", lambda part, reads=reads: reads.append(part.uri) or read(part))
+            tracemalloc.start()
+            samples = SampleFinder(run)(0)
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+        assert len({ref.id for _, ref in samples}) == 32
+        assert {uri.partition("_index/")[2].removesuffix(".parquet") for uri in reads} == needed
+    assert peak < 2_000 * 10_000  # bytes
+    assert len(opened[10_000]) <= 3 * 4 * 2  # requests for a footer and a group of rows, four runs over two shards
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """A proxy in front of a real S3 server; AWS_* variables lead to the proxy."""
+    with s3_server(tmp_path) as variables, faulty_proxy(variables["AWS_ENDPOINT_URL"]) as proxy:
+        for name, value in (variables | {"AWS_ENDPOINT_URL": proxy.url}).items():
+            monkeypatch.setenv(name, value)
+        yield proxy
+
+
+def test_an_epoch_survives_every_fault_and_the_log_counts_them(
+    proxy: FaultyProxy, config: RunConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """503, reset, truncated, short and stalled, in 5% of the requests each."""
+    uri = f"s3://{BUCKET}/corpus"
+    write_corpus(uri, 330)
+    scan_here(uri)
+    monkeypatch.setattr(stores, "STALL", 0.5)
+    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(storage, "ATTEMPTS", 12)  # a quarter of all attempts fails, seven in a row in 1 of 16,000
+    storage._s3.cache_clear()
+    kinds, random = ("503", "reset", "truncate", "short", "stall"), Random(7)
+    proxy.requests.clear()
+    proxy.faults = iter(lambda: random.choices((*kinds, "ok"), (*[0.05] * 5, 0.75))[0], None)
+
+    run = replace(config, data=DataConfig(uri, run_length=2), train=replace(config.train, steps=10, global_batch=32))
+    with caplog.at_level(logging.WARNING, logger="vladva.storage"):
+        reader = ChunkReader(run)
+        delivered = [(batch.number // 8, batch.number, batch.ids) for batch in reader.batches(range(80))]
+        proxy.faults = iter(())
+        # Of an answer that has no body, nothing can be cut off.
+        injected = Counter(
+            fault for method, _, fault in proxy.requests if fault != "ok" and (method == "GET" or fault in kinds[:2])
+        )
+    assert set(injected) == set(kinds)
+    assert len(caplog.records) == injected.total() > 30
+    figures = check_chunks(delivered, reader.find, 10).figures()
+    assert (figures["epochs"], figures["delivered"], figures["left_out"]) == (1, 320, 10)
+    assert not any(figures[name] for name in ("duplicated", "missing", "unknown", "wrong_steps"))
