@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vladva.examples import Example
 
 CHUNK, RUN, PROCESSES, SIDE = 32, 8, 2, 336
+DIFFERENT = 64  # photos; making one takes ten times as long as decoding it
 WORDS = [
     "a",
     "the",
@@ -91,14 +92,16 @@ def photo(seed: int) -> bytes:
 
 
 def write_photos(uri: str, count: int, per_shard: int = 125) -> None:
-    """Shards of photos with a short and a long caption each."""
+    """Shards of photos, every one DIFFERENT samples later again, with a short and a long caption each."""
     from vladva.shards import ShardWriter
 
     random = np.random.default_rng(0)
     with ShardWriter(uri, per_shard) as shards, ThreadPoolExecutor(PROCESSES) as pool:
-        for number, picture in enumerate(pool.map(photo, range(count))):
+        photos = list(pool.map(photo, range(min(count, DIFFERENT))))
+        for number in range(count):
             captions = [" ".join(random.choice(WORDS, length)) for length in random.integers((8, 50), (20, 90))]
-            shards.write(f"{number:06d}", {"jpg": picture, "json": json.dumps({"captions": captions}).encode()})
+            members = {"jpg": photos[number % DIFFERENT], "json": json.dumps({"captions": captions}).encode()}
+            shards.write(f"{number:06d}", members)
 
 
 # --- the limit -------------------------------------------------------------------------------------------------------
