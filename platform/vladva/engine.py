@@ -77,8 +77,7 @@ class Engine:
         self.device = torch.device(self.engine.device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.plain = pack_training(self.model, config)
-        """Why the model's plain forward is trained; None where it is the packed one."""
+        pack_training(self.model, config)
 
     @property
     def model(self) -> nn.Module:

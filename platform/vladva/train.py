@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,12 +95,16 @@ def check_data(config: RunConfig) -> None:
     from vladva.chunks import SampleFinder, preprocessor_of
     from vladva.memory import check_memory
     from vladva.shards import scan
+    from vladva.training_forward import why_plain
     from vladva.validate import Validation
 
     preprocessor = preprocessor_of(config)
     width = preprocessor.config.get_text_config().hidden_size
     if max(config.loss.matryoshka, default=0) >= width:
         raise ValueError(f"loss.matryoshka {config.loss.matryoshka}: the model's embeddings have {width} dimensions")
+    backbone = import_module(f"vladva.backbones.{preprocessor.config.model_type}")
+    if reason := why_plain(backbone, preprocessor.config.get_text_config(), config):
+        print(f"training with padding, which takes longer: {reason}")
     for uri in config.data.uris:
         print(scan(uri, preprocessor.count_tokens, max_bad_fraction=config.data.max_bad_fraction))
     found = SampleFinder(config).fingerprint
@@ -261,8 +266,6 @@ def build_engine(config: RunConfig, start: int) -> Engine:
     from vladva.engine import Engine
 
     engine = Engine(build_model(config, start), config)
-    if engine.plain:
-        logger.warning("training with padding: %s", engine.plain)
     if start:
         saved = checkpoint.load(storage.join(config.uri, "checkpoints", f"step-{start}"))
         engine.load_optimizer_state(saved.optimizer, start)
