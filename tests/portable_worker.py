@@ -22,6 +22,8 @@ from vladva.train import backward_of, build_engine, save_checkpoint
 
 HALF, STEPS = 2, 4
 # Groups of processes, one after the other: how many workers, and (run, first step, ZeRO stage) of the halves they make.
+# With AdamW's own, the first steps are the sign of gradients that rounding decides where they are next to nothing.
+EPSILON = 1e-2
 # "there" has its first half from "plain".
 GROUPS = (
     (2, (("back", 0, 1),)),
@@ -45,6 +47,8 @@ def half(rank: int, config: RunConfig, start: int) -> None:
     """Steps `start` to `start + HALF`, from the checkpoint before them to the one after."""
     torch.manual_seed(rank)  # what is not restored differs from run to run
     engine = build_engine(config, start)
+    for group in engine.optimizer.param_groups:
+        group["eps"] = EPSILON
     saved = checkpoint.load(f"{config.uri}/checkpoints/step-{start}") if start else None
     if saved:
         moments = engine.optimizer_state()

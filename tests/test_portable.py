@@ -41,8 +41,7 @@ def test_workers_and_stage_do_not_matter(storage: Path, name: str) -> None:
     for found, expected in zip(end_of(storage, name)[:2], end_of(storage, "plain")[:2], strict=True):
         assert found.keys() == expected.keys()
         for key, value in expected.items():
-            # By norm: where a gradient is nearly 0, Adam's first steps make a whole step of what is rounding.
-            assert (found[key] - value).norm() <= 1e-3 * value.norm(), key
+            assert (found[key] - value).abs().max() <= 1e-4 * value.abs().max(), key
     state, plain = end_of(storage, name)[2], end_of(storage, "plain")[2]
     assert state["log_scale"] == pytest.approx(plain["log_scale"], rel=1e-6)
     assert state["log_scale"] != pytest.approx(-torch.tensor(0.07).log().item(), rel=1e-6)
