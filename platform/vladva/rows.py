@@ -74,8 +74,7 @@ class Rows:
         runs = np.split(chosen, np.flatnonzero(np.diff(chosen) > 1) + 1)
         spans = [(self.bounds[run[0]], self.bounds[run[-1] + 1]) for run in runs]
         places = np.concatenate([np.arange(first, last) for first, last in spans])
-        # By one thread: to wake several for each of these small products takes longer than the products.
-        scores = np.concatenate([np.einsum("nd,d->n", self.matrix_ND[first:last], query_D) for first, last in spans])
+        scores = np.concatenate([self.matrix_ND[first:last] @ query_D for first, last in spans])
         if ids is None:
             return places, scores
         allowed_N = np.zeros(len(self.matrix_ND), bool)
