@@ -76,8 +76,11 @@ def main() -> None:
         if end is not None:
             left = max(0, int((end - datetime.now(timezone.utc)).total_seconds()))
             logger.info("this instance ends at %s, in %d s", end, left)
-            drain(options.address, options.node_id, left)
-            return
+            try:
+                drain(options.address, options.node_id, left)
+                return
+            except subprocess.CalledProcessError as error:  # the head may be busy: again while there is time
+                logger.warning("%s", error)
         time.sleep(SECONDS)
 
 

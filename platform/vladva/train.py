@@ -22,7 +22,7 @@ from vladva.config import RunConfig
 
 if TYPE_CHECKING:
     import ray.data
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+    from ray.train.torch import TorchTrainer
     from torch import Tensor
 
     from vladva.batches import Batch
@@ -147,10 +147,10 @@ def fit(config: RunConfig) -> None:
                     raise ValueError(str(cause)) from error
             if finished_steps(config) == before:
                 raise
-            logger.warning("workers failed %d times; going on from the newest checkpoint", config.cluster.max_failures)
+            logger.warning("%s; there are new checkpoints since, going on from the newest", error)
 
 
-def trainer_of(config: RunConfig) -> DataParallelTrainer:
+def trainer_of(config: RunConfig) -> TorchTrainer:
     """Ray's trainer of a run: workers that it starts again, as many as there are machines for, when one is lost."""
     import ray.train
     from ray.data import ExecutionOptions
