@@ -23,7 +23,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from vladva import storage
+from vladva.pictures import read_cells
+from vladva.sources import PICTURE
 from vladva.storage import ByteRange
+from vladva.tars import BadDataError
 
 if TYPE_CHECKING:
     import ray.data
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
     from vladva.sidecars import CountTokens
 
 KINDS = ("image", "text")
-PICTURE = re.compile(r"\.(jpe?g|png|webp|gif)$", re.IGNORECASE)
 IMAGE_COLUMNS = ("image", "jpg", "png", "img")
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
 ID_COLUMNS = ("id", "key", "__key__")
@@ -182,12 +184,11 @@ def _parquet_items(uri: str, kinds: Sequence[str], file: str, group: int) -> lis
 
 
 def _parquet_picture(uri: str, file: str, number: int) -> bytes:
-    table = _open_parquet(storage.join(uri, file))
-    image, _ = _columns(file, table.schema_arrow.names)
-    for group in range(table.metadata.num_row_groups):
-        if number < table.metadata.row_group(group).num_rows:
-            return _picture_bytes(table.read_row_group(group, [image])[image][number].as_py())
-        number -= table.metadata.row_group(group).num_rows
+    image, _ = _columns(file, _open_parquet(storage.join(uri, file)).schema_arrow.names)
+    for data, _ in read_cells(storage.join(uri, file), image, [number]):
+        if isinstance(data, BadDataError):
+            raise OSError(f"{file}, row {number}: {data.reason} {data.detail}")
+        return data or b""
     raise OSError(f"{file} has no row {number}")
 
 
