@@ -27,23 +27,24 @@ def port() -> int:
         return listener.getsockname()[1]
 
 
-def wait_for(path: Path, demo: subprocess.Popen) -> None:
-    """Return when the file is there."""
+def wait_for_ray_train(run: Path, demo: subprocess.Popen) -> None:
+    """Return when Ray's controller runs: from then on Ctrl-C is Ray's, who would end the demo without a word."""
     end = time.monotonic() + 240
-    while not path.exists():
+    while not list(run.glob("ray/attempt-*")):
         assert demo.poll() is None, demo.communicate()[0]
-        assert time.monotonic() < end, f"no {path}"
+        assert time.monotonic() < end, f"no attempt in {run}"
         time.sleep(0.2)
 
 
 def test_interrupted_it_leaves_nothing_running_and_then_goes_on(tmp_path: Path, port: int) -> None:
     demo = subprocess.Popen(command(tmp_path, port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(tmp_path / "tiny-vladva" / "config.json", demo)
+    wait_for_ray_train(tmp_path / "tiny-vladva", demo)
     started = psutil.Process(demo.pid).children(recursive=True)
     assert any("raylet" in process.name() for process in started)
     demo.send_signal(signal.SIGINT)
     output = demo.communicate(timeout=60)[0]
     assert demo.returncode == 130, output
+    assert output.endswith("interrupted; run the same command again to go on\n")
     assert "Traceback" not in output
     assert not psutil.wait_procs(started, timeout=20)[1]
 

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 IndexType = Literal["exact", "IVF_SQ", "IVF_HNSW_SQ", "IVF_PQ"]
 
-PARTITION_ROWS = 256
+IN_MEMORY = 512 << 20  # bytes of vectors up to which searches hold them in memory
+ROWS_IN_MEMORY, ROWS_ON_DISK = 128, 256  # of a partition: from memory smaller ones cost nothing more, from disk a read
 GRAPH_ROWS = 200_000  # of a partition that is searched by a graph (HNSW)
 VECTORS = "embedding_idx"  # name of the index
 
@@ -23,7 +24,7 @@ def partition(dataset: lance.LanceDataset, index_type: IndexType, workers: int) 
     Every worker leaves a segment with all partitions. They stay apart, because each quantises within the bounds of its
     own vectors, so a search looks into each: there should be few.
     """
-    rows = GRAPH_ROWS if index_type == "IVF_HNSW_SQ" else PARTITION_ROWS
+    rows = GRAPH_ROWS if index_type == "IVF_HNSW_SQ" else ROWS_IN_MEMORY if in_memory(dataset) else ROWS_ON_DISK
     options: dict[str, Any] = {"metric": "cosine", "replace": True, "name": VECTORS}
     if index_type == "IVF_PQ":
         options["num_sub_vectors"] = _sub_vectors(dataset.schema.field("embedding").type.list_size)
@@ -47,6 +48,11 @@ def partition(dataset: lance.LanceDataset, index_type: IndexType, workers: int) 
         # The size, not the number: Lance keeps it and holds to it when it takes in new rows.
         dataset.create_index("embedding", index_type, target_partition_size=rows, **options)
     return num_partitions(dataset)
+
+
+def in_memory(dataset: lance.LanceDataset) -> bool:
+    """Whether the vectors are few enough for searches to hold them in memory."""
+    return 4 * dataset.count_rows() * dataset.schema.field("embedding").type.list_size <= IN_MEMORY
 
 
 def num_partitions(dataset: lance.LanceDataset) -> int:

@@ -21,12 +21,29 @@ BLOCK = 8192  # rows compared with the centroids at once
 
 
 @dataclass(frozen=True)
+class Centroids:
+    """Of the partitions, with what every comparison with them needs."""
+
+    matrix_PD: np.ndarray
+    half_squares_P: np.ndarray
+
+    @classmethod
+    def of(cls, matrix_PD: np.ndarray) -> Centroids:
+        """With half of each centroid's squared length."""
+        return cls(matrix_PD, 0.5 * np.square(matrix_PD).sum(axis=1))
+
+    def nearness(self, vectors_ND: np.ndarray) -> np.ndarray:
+        """[N, P] (of one vector: [P]), greatest where the distance between unit vector and centroid is least."""
+        return vectors_ND @ self.matrix_PD.T - self.half_squares_P
+
+
+@dataclass(frozen=True)
 class Rows:
     """Rows in the order of their partitions: partition p is from `bounds[p]` to `bounds[p + 1]`."""
 
     matrix_ND: np.ndarray  # unit norm
     carried: pa.Table
-    centroids_PD: np.ndarray
+    centroids: Centroids
     bounds: np.ndarray
     ids_N: np.ndarray  # Lance's row ids, ascending
     places_N: np.ndarray  # where in the matrix each of them is
@@ -37,15 +54,16 @@ class Rows:
         rows = dataset.to_table(with_row_id=True)
         matrix_ND = matrix_of(rows)
         matrix_ND = matrix_ND / np.linalg.norm(matrix_ND, axis=1, keepdims=True)
+        centroids = Centroids.of(centroids_PD)
         blocks = (matrix_ND[first : first + BLOCK] for first in range(0, len(matrix_ND), BLOCK))
-        partition_N = np.concatenate([nearness(block, centroids_PD).argmax(axis=1) for block in blocks])
+        partition_N = np.concatenate([centroids.nearness(block).argmax(axis=1) for block in blocks])
         order = np.argsort(partition_N, kind="stable")
         ids_N = rows["_rowid"].to_numpy()[order]
         places_N = np.argsort(ids_N)
         return cls(
             matrix_ND=matrix_ND[order],
             carried=rows.drop_columns(["_rowid", "embedding"]).take(order),
-            centroids_PD=centroids_PD,
+            centroids=centroids,
             bounds=np.searchsorted(partition_N[order], np.arange(len(centroids_PD) + 1)),
             ids_N=ids_N[places_N],
             places_N=places_N,
@@ -61,8 +79,8 @@ class Rows:
             scores = (self.matrix_ND if places is None else self.matrix_ND[places]) @ query_D
         else:
             places, scores = self._probe(query_D, nprobes, ids)
-            if len(places) < k and nprobes < len(self.centroids_PD):
-                return self.nearest(query_D, k, min(2 * nprobes, len(self.centroids_PD)), ids)
+            if len(places) < k and nprobes < len(self.centroids.matrix_PD):
+                return self.nearest(query_D, k, min(2 * nprobes, len(self.centroids.matrix_PD)), ids)
         best = np.argpartition(-scores, k)[:k] if k < len(scores) else np.arange(len(scores))
         best = best[np.argsort(-scores[best], kind="stable")]
         found = self.carried.take(best if places is None else places[best]).to_pylist()
@@ -70,11 +88,15 @@ class Rows:
 
     def _probe(self, query_D: np.ndarray, nprobes: int, ids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Places and scores of the rows in the nearest partitions; neighbours in the matrix are compared at once."""
-        chosen = np.sort(np.argsort(-nearness(query_D, self.centroids_PD))[:nprobes])
-        runs = np.split(chosen, np.flatnonzero(np.diff(chosen) > 1) + 1)
-        spans = [(self.bounds[run[0]], self.bounds[run[-1] + 1]) for run in runs]
-        places = np.concatenate([np.arange(first, last) for first, last in spans])
-        scores = np.concatenate([self.matrix_ND[first:last] @ query_D for first, last in spans])
+        chosen = np.sort(np.argsort(-self.centroids.nearness(query_D))[:nprobes])
+        apart = np.flatnonzero(np.diff(chosen) > 1)
+        firsts = self.bounds[chosen[np.concatenate([[0], apart + 1])]]
+        lasts = self.bounds[chosen[np.concatenate([apart, [len(chosen) - 1]])] + 1]
+        ends = np.cumsum(lasts - firsts)  # of each run of neighbours, among the rows that are compared
+        places = np.arange(ends[-1]) + np.repeat(lasts - ends, lasts - firsts)
+        scores = np.empty(ends[-1], np.float32)
+        for first, last, end in zip(firsts.tolist(), lasts.tolist(), ends.tolist(), strict=True):
+            np.dot(self.matrix_ND[first:last], query_D, out=scores[end - (last - first) : end])
         if ids is None:
             return places, scores
         allowed_N = np.zeros(len(self.matrix_ND), bool)
@@ -83,8 +105,3 @@ class Rows:
 
     def _places(self, ids: np.ndarray) -> np.ndarray:
         return self.places_N[np.searchsorted(self.ids_N, ids)]
-
-
-def nearness(vectors_ND: np.ndarray, centroids_PD: np.ndarray) -> np.ndarray:
-    """[N, P] (of one vector: [P]), greatest where the distance between unit vector and centroid is least."""
-    return vectors_ND @ centroids_PD.T - 0.5 * np.square(centroids_PD).sum(axis=1)

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from vladva.hits import Hit, check_brackets, check_query, hit_of, matrix_of
-from vladva.partitions import VECTORS, IndexType, centroids
+from vladva.partitions import VECTORS, IndexType, centroids, in_memory
 from vladva.recall import Measured, Queries, cheapest, exact_thresholds, measure
 from vladva.rows import Rows
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 EXACT_BELOW = 20_000  # rows of a data set below which every vector is compared
 EXACT_LEFT = 4_000  # rows left by a filter below which every one of them is compared
-IN_MEMORY = 512 << 20  # bytes of vectors up to which they are held in memory
 RECALL_AT, WANTED = 10, 0.98
 NUM_QUERIES = 200  # of each kind
 
@@ -99,7 +98,7 @@ class Searcher:
         kind = self.settings.index_type
         if kind == "exact":
             self.rows = self.rows or Rows.of(self.dataset, np.zeros((1, self.dimension), np.float32))
-        elif kind == "IVF_SQ" and 4 * self.num_rows * self.dimension <= IN_MEMORY:
+        elif kind == "IVF_SQ" and in_memory(self.dataset):
             self.rows = self.rows or Rows.of(self.dataset, centroids(self.dataset))
         else:
             self.dataset.prewarm_index(VECTORS)

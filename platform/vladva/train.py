@@ -8,6 +8,7 @@ checkpoint when the same command is given again, with the same or another number
 from __future__ import annotations
 
 import logging
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -137,6 +138,7 @@ def fit(config: RunConfig) -> None:
     """Run the workers to the end; after a failure on from the newest checkpoint, as long as there are new ones."""
     import ray.train
 
+    before_ray = signal.getsignal(signal.SIGINT)
     while (before := finished_steps(config)) < config.train.steps:
         try:
             trainer_of(config).fit()
@@ -148,6 +150,11 @@ def fit(config: RunConfig) -> None:
             if finished_steps(config) == before:
                 raise
             logger.warning("%s; there are new checkpoints since, going on from the newest", error)
+        except SystemExit as interrupted:  # Ray's handler of Ctrl-C stops the workers, then exits without a word
+            raise KeyboardInterrupt from interrupted
+        finally:
+            if signal.getsignal(signal.SIGINT) is not before_ray:  # else Ray's stays, for a run that has ended
+                signal.signal(signal.SIGINT, before_ray)
 
 
 def trainer_of(config: RunConfig) -> TorchTrainer:

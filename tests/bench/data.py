@@ -11,7 +11,8 @@
   speeds are those from the first quarter of the batches on, so without starting anything, and medians count. Ray's own
   processes run beside all of them.
 - s3: the chunk stream from SeaweedFS, every request 30 ms late, over that from the local disk.
-- memory: the most that one of the tasks' processes and the object store take for 50,000 samples, over that for 2,000.
+- memory: the most that one of the tasks' processes and the object store take for 50,000 samples, over that for 2,000;
+  pictures of 336 x 336, so that 2,000 of them are more than the object store of 512 MiB could hold.
 - index: seconds and memory of a new process from the index of 100 million samples to the first chunk's samples.
 
 The last line is JSON.
@@ -41,6 +42,7 @@ import feeds
 from vladva.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 
 LATENCY = 0.03  # seconds
+STORE = 512 << 20  # bytes of the object store, where memory is measured
 FIRST_CHUNK = """
 import resource, sys, time
 from vladva.chunks import SampleFinder
@@ -169,25 +171,29 @@ class Watch:
 def memory(folder: Path, sizes: tuple[int, int]) -> dict[str, float]:
     """The larger corpus over the smaller one; a new Ray for each."""
     from vladva.shards import ShardWriter
-    from vladva.tiny import TINY
 
-    found = []
+    found, model = [], feeds.build_model(folder / "model of memory")
     for size in sizes:
-        uri = str(folder / f"tiny-{size}")
+        uri = str(folder / f"pictures-{size}")
         pictures = [feeds.photo(seed) for seed in range(4)]
         small = [shrunk(picture) for picture in pictures]
         with ShardWriter(uri, 500) as shards:
             for number in range(size):
                 meta = {"captions": [f"a picture with the number {number}", "a long caption " * 16]}
                 shards.write(f"{number:06d}", {"jpg": small[number % 4], "json": json.dumps(meta).encode()})
-        start_ray()
-        scanned(uri, str(TINY))
-        config = config_of(uri, str(TINY), size, chunk=64)
+        start_ray(object_store_memory=STORE)
+        scanned(uri, model)
+        config = config_of(uri, model, size)
         with Watch() as watch:
             delivered = sum(feeds.vladva_stream(config))
         found.append(watch)
         print(f"{delivered} samples: {watch.rss >> 20} MiB in a process, {watch.store >> 20} MiB in the object store")
-    return {"rss_growth": found[1].rss / found[0].rss, "store_growth": found[1].store / found[0].store}
+    return {
+        "rss_growth": found[1].rss / found[0].rss,
+        "store_growth": found[1].store / found[0].store,
+        "rss_mib": found[1].rss / 2**20,
+        "store_mib": found[1].store / 2**20,
+    }
 
 
 def shrunk(picture: bytes) -> bytes:
@@ -217,13 +223,20 @@ def large_index(folder: Path, shards: int) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------------------- main
 
 
-def start_ray() -> None:
+def start_ray(object_store_memory: int | None = None) -> None:
     """A new Ray with as many CPUs as the peers have processes."""
     import ray
 
     ray.shutdown()
     os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
-    ray.init("local", num_cpus=feeds.PROCESSES, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init(
+        "local",
+        num_cpus=feeds.PROCESSES,
+        object_store_memory=object_store_memory,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
 
 
 def main() -> None:
