@@ -24,7 +24,9 @@ def partition(dataset: lance.LanceDataset, index_type: IndexType, workers: int) 
     Every worker leaves a segment with all partitions. They stay apart, because each quantises within the bounds of its
     own vectors, so a search looks into each: there should be few.
     """
-    rows = GRAPH_ROWS if index_type == "IVF_HNSW_SQ" else ROWS_IN_MEMORY if in_memory(dataset) else ROWS_ON_DISK
+    rows = GRAPH_ROWS if index_type == "IVF_HNSW_SQ" else ROWS_ON_DISK
+    if index_type == "IVF_SQ" and workers == 1 and in_memory(dataset):
+        rows = ROWS_IN_MEMORY
     options: dict[str, Any] = {"metric": "cosine", "replace": True, "name": VECTORS}
     if index_type == "IVF_PQ":
         options["num_sub_vectors"] = _sub_vectors(dataset.schema.field("embedding").type.list_size)
