@@ -112,7 +112,7 @@ class Stage:
         if kill:
             while steps_of(uri) < at:
                 if driver.poll() is not None:
-                    raise RuntimeError(f"{uri} ended before step {at}")
+                    raise RuntimeError(f"{uri} ended before step {at}:\n{self.driver_log.read_text()[-3000:]}")
                 time.sleep(0.05)
             self.kill(kill, driver)
         if kill == "driver":
@@ -234,8 +234,9 @@ def main() -> None:
             "wrong_batches": max(len(report.wrong_steps) for report in found),
             "max_weight_diff": max(weight_diff(uri, steady) for uri in runs),
             "max_loss_diff": loss_diff(resized, steady),
-            "s3": measure_s3(out, steady, chance.randrange(1, STEPS - 1)),
         }
+        print(json.dumps(result), flush=True)
+        result["s3"] = measure_s3(out, steady, chance.randrange(1, STEPS - 1))
     print(json.dumps(result))
 
 
