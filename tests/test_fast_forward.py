@@ -19,7 +19,7 @@ from vladva.config import ModelConfig
 from vladva.embedder import EmbeddingModel, add_adapter, as_tensors
 from vladva.fast_forward import FastForward, Layer, embedding_forward
 from vladva.fast_tower import FastTower
-from vladva.packing import groups, pack
+from vladva.packing import full, groups, pack
 from vladva.products import in_threads, product
 from vladva.scenes import captions, render, scenes
 
@@ -187,6 +187,24 @@ def test_nothing_is_shared_from_the_picture_on() -> None:
     assert packed.feature.tolist() == [0, 1, 2, 3]
     second = pack(ids, lengths, np.array([1]), IMAGE_TOKEN)
     assert second.feature.tolist() == [2, 3]
+
+
+def test_few_sizes_are_met_and_what_fills_them_up_is_of_no_prompt() -> None:
+    sizes = {full(tokens) for tokens in range(1, 1025)}
+    octaves = [
+        range(1, 17),
+        *(range(first + first // 8, 2 * first + 1, first // 8) for first in (16, 32, 64, 128, 256, 512)),
+    ]
+    assert sorted(sizes) == [size for octave in octaves for size in octave]
+    assert all(tokens <= full(tokens) <= 1.125 * tokens for tokens in range(1, 1025))
+    rows = [list(range(10 * i + 10, 10 * i + 27)) for i in range(5)]  # 17 tokens each, all different
+    ids, lengths = prompts_of(*rows)
+    packed = pack(ids, lengths, np.arange(5), IMAGE_TOKEN)
+    assert packed.own == 85
+    assert len(packed.ids) == len(packed.place) == len(packed.is_image) == 88
+    assert packed.index.shape == (5, 18)
+    assert packed.index.max() == 84
+    assert packed.index.flatten()[packed.place[:85]].tolist() == list(range(85))
 
 
 def test_groups_hold_like_lengths_and_everything_once() -> None:

@@ -97,7 +97,7 @@ class FastForward:
         if features_KD is not None:
             hidden_ND[packed.is_image] = features_KD[packed.feature].to(hidden_ND.dtype)
         if "position_ids" in inputs:  # [3, B, T]: where the pictures are, they differ
-            turn = Turn.by(*self.language.rotary_emb(hidden_ND, inputs["position_ids"][:, packed.prompts, :tokens]))
+            turn = Turn.by(*self.language.rotary_emb(hidden_ND, packed.positions(inputs["position_ids"])))
         else:
             turn = SharedTurn.by(
                 *self.language.rotary_emb(hidden_ND, torch.arange(tokens, device=hidden_ND.device)[None])

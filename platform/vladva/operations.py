@@ -286,6 +286,7 @@ class _Padded(Function):
     def backward(ctx: FunctionCtx, grad_BTC: Tensor) -> tuple[Tensor | None, ...]:
         grad, shared = grad_BTC.flatten(0, 1), ctx.shared
         grad_NC = grad.index_select(0, ctx.packed.place)
+        grad_NC[ctx.packed.own :] = 0  # nothing looks at what fills the group up
         if len(shared.tokens):  # their sums, in float32
             sums = grad.new_zeros(len(shared.tokens), grad.shape[1], dtype=torch.float32)
             sums.index_add_(0, shared.numbers, grad.index_select(0, shared.places).float())

@@ -1,9 +1,10 @@
 """Packing: a padded batch of prompts -> groups of like length, in which every token is there once and none is padding.
 
 A token is the same as another if it and all before it are. Prompts are sorted, and each takes what it begins with from
-the prompt before it, up to its first picture.
+the prompt before it, up to its first picture. A few tokens that nothing looks at fill a group, and its prompts, up to
+one of few sizes: a CPU's products are compiled, and kept, for every size that they meet (2 ms, as long as many run).
 
-B prompts, T tokens of the longest, N different tokens.
+B prompts, T tokens of the longest (and a few more), N different tokens.
 """
 
 from __future__ import annotations
@@ -17,19 +18,26 @@ import torch
 
 @dataclass(frozen=True)
 class Packed:
-    """A group of prompts as N tokens, each of them once."""
+    """A group of prompts as N tokens, each of them once; the last ones may be there for the size alone."""
 
     prompts: torch.Tensor  # [B] their rows in the batch
     ids: torch.Tensor  # [N]
     index: torch.Tensor  # [B, T] the place of each token among the N; of padding, any
-    place: torch.Tensor  # [N] the place of each token among the B * T
+    place: torch.Tensor  # [N] the place of each token among the B * T; 0 for those of no prompt
+    own: int  # tokens of prompts among the N
     lengths: torch.Tensor  # [B]
     is_image: torch.Tensor  # bool [N]
     feature: torch.Tensor  # the image features, by number, of those
 
     def to(self, device: torch.device) -> Packed:
         """The same on a device."""
-        return Packed(**{name: value.to(device) for name, value in vars(self).items()})
+        tensors = {name: value.to(device) for name, value in vars(self).items() if name != "own"}
+        return Packed(**tensors, own=self.own)
+
+    def positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """Those of the group's prompts [3, B, T], of positions [3, rows, tokens] of the batch."""
+        steps = torch.arange(self.index.shape[1], device=positions.device).clamp_(max=positions.shape[2] - 1)
+        return positions[:, self.prompts[:, None], steps]
 
 
 def groups(lengths: np.ndarray, limit: int, threads: int = 1) -> Iterator[np.ndarray]:
@@ -50,25 +58,33 @@ def groups(lengths: np.ndarray, limit: int, threads: int = 1) -> Iterator[np.nda
 
 def pack(ids_BT: np.ndarray, lengths: np.ndarray, rows: np.ndarray, image_token: int) -> Packed:
     """Pack some rows of a batch; a prompt takes the tokens that it begins with from the prompt before it, if it can."""
-    is_image_BT = ids_BT == image_token
-    number_BT = is_image_BT.ravel().cumsum().reshape(ids_BT.shape) - 1  # of the image feature
     longest = int(lengths[rows].max())
     rows = rows[np.lexsort(ids_BT[rows, :longest].T[::-1])]
-    ids, is_image, lengths = ids_BT[rows, :longest], is_image_BT[rows, :longest], lengths[rows]
-    inside = np.arange(longest) < lengths[:, None]
+    ids = np.pad(ids_BT[rows, :longest], ((0, 0), (0, full(longest) - longest)))
+    is_image, lengths = ids == image_token, lengths[rows]
+    inside = np.arange(full(longest)) < lengths[:, None]
     same = (ids[1:] == ids[:-1]) & ~is_image[1:] & inside[1:] & inside[:-1]
     shared = np.zeros_like(inside)
     shared[1:] = np.logical_and.accumulate(same, axis=1)
     own = inside & ~shared
     index = own.ravel().cumsum().reshape(own.shape) - 1
     index = np.maximum.accumulate(np.where(own, index, 0), axis=0)  # the nearest prompt before it that has it itself
-    arrays = (
-        rows,
-        ids[own],
-        index,
-        np.flatnonzero(own),
-        lengths,
-        is_image[own],
-        number_BT[rows, :longest][own & is_image],
-    )
-    return Packed(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+    number_BT = (ids_BT == image_token).ravel().cumsum().reshape(ids_BT.shape) - 1  # of the image feature
+    filling = (0, full(int(own.sum())) - int(own.sum()))
+    arrays = {
+        "prompts": rows,
+        "ids": np.pad(ids[own], filling),
+        "index": index,
+        "place": np.pad(np.flatnonzero(own), filling),
+        "lengths": lengths,
+        "is_image": np.pad(is_image[own], filling),
+        "feature": number_BT[rows, :longest][(own & is_image)[:, :longest]],
+    }
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    return Packed(**tensors, own=int(own.sum()))
+
+
+def full(tokens: int) -> int:
+    """The least size that is not below: there are eight between a power of two and the next."""
+    step = 2 ** max(0, tokens.bit_length() - 4)
+    return -(-tokens // step) * step

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vladva.fast_tower import with_fast_tower
 from vladva.operations import Shared, Turn, attend, embedded, gated, norm, padded, products
-from vladva.packing import Packed, groups, pack
+from vladva.packing import Packed, full, groups, pack
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -64,12 +64,13 @@ class Group:
     @classmethod
     def of(cls, ids_BT: np.ndarray, prompts_B: np.ndarray, packed: Packed, device: torch.device) -> Group:
         """The group of packed prompts, on the device."""
-        rows, index = packed.prompts.numpy(), packed.index.numpy()
-        ends, steps = prompts_B[rows] - 1, np.arange(index.shape[1])
+        rows, longest = packed.prompts.numpy(), int(packed.lengths.max())
+        index, ends, steps = packed.index.numpy()[:, :longest], prompts_B[rows] - 1, np.arange(longest)
         predicts = (steps >= ends[:, None]) & (steps < packed.lengths.numpy()[:, None] - 1)
         needed = np.concatenate([index[np.arange(len(rows)), ends], index[predicts]])
         wanted, order = np.unique(needed, return_inverse=True)
-        targets = ids_BT[rows, : index.shape[1]][:, 1:][predicts[:, :-1]]
+        wanted = np.pad(wanted, (0, full(len(wanted)) - len(wanted)))
+        targets = ids_BT[rows, 1:longest][predicts[:, :-1]]
         arrays = ends, wanted, order[: len(rows)], order[len(rows) :], targets
         shared = Shared(**{name: places.to(device) for name, places in vars(Shared.of(packed)).items()})
         return cls(packed.to(device), shared, *(torch.from_numpy(array).to(device) for array in arrays))
@@ -134,7 +135,7 @@ class TrainingForward:
         hidden = embedded(self.language.embed_tokens, packed.ids, packed.is_image, features)
         positions = torch.arange(tokens, device=hidden.device)[None]
         if "position_ids" in inputs:  # [3, B, T]
-            positions = inputs["position_ids"][:, packed.prompts, :tokens]
+            positions = packed.positions(inputs["position_ids"])
         turn = Turn.by(*self.language.rotary_emb(hidden, positions))
         mask_TT = None
         if not hidden.is_cuda and tokens <= SHORT:

@@ -184,7 +184,7 @@ def useful_flop(engine: Engine, batches: list[Batch]) -> float:
         for side in (batch.image, batch.text):
             packed = pack(side.ids, side.lengths, np.arange(len(side.ids)), base.config.image_token_id)
             labelled = int((side.lengths - side.prompt_lengths).sum())
-            flop += len(packed.ids) * (by_token(language) - by_token(last) + of_all)
+            flop += packed.own * (by_token(language) - by_token(last) + of_all)
             flop += (len(side.ids) + labelled) * (by_token(last) - of_all)
             flop += 4 * labelled * base.lm_head.weight.numel()
             attention = int((side.lengths**2).sum()) * language.config.hidden_size  # causal: half of all pairs

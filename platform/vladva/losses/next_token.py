@@ -6,7 +6,9 @@ Letters: B samples, T tokens, N positions with a label, R positions of one chunk
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
+
+from vladva.packing import full
 
 IGNORED = -100
 
@@ -82,11 +84,14 @@ class _CrossEntropySum(torch.autograd.Function):
         chunk_size: int,
     ) -> Tensor:
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)  # softmax and sums of bfloat16, too, in float32
-        grad_hidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if ctx.needs_input_grad[1] else None
         grad_rows_SD = torch.zeros_like(rows_SD, dtype=exact) if ctx.needs_input_grad[4] else None
         own_SD = None if rows_SD is None else rows_SD.to(hidden_ND.dtype)
         total = torch.zeros((), dtype=exact, device=hidden_ND.device)
+        # Up to one of few sizes, for which a CPU compiles its products. Rows of zeros add nothing to a gradient.
+        count, filling = len(hidden_ND), full(len(hidden_ND)) - len(hidden_ND)
+        hidden_ND, targets_N = pad(hidden_ND, (0, 0, 0, filling)), pad(targets_N, (0, filling))
+        grad_hidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden_ND), chunk_size):
             part = slice(start, start + chunk_size)
             target_R1 = targets_N[part, None]
@@ -94,7 +99,7 @@ class _CrossEntropySum(torch.autograd.Function):
             if own_SD is not None:
                 logits_RV[:, rows_S] = (hidden_ND[part] @ own_SD.T).to(exact)
             log_shares_RV = logits_RV.log_softmax(1)
-            total -= log_shares_RV.gather(1, target_R1).sum()
+            total -= log_shares_RV.gather(1, target_R1)[: max(0, count - start)].sum()
             if not any(ctx.needs_input_grad):
                 continue
             grad_RV = log_shares_RV.exp_().scatter_add_(1, target_R1, torch.full_like(target_R1, -1, dtype=exact))
@@ -110,7 +115,7 @@ class _CrossEntropySum(torch.autograd.Function):
                 grad_weight_VD += grad_RV.T @ hidden_ND[part]
             if grad_rows_SD is not None:
                 grad_rows_SD += grad_RS.T @ hidden_ND[part]
-        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_rows_SD)
+        ctx.save_for_backward(None if grad_hidden_ND is None else grad_hidden_ND[:count], grad_weight_VD, grad_rows_SD)
         ctx.dtypes = weight_VD.dtype, None if rows_SD is None else rows_SD.dtype
         return total
 
