@@ -197,6 +197,20 @@ def test_every_fault_is_retried_and_logged(
     assert all(uri in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.parametrize("fault", ["503", "reset", "truncate"])
+def test_the_filesystem_of_other_libraries_survives_faults(fault: str, proxy: FaultyProxy) -> None:
+    filesystem, path = storage.open_storage(f"s3://{BUCKET}/library-{fault}")
+    content = noise(200_000)
+    for place in range(5):  # in the order of requests
+        proxy.faults = iter(["ok"] * place + [fault])
+        filesystem.create_dir(path)  # as Ray Train begins
+        with filesystem.open_output_stream(f"{path}/file") as out:
+            out.write(content)
+        with filesystem.open_input_file(f"{path}/file") as file:
+            assert file.read() == content
+        assert next(proxy.faults, None) is None
+
+
 def test_a_stream_survives_faults_in_the_middle(proxy: FaultyProxy) -> None:
     uri, data = f"s3://{BUCKET}/stream.bin", noise(100_000)
     storage.write_bytes_atomically(uri, data)

@@ -59,7 +59,7 @@ class FileInfo(NamedTuple):
 
 
 def open_storage(uri: str) -> tuple[fs.FileSystem, str]:
-    """pyarrow's filesystem that holds `uri`, and the path in it, for libraries that read and write by themselves."""
+    """The filesystem, as pyarrow takes it, that holds `uri`, and the path in it, for other libraries."""
     store, path = _store(uri)
     return store.filesystem(), path
 

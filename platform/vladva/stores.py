@@ -1,8 +1,8 @@
 """The two kinds of storage, local disk and S3: one attempt each, complete or an error (`storage.py` tries again).
 
 S3 is spoken to by botocore and not by pyarrow, which fills the end of a body that came too short with whatever was in
-memory (seen in 26.0), so that no test of the length can find it. `filesystem` still gives pyarrow's, for libraries that
-read and write by themselves.
+memory (seen in 26.0), so that no test of the length can find it. Libraries that read and write by themselves get s3fs
+for a filesystem: it asks again after a body or an answer that was cut off, which pyarrow's own client does not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pyarrow import fs
 
 STALL = 10.0  # seconds without a byte after which a request is given up
 CONNECTIONS = 64  # kept open per process
-SDK_ATTEMPTS = 7  # of pyarrow's own S3 client
+SDK_ATTEMPTS = 7  # of s3fs
 
 
 class PassingFaultError(OSError):
@@ -31,7 +31,7 @@ class Store(Protocol):
     """What both kinds can do. `path` is without scheme: `/folder/file` or `bucket/key`."""
 
     def filesystem(self) -> fs.FileSystem:
-        """pyarrow's filesystem for the same paths."""
+        """A filesystem as pyarrow takes it, for the same paths."""
         ...
 
     def exists(self, path: str) -> bool:
@@ -134,11 +134,16 @@ class S3:
         )
 
     def filesystem(self) -> fs.FileSystem:
-        return fs.S3FileSystem(
-            endpoint_override=self.endpoint,
-            request_timeout=STALL,
-            connect_timeout=STALL,
-            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=SDK_ATTEMPTS),
+        import s3fs
+
+        timeouts = {"read_timeout": STALL, "connect_timeout": STALL}
+        retries = {"mode": "standard", "total_max_attempts": SDK_ATTEMPTS}
+        path_style = {"s3": {"addressing_style": "path"}} if self.endpoint else {}
+        config = timeouts | {"retries": retries} | path_style
+        return fs.PyFileSystem(
+            fs.FSSpecHandler(
+                s3fs.S3FileSystem(endpoint_url=self.endpoint, config_kwargs=config, use_listings_cache=False)
+            )
         )
 
     def exists(self, path: str) -> bool:
