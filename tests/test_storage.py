@@ -197,6 +197,25 @@ def test_every_fault_is_retried_and_logged(
     assert all(uri in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.parametrize(("fault", "retries"), [("truncate", 1), ("stall", 3)])  # half an error says its status
+def test_faults_in_answers_that_are_no_objects_are_retried(
+    fault: str, retries: int, proxy: FaultyProxy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "STALL", 1.0)
+    storage._s3.cache_clear()
+    folder = f"s3://{BUCKET}/answers-{fault}"
+    storage.write_bytes_atomically(f"{folder}/file", b"")
+    with caplog.at_level(logging.WARNING, logger="vladva.storage"):
+        proxy.faults = iter([fault])
+        assert storage.list_files(folder) == [f"{folder}/file"]
+        proxy.faults = iter([fault])
+        with pytest.raises(FileNotFoundError):
+            storage.read_bytes(f"{folder}/nothing")
+        proxy.faults = iter([fault])
+        assert storage.read_bytes(f"{folder}/file") == b""  # the server says 416
+    assert len(caplog.records) == retries
+
+
 @pytest.mark.parametrize("fault", ["503", "reset", "truncate"])
 def test_the_filesystem_of_other_libraries_survives_faults(fault: str, proxy: FaultyProxy) -> None:
     filesystem, path = storage.open_storage(f"s3://{BUCKET}/library-{fault}")

@@ -223,11 +223,14 @@ def _ends_early(path: str, offset: int, length: int, size: int) -> EOFError:
 @contextmanager
 def _faults(path: str) -> Iterator[None]:
     """Give botocore's errors the names that Python has for them."""
-    from botocore import exceptions
+    import urllib3
+    from botocore import exceptions, parsers
 
+    # botocore lets through what happens to the body of an answer that is no object: a list, or an error.
+    passing = exceptions.HTTPClientError, exceptions.IncompleteReadError, urllib3.exceptions.HTTPError
     try:
         yield
-    except (exceptions.HTTPClientError, exceptions.IncompleteReadError) as error:
+    except (*passing, parsers.ResponseParserError) as error:
         raise PassingFaultError(str(error)) from None
     except exceptions.ClientError as error:
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
