@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import cross_entropy, pad
 
-from vladva.packing import full
-
 IGNORED = -100
+MULTIPLE = 32  # of rows: a CPU compiles its products for every number of them
 
 
 def next_token(
@@ -88,8 +87,7 @@ class _CrossEntropySum(torch.autograd.Function):
         grad_rows_SD = torch.zeros_like(rows_SD, dtype=exact) if ctx.needs_input_grad[4] else None
         own_SD = None if rows_SD is None else rows_SD.to(hidden_ND.dtype)
         total = torch.zeros((), dtype=exact, device=hidden_ND.device)
-        # Up to one of few sizes, for which a CPU compiles its products. Rows of zeros add nothing to a gradient.
-        count, filling = len(hidden_ND), full(len(hidden_ND)) - len(hidden_ND)
+        count, filling = len(hidden_ND), -len(hidden_ND) % MULTIPLE  # rows of zeros add nothing to a gradient
         hidden_ND, targets_N = pad(hidden_ND, (0, 0, 0, filling)), pad(targets_N, (0, filling))
         grad_hidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden_ND), chunk_size):
