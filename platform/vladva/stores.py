@@ -2,7 +2,7 @@
 
 S3 is spoken to by botocore and not by pyarrow, which fills the end of a body that came too short with whatever was in
 memory (seen in 26.0), so that no test of the length can find it. Libraries that read and write by themselves get s3fs
-for a filesystem: it asks again after a body or an answer that was cut off, which pyarrow's own client does not.
+for a filesystem: pyarrow's own forgets how often it is to try when it is sent to another process, as Ray Train does.
 """
 
 from __future__ import annotations
