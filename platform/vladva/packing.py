@@ -60,9 +60,10 @@ def pack(ids_BT: np.ndarray, lengths: np.ndarray, rows: np.ndarray, image_token:
     """Pack some rows of a batch; a prompt takes the tokens that it begins with from the prompt before it, if it can."""
     longest = int(lengths[rows].max())
     rows = rows[np.lexsort(ids_BT[rows, :longest].T[::-1])]
-    ids = np.pad(ids_BT[rows, :longest], ((0, 0), (0, full(longest) - longest)))
+    width = full(longest)
+    ids = np.pad(ids_BT[rows, :longest], ((0, 0), (0, width - longest)))
     is_image, lengths = ids == image_token, lengths[rows]
-    inside = np.arange(full(longest)) < lengths[:, None]
+    inside = np.arange(width) < lengths[:, None]
     same = (ids[1:] == ids[:-1]) & ~is_image[1:] & inside[1:] & inside[:-1]
     shared = np.zeros_like(inside)
     shared[1:] = np.logical_and.accumulate(same, axis=1)
@@ -70,7 +71,8 @@ def pack(ids_BT: np.ndarray, lengths: np.ndarray, rows: np.ndarray, image_token:
     index = own.ravel().cumsum().reshape(own.shape) - 1
     index = np.maximum.accumulate(np.where(own, index, 0), axis=0)  # the nearest prompt before it that has it itself
     number_BT = (ids_BT == image_token).ravel().cumsum().reshape(ids_BT.shape) - 1  # of the image feature
-    filling = (0, full(int(own.sum())) - int(own.sum()))
+    count = int(own.sum())
+    filling = (0, full(count) - count)
     arrays = {
         "prompts": rows,
         "ids": np.pad(ids[own], filling),
@@ -81,7 +83,7 @@ def pack(ids_BT: np.ndarray, lengths: np.ndarray, rows: np.ndarray, image_token:
         "feature": number_BT[rows, :longest][(own & is_image)[:, :longest]],
     }
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-    return Packed(**tensors, own=int(own.sum()))
+    return Packed(**tensors, own=count)
 
 
 def full(tokens: int) -> int:
