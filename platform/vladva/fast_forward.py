@@ -29,7 +29,7 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from vladva.fast_tower import with_fast_tower
 from vladva.packing import Packed, groups, pack
-from vladva.products import CPU_TOKENS, Product, gated, in_threads, keep_freed_memory, normed, product
+from vladva.products import CPU_TOKENS, Product, added, gated, in_threads, keep_freed_memory, normed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,6 +62,7 @@ class FastForward:
         self.vision = with_fast_tower(model.base.model)
         if model.log_scale.device.type == "cpu":
             keep_freed_memory()
+        self.heads_of_kv = self.language.config.num_attention_heads // self.language.config.num_key_value_heads
         *layers, last = self.language.layers[: model.layer]
         self.layers = [Layer(layer) for layer in layers]
         self.last = LastLayer(last)
@@ -102,11 +103,11 @@ class FastForward:
             turn = SharedTurn.by(
                 *self.language.rotary_emb(hidden_ND, torch.arange(tokens, device=hidden_ND.device)[None])
             )
-        mask_TT = None
+        mask = None
         if not hidden_ND.is_cuda and tokens <= SHORT:
-            mask_TT = torch.full((tokens, tokens), -torch.inf, dtype=hidden_ND.dtype).triu_(1)
+            mask = torch.full((tokens, tokens), -torch.inf, dtype=hidden_ND.dtype).triu_(1).repeat(self.heads_of_kv, 1)
         for layer in self.layers:
-            hidden_ND = layer(hidden_ND, packed, turn, mask_TT)
+            hidden_ND = layer(hidden_ND, packed, turn, mask)
         hidden_BD = self.last(hidden_ND, packed, turn)
         return normalize(self.language.norm(hidden_BD).float(), dim=-1)
 
@@ -174,7 +175,7 @@ class Layer:
         self.width = attention.head_dim
         self.kv_heads = attention.k_proj.out_features // self.width
         self.project = self.projections(layer.input_layernorm, attention)
-        self.output, self.down = product(attention.o_proj), product(mlp.down_proj)
+        self.output, self.down = added(attention.o_proj), added(mlp.down_proj)
         self.gated = gated(layer.post_attention_layernorm, mlp)
 
     def projections(self, norm: nn.Module, attention: nn.Module) -> Product:
@@ -188,7 +189,7 @@ class Layer:
         turned_TBHd, value_BTKd = self.heads(hidden_ND, packed, turn)
         query_TBHd, key_TBKd = turned_TBHd.tensor_split([-self.kv_heads], dim=2)
         attended_BTD = attend(query_TBHd, key_TBKd, value_BTKd, mask)
-        return self.mlp(self.output(attended_BTD.flatten(0, 1).index_select(0, packed.place)).add_(hidden_ND))
+        return self.mlp(self.output(attended_BTD.flatten(0, 1).index_select(0, packed.place), hidden_ND))
 
     def heads(
         self, hidden_ND: torch.Tensor, packed: Packed, turn: Turn | SharedTurn
@@ -202,7 +203,7 @@ class Layer:
 
     def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states after the MLP."""
-        return self.down(self.gated(hidden)).add_(hidden)
+        return self.down(self.gated(hidden), hidden)
 
 
 class LastLayer(Layer):
@@ -227,11 +228,14 @@ class LastLayer(Layer):
             attn_mask=inside_BT[:, None, None],
             enable_gqa=True,
         )
-        return self.mlp(self.output(attended_BH1d.flatten(1)).add_(hidden_BD))
+        return self.mlp(self.output(attended_BH1d.flatten(1), hidden_BD))
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Causal attention [B, T, H * d] of query [T, B, H, d], key [T, B, K, d] and value [B, T, K, d]."""
+    """Causal attention [B, T, H * d] of query [T, B, H, d], key [T, B, K, d] and value [B, T, K, d].
+
+    By a fused kernel, or, with a mask [H / K * T, T] (0, -inf after the diagonal), as products and softmax.
+    """
     (tokens, rows, heads, width), kv_heads = query.shape, key.shape[2]
     if mask is None:
         query, key = query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3)
@@ -243,6 +247,6 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: to
     group = heads // kv_heads
     query = query.view(tokens, rows, kv_heads, group, width).permute(1, 2, 3, 0, 4).reshape(-1, group * tokens, width)
     key, value = key.permute(1, 2, 0, 3).reshape(-1, tokens, width), value.transpose(1, 2).reshape(-1, tokens, width)
-    scores = torch.baddbmm(mask.repeat(group, 1), query, key.transpose(1, 2), alpha=width**-0.5)
+    scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=width**-0.5)
     attended = torch.bmm(scores.softmax(-1, dtype=torch.float32).to(value.dtype), value)
     return attended.view(rows, kv_heads, group, tokens, width).permute(0, 3, 1, 2, 4).reshape(rows, tokens, -1)

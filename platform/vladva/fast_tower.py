@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vladva.products import CPU_TOKENS, activated, in_threads, product
+from vladva.products import CPU_TOKENS, activated, added, in_threads, product
 
 
 def with_fast_tower(model: nn.Module) -> nn.Module:
@@ -62,12 +62,12 @@ class TowerLayer:
         attention, mlp = layer.self_attn, layer.mlp
         self.before, self.after, self.heads = layer.layer_norm1, layer.layer_norm2, attention.num_heads
         self.project = product(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.output = product(attention.out_proj)
+        self.output = added(attention.out_proj)
         self.mlp = activated(mlp.fc1, mlp.fc2, mlp.config.hidden_act, mlp.activation_fn)
 
     def __call__(self, hidden_RSD: torch.Tensor) -> torch.Tensor:
         """Hidden states [R, S, D] after the layer."""
         heads = self.project(self.before(hidden_RSD)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended_RSD = scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-        hidden_RSD = self.output(attended_RSD).add_(hidden_RSD)
-        return self.mlp(self.after(hidden_RSD)).add_(hidden_RSD)
+        hidden_RSD = self.output(attended_RSD, hidden_RSD)
+        return self.mlp(self.after(hidden_RSD), hidden_RSD)

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-CPU_TOKENS = 512  # in a group: few, so that activations stay in the cache of a core
+CPU_TOKENS = 1024  # in a group: so few that activations stay in the cache, so many that weights are seldom read again
 QUICK_GELU = 1.702  # x * sigmoid(1.702 x)
 FREED_BYTES = 1 << 30  # that a process on a CPU keeps: it asks for the same again at once
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD = -1, -3, 32 << 20  # of glibc's malloc.h
 
 Product = Callable[[torch.Tensor], torch.Tensor]
+Addition = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def product(*linears: nn.Module) -> Product:
@@ -44,6 +45,14 @@ def normed(norm: nn.Module, *linears: nn.Module) -> Product:
         return lambda x: after(unit(x, epsilon))
     after = product(*linears)
     return lambda x: after(norm(x))
+
+
+def added(linear: nn.Module) -> Addition:
+    """x [N, D], residual -> linear(x) + residual."""
+    if packable(linear):
+        weight, bias = reordered(linear.weight), bias_of(linear)
+        return lambda x, residual: torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+    return lambda x, residual: linear(x).add_(residual)
 
 
 def gated(norm: nn.Module, mlp: nn.Module) -> Product:
@@ -66,15 +75,15 @@ def gated(norm: nn.Module, mlp: nn.Module) -> Product:
     return fused
 
 
-def activated(first: nn.Module, second: nn.Module, name: str, activation: nn.Module) -> Product:
-    """x [N, D] -> second(activation(first(x)))."""
+def activated(first: nn.Module, second: nn.Module, name: str, activation: nn.Module) -> Addition:
+    """x [N, D], residual -> second(activation(first(x))) + residual."""
     if not packable(first, second) or name != "quick_gelu":
-        first, second = product(first), product(second)
-        return lambda x: second(activation(first(x)))
+        first, second = product(first), added(second)
+        return lambda x, residual: second(activation(first(x)), residual)
     # oneDNN has no such activation, but swish(a x) / a, with a in the weights before it and 1 / a in those after it.
     before = packed((first.weight.float() * QUICK_GELU).bfloat16(), bias_of(first, scale=QUICK_GELU), "swish")
-    after = packed((second.weight.float() / QUICK_GELU).bfloat16(), bias_of(second))
-    return lambda x: after(before(x))
+    after, bias = reordered((second.weight.float() / QUICK_GELU).bfloat16()), bias_of(second)
+    return lambda x, residual: torch.ops.mkldnn._linear_pointwise.binary(before(x), residual, after, bias, "add")
 
 
 def unit(x: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -12,7 +12,8 @@
   processes run beside all of them.
 - s3: the chunk stream from SeaweedFS, every request 30 ms late, over that from the local disk.
 - memory: the most that one of the tasks' processes and the object store take for 50,000 samples, over that for 2,000;
-  pictures of 336 x 336, so that 2,000 of them are more than the object store of 512 MiB could hold.
+  pictures of 336 x 336, so that 2,000 of them are more than the object store of 512 MiB could hold, and taken more
+  slowly than they come, as training does: all that may be in flight is then in flight, in both.
 - index: seconds and memory of a new process from the index of 100 million samples to the first chunk's samples.
 
 The last line is JSON.
@@ -43,6 +44,7 @@ from vladva.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 
 LATENCY = 0.03  # seconds
 STORE = 512 << 20  # bytes of the object store, where memory is measured
+PAUSE = 0.2  # seconds after every chunk, there
 FIRST_CHUNK = """
 import resource, sys, time
 from vladva.chunks import SampleFinder
@@ -185,7 +187,10 @@ def memory(folder: Path, sizes: tuple[int, int]) -> dict[str, float]:
         scanned(uri, model)
         config = config_of(uri, model, size)
         with Watch() as watch:
-            delivered = sum(feeds.vladva_stream(config))
+            delivered = 0
+            for count in feeds.vladva_stream(config):
+                delivered += count
+                time.sleep(PAUSE)
         found.append(watch)
         print(f"{delivered} samples: {watch.rss >> 20} MiB in a process, {watch.store >> 20} MiB in the object store")
     return {

@@ -26,7 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import re
 import socket
 import statistics
 import subprocess
@@ -268,7 +268,9 @@ def main() -> None:
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     if options.memory_of:
         our_step(options.checkpoint, options.memory_of, CHUNK, 1.0)[0]()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        # Not getrusage's, which begins with that of the process that started this one.
+        status = Path("/proc/self/status").read_text()
+        print(int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024)
         return
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = options.checkpoint or build_random_llava(Path(folder))
