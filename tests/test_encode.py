@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +24,12 @@ from PIL import Image
 from vladva.batches import BATCH_TOKENS, cut
 from vladva.corpora import open_corpus, read_pictures
 from vladva.encode import describe, encode, read_embeddings
+from vladva.encoder import Encoder
 from vladva.hits import matrix_of
 from vladva.parts import TableInProgress, contains, write_part, write_repeats
 from vladva.progress import Progress
 from vladva.tables import FingerprintMismatch, digest, find_note, keys_of, open_table
-from vladva.windows import Owners
+from vladva.windows import Owners, Prepared
 
 ROOT = Path(__file__).parents[1]
 MODEL = {"fingerprint": "0123456789abcdef", "dimension": 4}
@@ -220,6 +223,51 @@ def test_the_description_needs_no_weights(tiny: str) -> None:
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_batches_are_read_and_written_while_others_are_computed(
+    tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(Encoder, "computed_at_once", lambda self: at_once)
+    encoder = Encoder({"model": tiny}, str(tmp_path), describe(tiny, adapter=True, dtype="float32")[1])
+    texts = [sentences(40, seed) for seed in range(3)]
+    batches = []
+    for some in texts:
+        items = item_table(some, []).append_column("content", [[digest("text", text) for text in some]])
+        batches.append(Prepared(items, [encoder.embedder.preprocessor.text_prompt(text) for text in some], None))
+    alone = [encoder.forward(batch.prompts, None) for batch in batches]
+    inside, most, written = 0, 0, {}
+    lock, computed, together = (
+        threading.Lock(),
+        threading.Barrier(3, timeout=60),
+        threading.Barrier(at_once, timeout=60),
+    )
+    forward, calls = encoder.forward, count()
+
+    def watched(prompts: list[list[int]], pixels: None) -> np.ndarray:
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        if next(calls) < at_once:
+            together.wait()
+        found = forward(prompts, pixels)
+        with lock:
+            inside -= 1
+        return found
+
+    def write(items: pa.Table, embeddings: np.ndarray) -> None:
+        computed.wait()  # for all three: were they computed and written in turn, it would wait in vain
+        written[items["text"][0].as_py()] = embeddings
+
+    monkeypatch.setattr(encoder, "forward", watched)
+    monkeypatch.setattr(encoder, "write", write)
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda batch: encoder.encode(batch, {}), batches))
+    assert most == at_once
+    for some, expected in zip(texts, alone, strict=True):
+        np.testing.assert_allclose(written[some[0]], expected, atol=1e-6)
 
 
 def test_batches_hold_like_lengths_and_everything_once() -> None:

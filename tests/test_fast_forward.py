@@ -142,7 +142,7 @@ def test_the_tower_gives_the_layers_that_are_asked_for_and_computes_no_more(tmp_
 def test_tasks_share_the_threads_that_there_are_and_their_results_are_in_order() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
-    here = [in_threads(lambda task: (task, torch.get_num_threads()), list(range(tasks))) for tasks in (1, 2, 9)]
+    here = [in_threads(lambda task: (task, torch.get_num_threads()), list(range(tasks)), 4) for tasks in (1, 2, 9)]
     assert torch.get_num_threads() == 4
     torch.set_num_threads(threads)
     assert here == [[(0, 4)], [(0, 2), (1, 2)], [(task, 1) for task in range(9)]]

@@ -209,7 +209,13 @@ def pool(actors: int | tuple[int, int], cpus_per_actor: int) -> ray.data.ActorPo
     if not 1 <= least <= most:
         raise ValueError(f"actors is {actors}; give a positive number, or the least and the most of them")
     room = (int(ray.cluster_resources().get("CPU", 0)) - 1) // max(1, cpus_per_actor)
-    return ray.data.ActorPoolStrategy(min_size=max(1, min(least, room)), max_size=most, max_tasks_in_flight_per_actor=2)
+    return ray.data.ActorPoolStrategy(
+        min_size=max(1, min(least, room)),
+        max_size=most,
+        max_tasks_in_flight_per_actor=6,
+        max_concurrent_calls_per_actor=3,
+        enable_true_multi_threading=True,
+    )
 
 
 class Run:

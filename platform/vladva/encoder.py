@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from threading import Semaphore
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 class Encoder:
     """Ray Data stage: a row of (batch, report) -> the batch's part in the table, and the report with what was done.
 
-    Ray starts a killed actor again and gives it the batches that it had.
+    It is called with several batches at once, so that some are read and written while others are computed. Ray starts a
+    killed actor again and gives it the batches that it had.
     """
 
     def __init__(self, load: dict[str, Any], uri: str, description: dict[str, Any]) -> None:
@@ -31,9 +33,16 @@ class Encoder:
         self.embedder = load_embedder(**load, device="cuda" if torch.cuda.is_available() else "cpu")
         self.uri, self.description = uri, description
         self.width = self.embedder.dimension
+        self.turns = Semaphore(self.computed_at_once())
         if self.embedder.fingerprint != description["fingerprint"]:
             hint = "the model has changed since the job began: run it again"
             raise FingerprintMismatch(uri, description["fingerprint"], self.embedder.fingerprint, hint)
+
+    def computed_at_once(self) -> int:
+        """Two batches by the fast forward on a CPU, or its threads would wait for the last of each; else one."""
+        from vladva.fast_forward import FastForward
+
+        return 2 if self.embedder.device.type == "cpu" and isinstance(self.embedder.forward, FastForward) else 1
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """One row in, one row out: (report)."""
@@ -45,11 +54,12 @@ class Encoder:
 
     def encode(self, batch: Prepared, report: dict[str, Any]) -> None:
         """Embed a batch and write its part. If that fails, item by item: then only those that fail are left out."""
-        try:
-            embeddings_ND = self.forward(batch.prompts, batch.pixels)
-            reasons = [None] * len(batch.items)
-        except Exception:
-            embeddings_ND, reasons = self.one_by_one(batch)
+        with self.turns:
+            try:
+                embeddings_ND = self.forward(batch.prompts, batch.pixels)
+                reasons = [None] * len(batch.items)
+            except Exception:
+                embeddings_ND, reasons = self.one_by_one(batch)
         finite = np.isfinite(embeddings_ND).all(axis=1)
         reasons = [r or (None if ok else "the embedding is not finite") for r, ok in zip(reasons, finite, strict=True)]
         good = np.array([reason is None for reason in reasons])

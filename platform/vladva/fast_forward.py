@@ -60,6 +60,7 @@ class FastForward:
         self.model = model
         self.language = model.base.model.language_model
         self.vision = with_fast_tower(model.base.model)
+        self.threads = torch.get_num_threads()  # now: it is each thread's own, and that of a new one may be any
         if model.log_scale.device.type == "cpu":
             keep_freed_memory()
         self.heads_of_kv = self.language.config.num_attention_heads // self.language.config.num_key_value_heads
@@ -82,7 +83,7 @@ class FastForward:
             for rows in groups(lengths_B, GPU_TOKENS):
                 embed(rows)
         else:
-            in_threads(embed, list(groups(lengths_B, CPU_TOKENS, torch.get_num_threads())))
+            in_threads(embed, list(groups(lengths_B, CPU_TOKENS, self.threads)), self.threads)
         return embeddings_BD
 
     def image_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

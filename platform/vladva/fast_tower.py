@@ -34,6 +34,7 @@ class FastTower(nn.Module):
         self.embeddings, self.norm = tower.embeddings, tower.pre_layrnorm
         every = len(tower.encoder.layers) + 1  # before the first layer and after each
         self.asked = {layer: layer % every for layer in asked}
+        self.threads = torch.get_num_threads()
         self.layers = [TowerLayer(layer) for layer in tower.encoder.layers[: max(self.asked.values())]]
 
     def forward(self, pixel_values: torch.Tensor, **_: object) -> BaseModelOutputWithPooling:
@@ -41,7 +42,7 @@ class FastTower(nn.Module):
         rows = len(pixel_values)
         if not pixel_values.is_cuda:
             rows = max(1, CPU_TOKENS // self.embeddings.num_positions)
-        parts = in_threads(self.hidden_states, list(pixel_values.split(rows)))
+        parts = in_threads(self.hidden_states, list(pixel_values.split(rows)), self.threads)
         states = {layer: torch.cat([part[place] for part in parts]) for layer, place in self.asked.items()}
         return BaseModelOutputWithPooling(hidden_states=states)
 

@@ -59,6 +59,10 @@ class LayersEncoder(Encoder):
         self.tables = tables
         self.width = len(tables) * self.embedder.dimension
 
+    def computed_at_once(self) -> int:
+        """One batch: hooks are the model's, not a pass's."""
+        return 1
+
     def forward(self, prompts: list[list[int]], pixels: list[Pixels] | None) -> np.ndarray:
         """Embeddings [N, L * D] of prepared items, the layers side by side."""
         tokens = as_tensors(self.embedder.preprocessor.pad([(prompt, []) for prompt in prompts]), self.embedder.device)

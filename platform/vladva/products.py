@@ -120,9 +120,10 @@ def bias_of(*linears: nn.Module, scale: float = 1.0) -> torch.Tensor | None:
 # --------------------------------------------------------------------------------------------------- threads, memory
 
 
-def in_threads(function: Callable[[Any], Any], tasks: list[Any]) -> list[Any]:
-    """`function` of each task, without gradients, in as many threads as PyTorch has; few tasks share these."""
-    threads = torch.get_num_threads()
+def in_threads(function: Callable[[Any], Any], tasks: list[Any], threads: int) -> list[Any]:
+    """`function` of each task, without gradients, in so many threads; few tasks share these."""
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
     workers = min(threads, len(tasks))
     if workers < 2:
         return [function(task) for task in tasks]
