@@ -16,6 +16,9 @@ class ServeArgs(BaseModel):
     model: str = Field("tiny", description="run folder, checkpoint folder, `tiny`, or a Hugging Face name or path")
     index: str | None = Field(None, description="index folder that /v1/search searches and /v1/index changes")
     index_version: int | str | None = Field(None, description="version or tag to stay at; default: always the newest")
+    index_memory: int = Field(
+        2 << 30, ge=0, description="vectors that a replica may hold in memory; an index of more is searched on disk"
+    )
     name: str | None = Field(None, description="what clients call the adapter; default: the name of the run folder")
     dtype: Literal["float32", "bfloat16"] = "float32"
     num_cpus: float = Field(1, ge=0, description="CPUs of a replica")

@@ -75,8 +75,10 @@ class ServedIndex:
         from vladva.index import open_index
 
         index = open_index(self.args.index, version=version, fingerprint=self.model["fingerprint"])
-        if warm:
-            index.warm()
+        if (
+            warm
+        ):  # the vectors of one version only: there may be memory for them, but not for those of all that are open
+            index.warm(self.args.index_memory if version == self.args.index_version else 0)
         return index
 
     def search(self, vector: np.ndarray, k: int, where: str | None, version: int | str | None) -> Found | Failure:

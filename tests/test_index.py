@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -362,6 +363,37 @@ def test_in_memory_no_less_is_found_and_the_scores_are_the_same(tmp_path: Path) 
     assert found["warm"] >= found["cold"] >= 960
     # A whole tenth of the rows, spread over all partitions: the index looks further than it otherwise would.
     assert len(warm.search(vectors_ND[0], 390, filter="number % 10 = 0")) == 390
+
+
+def test_rows_are_read_into_memory_without_a_second_copy_of_the_vectors(tmp_path: Path) -> None:
+    vectors_ND = clustered(20_000, dimension=128)
+    build_index(write_table(tmp_path / "table", vectors_ND), str(tmp_path / "index"), exact_below=40_000)
+    index = open_index(str(tmp_path / "index"))
+    tracemalloc.start()
+    index.warm()
+    taken = tracemalloc.get_traced_memory()[1]  # at most; of numpy's arrays
+    tracemalloc.stop()
+    assert vectors_ND.nbytes < taken < 1.7 * vectors_ND.nbytes
+
+
+def test_an_index_that_is_too_large_for_memory_is_searched_on_disk(tmp_path: Path) -> None:
+    vectors_ND = clustered(3000)
+    build_index(write_table(tmp_path / "table", vectors_ND), str(tmp_path / "index"), exact_below=1000)
+    index = open_index(str(tmp_path / "index"))
+    index.warm(most=vectors_ND.nbytes - 1)
+    assert index.searcher.rows is None
+    on_disk = [hit.id for hit in index.search(vectors_ND[7], 5)]
+    index.warm(most=vectors_ND.nbytes)
+    assert index.searcher.rows is not None
+    assert [hit.id for hit in index.search(vectors_ND[7], 5)] == on_disk
+
+
+def test_an_index_without_rows_finds_nothing(tmp_path: Path) -> None:
+    build_index(write_table(tmp_path / "table", clustered(20)), str(tmp_path / "index"))
+    index = open_index(str(tmp_path / "index"))
+    query_D = clustered(20)[0]
+    assert index.delete([hit.id for hit in index.search(query_D, 20)]) == 20
+    assert index.search(query_D, 5) == []
 
 
 def test_a_thousand_upserts_are_seen_at_once_and_stay_after_optimizing(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from vladva import storage
 from vladva.hits import Hit, VectorStore, check_rows
-from vladva.partitions import IndexType, num_partitions, partition
+from vladva.partitions import IN_MEMORY, IndexType, num_partitions, partition
 from vladva.searches import (
     EFFORTS,
     EXACT_BELOW,
@@ -185,9 +185,9 @@ class VectorIndex:
         """
         return self.searcher.search(vector, k, filter)
 
-    def warm(self) -> None:
-        """Read into memory what searches use, so that the first is as fast as the next."""
-        self.searcher.warm()
+    def warm(self, most: int = IN_MEMORY) -> None:
+        """Read into memory what searches use: the vectors, unless they are more than so many bytes."""
+        self.searcher.warm(most)
 
     def _newest(self) -> lance.LanceDataset:
         """The newest version, with what is in memory of the index already."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 IndexType = Literal["exact", "IVF_SQ", "IVF_HNSW_SQ", "IVF_PQ"]
 
-IN_MEMORY = 512 << 20  # bytes of vectors up to which searches hold them in memory
+IN_MEMORY = 2 << 30  # bytes of vectors up to which searches hold them in memory, if nothing else is said
 ROWS_IN_MEMORY, ROWS_ON_DISK = 128, 256  # of a partition: from memory smaller ones cost nothing more, from disk a read
 GRAPH_ROWS = 200_000  # of a partition that is searched by a graph (HNSW)
 VECTORS = "embedding_idx"  # name of the index
@@ -52,9 +52,9 @@ def partition(dataset: lance.LanceDataset, index_type: IndexType, workers: int) 
     return num_partitions(dataset)
 
 
-def in_memory(dataset: lance.LanceDataset) -> bool:
-    """Whether the vectors are few enough for searches to hold them in memory."""
-    return 4 * dataset.count_rows() * dataset.schema.field("embedding").type.list_size <= IN_MEMORY
+def in_memory(dataset: lance.LanceDataset, most: int = IN_MEMORY) -> bool:
+    """Whether the vectors, of at most so many bytes, are few enough for searches to hold them in memory."""
+    return 4 * dataset.count_rows() * dataset.schema.field("embedding").type.list_size <= most
 
 
 def num_partitions(dataset: lance.LanceDataset) -> int:

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
 from vladva.hits import Hit, hit_of, matrix_of
 
 if TYPE_CHECKING:
-    import lance
-    import pyarrow as pa
+    from collections.abc import Iterator
 
-BLOCK = 8192  # rows compared with the centroids at once
+    import lance
+
+BLOCK = 8192  # rows read at once
 
 
 @dataclass(frozen=True)
@@ -50,19 +52,29 @@ class Rows:
 
     @classmethod
     def of(cls, dataset: lance.LanceDataset, centroids_PD: np.ndarray) -> Rows:
-        """Read all rows and divide them by the centroids."""
-        rows = dataset.to_table(with_row_id=True)
-        matrix_ND = matrix_of(rows)
-        matrix_ND = matrix_ND / np.linalg.norm(matrix_ND, axis=1, keepdims=True)
+        """Read all rows and divide them by the centroids.
+
+        They are read twice, to be put where they belong at once: two matrices would not fit where one does.
+        """
         centroids = Centroids.of(centroids_PD)
-        blocks = (matrix_ND[first : first + BLOCK] for first in range(0, len(matrix_ND), BLOCK))
-        partition_N = np.concatenate([centroids.nearness(block).argmax(axis=1) for block in blocks])
+        ids, carried, partitions = [], [], []
+        for rows in blocks(dataset):
+            ids.append(rows["_rowid"].to_numpy())
+            carried.append(rows.drop_columns(["_rowid", "embedding"]))
+            partitions.append(centroids.nearness(units_of(rows)).argmax(axis=1))
+        partition_N = np.concatenate(partitions)
         order = np.argsort(partition_N, kind="stable")
-        ids_N = rows["_rowid"].to_numpy()[order]
+        place_N = np.argsort(order)  # in the matrix, of each row as it is read
+        matrix_ND = np.empty((len(order), centroids_PD.shape[1]), np.float32)
+        first = 0
+        for rows in blocks(dataset):
+            matrix_ND[place_N[first : first + len(rows)]] = units_of(rows)
+            first += len(rows)
+        ids_N = np.concatenate(ids)[order]
         places_N = np.argsort(ids_N)
         return cls(
-            matrix_ND=matrix_ND[order],
-            carried=rows.drop_columns(["_rowid", "embedding"]).take(order),
+            matrix_ND=matrix_ND,
+            carried=pa.concat_tables(carried).take(order),
             centroids=centroids,
             bounds=np.searchsorted(partition_N[order], np.arange(len(centroids_PD) + 1)),
             ids_N=ids_N[places_N],
@@ -105,3 +117,17 @@ class Rows:
 
     def _places(self, ids: np.ndarray) -> np.ndarray:
         return self.places_N[np.searchsorted(self.ids_N, ids)]
+
+
+def blocks(dataset: lance.LanceDataset) -> Iterator[pa.Table]:
+    """All rows, with Lance's row ids, always in the same order; one block at least, if only of no rows."""
+    batches = dataset.scanner(with_row_id=True, batch_size=BLOCK).to_reader()
+    yield batches.schema.empty_table()
+    for batch in batches:
+        yield pa.Table.from_batches([batch])
+
+
+def units_of(rows: pa.Table) -> np.ndarray:
+    """The embeddings of rows [N, D], of unit norm."""
+    matrix_ND = matrix_of(rows)
+    return matrix_ND / np.linalg.norm(matrix_ND, axis=1, keepdims=True)

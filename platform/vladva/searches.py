@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from vladva.hits import Hit, check_brackets, check_query, hit_of, matrix_of
-from vladva.partitions import VECTORS, IndexType, centroids, in_memory
+from vladva.partitions import IN_MEMORY, VECTORS, IndexType, centroids, in_memory
 from vladva.recall import Measured, Queries, cheapest, exact_thresholds, measure
 from vladva.rows import Rows
 
@@ -93,12 +93,12 @@ class Searcher:
         self.rows_left = lru_cache(maxsize=64)(dataset.count_rows)
         self.ids_left = lru_cache(maxsize=16)(self._ids_left)
 
-    def warm(self) -> None:
-        """Read into memory what searches use: of IVF_SQ the rows unless they are large, else the index."""
+    def warm(self, most: int = IN_MEMORY) -> None:
+        """Read into memory what searches use: of IVF_SQ the rows if their vectors are `most` bytes, else the index."""
         kind = self.settings.index_type
         if kind == "exact":
             self.rows = self.rows or Rows.of(self.dataset, np.zeros((1, self.dimension), np.float32))
-        elif kind == "IVF_SQ" and in_memory(self.dataset):
+        elif kind == "IVF_SQ" and in_memory(self.dataset, most):
             self.rows = self.rows or Rows.of(self.dataset, centroids(self.dataset))
         else:
             self.dataset.prewarm_index(VECTORS)
