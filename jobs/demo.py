@@ -131,7 +131,8 @@ def check_adapter(run: str) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from vladva.embedder import as_tensors, load_embedder
+    from vladva.embedder import load_embedder
+    from vladva.embedding_model import as_tensors
     from vladva.scenes import held_out_scenes, render
 
     held_out = list(held_out_scenes(64))

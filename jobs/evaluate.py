@@ -100,8 +100,8 @@ def check_models(options: argparse.Namespace) -> None:
     """A mistake in a name or number is told before a cluster is started."""
     from vladva.backbones import backbone_of
     from vladva.dual_encoders import family_of
-    from vladva.embedder import find_model
     from vladva.encode import describe, pin
+    from vladva.model_reference import find_model
 
     for model in options.models.values():
         checkpoint = find_model(model).checkpoint

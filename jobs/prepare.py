@@ -85,8 +85,8 @@ def main() -> None:
     options = parse(sys.argv[1:])
 
     from vladva.batches import Preprocessor
-    from vladva.embedder import find_model
     from vladva.joins import Join
+    from vladva.model_reference import find_model
     from vladva.prepare import prepare
     from vladva.sources import SourceOptions
     from vladva.summary import summarise

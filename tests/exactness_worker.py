@@ -21,10 +21,11 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from vladva import gradcache
+from vladva.adapter import add_adapter
 from vladva.batches import Batch, Preprocessor
 from vladva.chunks import preprocessor_of
 from vladva.config import ClusterConfig, DataConfig, LossConfig, ModelConfig, RunConfig, TrainConfig
-from vladva.embedder import EmbeddingModel, add_adapter, as_tensors, caption_labels
+from vladva.embedding_model import EmbeddingModel, as_tensors, caption_labels
 from vladva.engine import Engine
 from vladva.examples import Example
 from vladva.scenes import captions, render, scenes

@@ -9,7 +9,7 @@ from PIL import Image
 
 from vladva.batches import Batch, Preprocessor
 from vladva.config import ModelConfig
-from vladva.embedder import EmbeddingModel, as_tensors, caption_labels
+from vladva.embedding_model import EmbeddingModel, as_tensors, caption_labels
 from vladva.examples import Example
 from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT
 

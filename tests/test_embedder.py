@@ -10,16 +10,11 @@ import pytest
 import torch
 from checkpoints import build_llava
 
+from vladva.adapter import add_adapter, save_adapter
 from vladva.batches import Preprocessor
 from vladva.config import ModelConfig
-from vladva.embedder import (
-    Embedder,
-    EmbeddingModel,
-    add_adapter,
-    as_tensors,
-    load_embedder,
-    save_adapter,
-)
+from vladva.embedder import Embedder, load_embedder
+from vladva.embedding_model import EmbeddingModel, as_tensors
 from vladva.scenes import captions, render, scenes
 
 TEXTS = ["a red circle", "a small blue ring to the left of a large green star", "x"]

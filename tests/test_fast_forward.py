@@ -14,9 +14,10 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from vladva import fast_forward
+from vladva.adapter import add_adapter
 from vladva.batches import Preprocessor
 from vladva.config import ModelConfig
-from vladva.embedder import EmbeddingModel, add_adapter, as_tensors
+from vladva.embedding_model import EmbeddingModel, as_tensors
 from vladva.fast_forward import FastForward, Layer, embedding_forward
 from vladva.fast_tower import FastTower
 from vladva.packing import full, groups, pack

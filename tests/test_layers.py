@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vladva.embedder import Embedder, as_tensors, load_embedder
+from vladva.embedder import Embedder, load_embedder
+from vladva.embedding_model import as_tensors
 from vladva.layers import embed_layers
 from vladva.scenes import held_out_scenes, render
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from checkpoints import build_llava
 
+from vladva.adapter import add_adapter
 from vladva.chunks import preprocessor_of
 from vladva.config import ClusterConfig, LossConfig
-from vladva.embedder import EmbeddingModel, add_adapter, as_tensors, checkpoint_activations, pack_training
+from vladva.embedding_model import EmbeddingModel, as_tensors, checkpoint_activations, pack_training
 from vladva.memory import activation_bytes, check_memory, layer_bytes, plan_memory, settings_of
 from vladva.recipes import RECIPES, llava_1_5_7b, qwen2_vl_2b, tiny
 

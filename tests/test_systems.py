@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from vladva.embedder import config_of, find_model
+from vladva.model_reference import config_of, find_model
 from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT
 from vladva.recipes import RECIPES
 from vladva.score_tables import paper_tables

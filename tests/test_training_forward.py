@@ -11,7 +11,7 @@ import torch
 from test_fast_forward import FAST, TEXTS, inputs, load
 
 from vladva import gradcache, operations, training_forward
-from vladva.embedder import EmbeddingModel, checkpoint_activations
+from vladva.embedding_model import EmbeddingModel, checkpoint_activations
 from vladva.training_forward import TrainingForward
 
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.functional import cross_entropy, normalize, softplus
 
+from vladva.adapter import add_adapter
 from vladva.batches import Batch
 from vladva.chunks import preprocessor_of
 from vladva.config import ClusterConfig, DataConfig, LossConfig, ModelConfig, RunConfig, TrainConfig
-from vladva.embedder import EmbeddingModel, add_adapter, as_tensors, caption_labels, checkpoint_activations
+from vladva.embedding_model import EmbeddingModel, as_tensors, caption_labels, checkpoint_activations
 from vladva.engine import Engine
 from vladva.examples import Example
 from vladva.gradcache import pixels_of

@@ -143,7 +143,7 @@ def writers(models: Mapping[str, str]) -> dict[str, str]:
     Raises ValueError where none can: dual encoders only embed.
     """
     from vladva.dual_encoders import family_of
-    from vladva.embedder import find_model
+    from vladva.model_reference import find_model
 
     references = {label: find_model(model) for label, model in models.items()}
     references = {label: reference for label, reference in references.items() if not family_of(reference.checkpoint)}

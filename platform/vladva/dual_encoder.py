@@ -22,7 +22,8 @@ from torch.nn.functional import normalize
 
 from vladva.batches import Pixels, Preprocessor
 from vladva.dual_encoders import family_of
-from vladva.embedder import as_tensors, base_revision
+from vladva.embedding_model import as_tensors
+from vladva.model_reference import base_revision
 
 if TYPE_CHECKING:
     from PIL import Image

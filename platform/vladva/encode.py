@@ -171,7 +171,7 @@ def describe(model: str, *, adapter: bool, dtype: str, layer: int | None = None)
     `layer`: as if it embedded from there. Raises ValueError where the model has no such layer.
     """
     from vladva.dual_encoders import family_of
-    from vladva.embedder import config_of, find_model, fingerprint_of
+    from vladva.model_reference import config_of, find_model, fingerprint_of
 
     reference = find_model(model)
     folder = reference.adapter if adapter else None

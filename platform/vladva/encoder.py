@@ -81,7 +81,7 @@ class Encoder:
         import torch
 
         from vladva.batches import Pixels
-        from vladva.embedder import as_tensors
+        from vladva.embedding_model import as_tensors
 
         tokens = as_tensors(self.embedder.preprocessor.pad([(prompt, []) for prompt in prompts]), self.embedder.device)
         pictures = None if pixels is None else as_tensors(Pixels.concatenate(pixels), self.embedder.device)

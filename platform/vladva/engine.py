@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.functional import pad
 
 from vladva.config import OptimConfig, RunConfig
-from vladva.embedder import pack_training
+from vladva.embedding_model import pack_training
 from vladva.fast_forward import keep_freed_memory
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -34,7 +34,7 @@ from vladva.products import CPU_TOKENS, Product, added, gated, in_threads, keep_
 if TYPE_CHECKING:
     import numpy as np
 
-    from vladva.embedder import EmbeddingModel
+    from vladva.embedding_model import EmbeddingModel
 
 GPU_TOKENS = 32_768  # in a group
 SHORT = 128  # tokens up to which a CPU computes attention as products and softmax, not by a fused kernel

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, distributed
 
 from vladva.batches import Batch
-from vladva.embedder import as_tensors
+from vladva.embedding_model import as_tensors
 from vladva.losses.pairs import PairLoss
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Layers: the embeddings of several layers from one pass over the model.
 
 A hook keeps what leaves a decoder layer at the summary token, and the final norm is put on each: the embedding from
-layer k is that of the model cut off after k layers, which is how a single layer is run (`embedder.py`).
+layer k is that of the model cut off after k layers, which is how a single layer is run (`embedding_model.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from vladva.batches import Pixels
-from vladva.embedder import EmbeddingModel, as_tensors
+from vladva.embedding_model import EmbeddingModel, as_tensors
 from vladva.encoder import Encoder
 from vladva.parts import write_part
 

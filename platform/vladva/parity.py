@@ -85,7 +85,8 @@ def by_training(model: str, config: ModelConfig, sample: Sample) -> dict[str, np
     """As a training step embeds its chunk."""
     import torch
 
-    from vladva.embedder import as_tensors, load_embedder
+    from vladva.embedder import load_embedder
+    from vladva.embedding_model import as_tensors
 
     module = load_embedder(model, dtype=config.dtype).model
     batch = sample.batch

@@ -285,8 +285,9 @@ def build_model(config: RunConfig, start: int) -> Any:
 
     import torch
 
+    from vladva.adapter import add_adapter, load_adapter
     from vladva.chunks import preprocessor_of
-    from vladva.embedder import EmbeddingModel, add_adapter, checkpoint_activations, load_adapter
+    from vladva.embedding_model import EmbeddingModel, checkpoint_activations
 
     torch.manual_seed(config.seed)
     loss = config.loss
@@ -340,8 +341,8 @@ def save_checkpoint(
     engine: Engine, saver: checkpoint.AsyncSaver | None, config: RunConfig, step: int, scores: dict[str, float]
 ) -> None:
     """Save after `step` steps. Every rank gathers, rank 0 (with the saver) writes; the upload goes on in training."""
+    from vladva.adapter import save_adapter
     from vladva.chunks import SampleFinder
-    from vladva.embedder import save_adapter
 
     optimizer = engine.optimizer_state()
     with engine.gathered(), tempfile.TemporaryDirectory() as folder:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from vladva.config import RunConfig
-    from vladva.embedder import EmbeddingModel
+    from vladva.embedding_model import EmbeddingModel
 
 GROUP_TOKENS = {"cpu": 1024, "cuda": 32_768}
 SHORT = 256  # tokens up to which a CPU computes attention as products and softmax, not by a fused kernel

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vladva.benchmarks import Task, find
-from vladva.embedder import as_tensors
+from vladva.embedding_model import as_tensors
 from vladva.examples import decode_image
 from vladva.gradcache import gather, world
 

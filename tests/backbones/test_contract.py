@@ -18,18 +18,11 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from vladva import backbones
+from vladva.adapter import add_adapter, save_adapter
 from vladva.batches import Preprocessor
 from vladva.config import ModelConfig
-from vladva.embedder import (
-    Embedder,
-    EmbeddingModel,
-    add_adapter,
-    as_tensors,
-    caption_labels,
-    checkpoint_activations,
-    load_embedder,
-    save_adapter,
-)
+from vladva.embedder import Embedder, load_embedder
+from vladva.embedding_model import EmbeddingModel, as_tensors, caption_labels, checkpoint_activations
 from vladva.layers import embed_layers
 from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT
 from vladva.scenes import captions, scenes

@@ -308,7 +308,8 @@ def job_efficiency(checkpoint: str, folder: Path, count: int) -> dict[str, float
     import torch
 
     from vladva.batches import Pixels, cut
-    from vladva.embedder import as_tensors, load_embedder
+    from vladva.embedder import load_embedder
+    from vladva.embedding_model import as_tensors
 
     torch.set_num_threads(THREADS)
     embedder = load_embedder(checkpoint, dtype="bfloat16")

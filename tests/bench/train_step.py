@@ -45,10 +45,11 @@ from random_llava import LONG, build_random_llava, images, texts
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
+from vladva.adapter import add_adapter
 from vladva.batches import Batch, Preprocessor
 from vladva.chunks import preprocessor_of
 from vladva.config import DataConfig, LossConfig, ModelConfig, RunConfig, TrainConfig
-from vladva.embedder import EmbeddingModel, add_adapter, as_tensors, caption_labels
+from vladva.embedding_model import EmbeddingModel, as_tensors, caption_labels
 from vladva.engine import Engine
 from vladva.examples import Example
 from vladva.gradcache import prompts_only

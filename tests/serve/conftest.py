@@ -28,9 +28,10 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of an adapter on the tiny model, shaken so that it changes both embeddings and captions."""
     import torch
 
+    from vladva.adapter import add_adapter, save_adapter
     from vladva.batches import Preprocessor
     from vladva.config import ModelConfig
-    from vladva.embedder import EmbeddingModel, add_adapter, save_adapter
+    from vladva.embedding_model import EmbeddingModel
 
     torch.manual_seed(0)
     config = ModelConfig("tiny", lora_rank=4)

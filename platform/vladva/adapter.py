@@ -1,0 +1,94 @@
+"""Adapter: everything that is learned, as one PEFT adapter of an embedding model.
+
+It holds LoRA on the language model's linear layers and the embeddings of the soft-prompt tokens. With the adapter off
+the model is the original generator, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from vladva.config import ModelConfig
+
+if TYPE_CHECKING:
+    from vladva.embedding_model import EmbeddingModel
+
+ADAPTER_NOTE = "vladva.json"  # beside adapter_config.json: what the adapter was trained on and how to prompt it
+
+
+def add_adapter(model: EmbeddingModel, config: ModelConfig) -> None:
+    """Put a new adapter on the model: LoRA, and soft prompts that start as the hand-written ones.
+
+    With the initial adapter (LoRA's second factor is zero) the model embeds exactly as zero-shot.
+    """
+    from peft import LoraConfig, TrainableTokensConfig, get_peft_model
+
+    preprocessor, embed_tokens = model.preprocessor, model.backbone.EMBED_TOKENS
+    soft = [i for side in ("image", "text") for i in preprocessor.soft_ids[side]]
+    grow_embeddings(model.lvlm, max(soft, default=0) + 1)
+    if config.lora_rank:
+        adapter = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=model.backbone.LORA_TARGETS,
+            trainable_token_indices={embed_tokens: soft} if soft else None,
+        )
+    else:  # PEFT has no LoRA without a layer to put it on
+        adapter = TrainableTokensConfig(token_indices=soft, target_modules=[embed_tokens])
+    model.lvlm = get_peft_model(model.lvlm, adapter)
+    if soft:
+        table = model.base.get_input_embeddings()
+        written = [i for side in ("image", "text") for i in preprocessor.prompt_ids[side]]
+        with torch.no_grad():
+            tokens = table.token_adapter if config.lora_rank else table
+            tokens.trainable_tokens_delta["default"].copy_(table.weight[written])
+    raise_precision(model)
+
+
+def raise_precision(model: EmbeddingModel) -> None:
+    """What is trained in float32, in which the optimizer works whatever the base model's dtype."""
+    for parameter in model.lvlm.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def grow_embeddings(lvlm: nn.Module, rows: int) -> None:
+    """Make room for `rows` tokens, to a multiple of 64. LLaVA-1.5, Qwen2-VL and the tiny model have them already."""
+    there = lvlm.get_input_embeddings().num_embeddings
+    if there < rows:
+        lvlm.resize_token_embeddings(rows, pad_to_multiple_of=64, mean_resizing=False)
+        for table in (lvlm.get_input_embeddings(), lvlm.get_output_embeddings()):
+            table.weight.data[there:] = 0  # not at random: an adapter gives the same model whenever it is loaded
+
+
+def save_adapter(model: EmbeddingModel, config: ModelConfig, folder: Path) -> None:
+    """Write the adapter in PEFT's format, with a note of base model, layer and prompts beside it."""
+    model.lvlm.save_pretrained(folder, save_embedding_layers=False)
+    (folder / ADAPTER_NOTE).write_text(json.dumps(adapter_note(config), indent=2) + "\n")
+
+
+def adapter_note(config: ModelConfig) -> dict[str, Any]:
+    """What must be known, beside the weights, to embed with an adapter."""
+    names = ("checkpoint", "layer", "image_prompt", "text_prompt", "soft_prompts", "max_image_tokens")
+    return {name: getattr(config, name) for name in names}
+
+
+def load_adapter(model: EmbeddingModel, folder: Path, *, trainable: bool = False) -> None:
+    """Put a saved adapter on the model."""
+    import warnings
+
+    from peft import PeftModel
+
+    # PEFT asks for a property of transformers by the name it is about to lose.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    soft = [i for side in ("image", "text") for i in model.preprocessor.soft_ids[side]]
+    grow_embeddings(model.lvlm, max(soft, default=0) + 1)
+    model.lvlm = PeftModel.from_pretrained(model.lvlm, folder, is_trainable=trainable)
+    if trainable:
+        raise_precision(model)

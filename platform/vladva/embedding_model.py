@@ -1,0 +1,151 @@
+"""Embedding model: what is trained, an LVLM that gives a normalised vector for a picture or a text, and both losses.
+
+The embedding is the hidden state at the last prompt token of layer k, after the model's final norm, L2-normalised in
+float32.
+
+B pictures or texts, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from vladva.backbones import resolve
+from vladva.batches import Pixels, Preprocessor, Tokens
+from vladva.config import ModelConfig, RunConfig
+from vladva.losses.next_token import cross_entropy_sum, mean_share, next_token
+from vladva.operations import Table
+from vladva.training_forward import TrainingForward, why_plain
+
+
+class EmbeddingModel(nn.Module):
+    """The trained module: backbone with adapter, and the contrastive loss's learnable log scale and bias."""
+
+    def __init__(
+        self, config: ModelConfig, preprocessor: Preprocessor, *, log_scale: float = 0.0, bias: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.preprocessor = preprocessor
+        self.backbone = preprocessor.backbone
+        self.layer = config.layer
+        self.lvlm = self.backbone.load(resolve(config.checkpoint), getattr(torch, config.dtype))
+        layers = self.lvlm.config.get_text_config().num_hidden_layers
+        if config.layer is not None and config.layer > layers:
+            raise ValueError(f"model.layer is {config.layer}, but {config.checkpoint} has {layers} layers")
+        if config.layer == layers:
+            self.layer = None
+        self.log_scale = nn.Parameter(torch.tensor([log_scale]))  # DeepSpeed does not take 0-d parameters
+        self.bias = nn.Parameter(torch.tensor([bias]))
+        mean, std = preprocessor.pixel_statistics()
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.packed: TrainingForward | None = None  # what training runs on, where it can
+
+    @property
+    def base(self) -> nn.Module:
+        """The Hugging Face model, with the adapter's layers in place where there is one."""
+        from peft import PeftModel
+
+        return self.lvlm.get_base_model() if isinstance(self.lvlm, PeftModel) else self.lvlm
+
+    def inputs(
+        self, tokens: dict[str, torch.Tensor], pixels: dict[str, torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        """What the Hugging Face model takes; uint8 pixels [R, 3, h, w] are normalised here, on the device."""
+        ids = tokens["ids"]
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        inputs = {"input_ids": ids, "attention_mask": (positions < tokens["lengths"][:, None]).long()}
+        if pixels is None:
+            return self.backbone.model_inputs(self.base.config, inputs, None, None)
+        values = pixels["values"]
+        if "features" not in pixels:
+            values = values.float().sub_(self.pixel_mean).div_(self.pixel_std).to(self.base.dtype)
+        return self.backbone.model_inputs(self.base.config, inputs, values, pixels["sizes"])
+
+    def forward(
+        self,
+        tokens: dict[str, torch.Tensor],
+        pixels: dict[str, torch.Tensor] | None = None,
+        *,
+        caption_tokens: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Embeddings [B, D] (float32, unit norm), next-token loss of the captions that follow, and (log scale, bias).
+
+        One forward serves both losses: attention is causal, so the summary token does not see the caption after it.
+        `caption_tokens` is the number of caption tokens in the global batch, over which the loss is a mean; with None
+        there is no caption loss (0).
+        """
+        if self.packed is not None and self.training:
+            return self.packed_forward(self.packed, tokens, pixels, caption_tokens)
+        inputs = self.inputs(tokens, pixels)
+        if "position_ids" not in inputs:
+            # Causal attention with the padding on the right sees none of it. (Without a mask, transformers takes
+            # positions that are not 0, 1, 2... for those of several samples in a row.)
+            del inputs["attention_mask"]
+        # The summary comes first, with and without captions: so dropout draws the same masks for it.
+        summary = hidden = self.backbone.hidden_states(self.base, inputs, self.layer)
+        if caption_tokens is not None and self.layer is not None:
+            hidden = self.backbone.hidden_states(self.base, inputs, None)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        embeddings = normalize(summary[rows, tokens["prompt_lengths"] - 1].float(), dim=-1)
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        if caption_tokens is not None:
+            loss = next_token(hidden, self.base.lm_head.weight, caption_labels(tokens), caption_tokens)
+        return embeddings, loss, torch.cat([self.log_scale, self.bias]).float()
+
+    def packed_forward(
+        self,
+        packed: TrainingForward,
+        tokens: dict[str, torch.Tensor],
+        pixels: dict[str, torch.Tensor] | None,
+        caption_tokens: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same without what is not needed for it."""
+        scalars = torch.cat([self.log_scale, self.bias]).float()
+        if caption_tokens is None:
+            return packed(tokens, pixels), scalars.new_zeros(()), scalars
+        embeddings, before, targets = packed.with_captions(tokens, pixels)
+        head = Table.of(self.base.lm_head)
+        replaced = None if head.rows is None else (head.soft, head.rows)
+        total = cross_entropy_sum(before, head.base.weight, targets, replaced=replaced)
+        return embeddings, mean_share(total, caption_tokens), scalars
+
+    def see(self, pixels: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+        """The pictures as the vision tower, which is frozen, gives them; unchanged where training is not packed."""
+        if pixels is None or self.packed is None:
+            return pixels
+        nothing = pixels["values"].new_zeros(len(pixels["sizes"]), 1, dtype=torch.long)
+        tokens = {"ids": nothing, "lengths": nothing[:, 0]}
+        features = self.packed.image_features(self.inputs(tokens, pixels))
+        shape = torch.empty(pixels["values"].shape, device="meta")
+        return {"values": shape, "sizes": pixels["sizes"], "features": features}
+
+
+def caption_labels(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Labels [B, T]: the token ids of the captions and their end, -100 on prompts and padding."""
+    positions = torch.arange(tokens["ids"].shape[1], device=tokens["ids"].device)
+    caption = (positions >= tokens["prompt_lengths"][:, None]) & (positions < tokens["lengths"][:, None])
+    return tokens["ids"].masked_fill(~caption, -100)
+
+
+def as_tensors(record: Tokens | Pixels, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """The record's fields, on the device."""
+    return {f.name: torch.tensor(getattr(record, f.name), device=device) for f in fields(record)}
+
+
+def pack_training(model: EmbeddingModel, config: RunConfig) -> str | None:
+    """Train on packed tokens from now on; returns the reason where that cannot be."""
+    reason = why_plain(model.backbone, model.base.config.get_text_config(), config)
+    if reason is None:
+        model.packed = TrainingForward(model)
+    return reason
+
+
+def checkpoint_activations(model: EmbeddingModel) -> None:
+    """Keep only the inputs of the language model's layers for backward; a frozen vision tower keeps nothing anyway."""
+    language_model = model.base.model.language_model
+    language_model.gradient_checkpointing_enable({"use_reentrant": False})
