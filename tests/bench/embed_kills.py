@@ -141,12 +141,16 @@ def main() -> None:
         (expected, expected_ND), (found, found_ND) = read(calm), read(stormy)
         assert len(set(expected)) == options.items == len(expected)
         same = found == expected
+        differences = np.abs(found_ND - expected_ND).max(axis=1) if same else np.zeros(0)
+        for i in np.argsort(-differences)[:5]:
+            print(f"{' '.join(found[i])} differs by {differences[i]:.1e}")
         result = {
             "items": options.items,
             **kills,
             "complete": set(found) == set(expected),
             "each_id_once": len(found) == len(set(found)),
-            "largest_difference": float(np.abs(found_ND - expected_ND).max()) if same else None,
+            "largest_difference": float(differences.max()) if same else None,
+            "rows_that_differ": int((differences > 0).sum()),
             # What the comparison is worth: the next item's embedding is elsewhere.
             "difference_of_neighbours": float(np.abs(found_ND - np.roll(expected_ND, 1, axis=0)).max(axis=1).min())
             if same
