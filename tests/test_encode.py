@@ -23,9 +23,11 @@ from PIL import Image
 
 from vladva.batches import BATCH_TOKENS, cut
 from vladva.corpora import open_corpus, read_pictures
+from vladva.embedder import load_embedder
 from vladva.encode import describe, encode, read_embeddings
 from vladva.encoder import Encoder
 from vladva.hits import matrix_of
+from vladva.layers import LayersEncoder
 from vladva.parts import TableInProgress, contains, write_part, write_repeats
 from vladva.progress import Progress
 from vladva.tables import FingerprintMismatch, digest, find_note, keys_of, open_table
@@ -225,49 +227,73 @@ def test_the_description_needs_no_weights(tiny: str) -> None:
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
-def test_batches_are_read_and_written_while_others_are_computed(
-    tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch, at_once: int
+@pytest.mark.parametrize(("kind", "at_once"), [(Encoder, 2), (LayersEncoder, 1)])
+def test_batches_are_written_while_others_are_computed(
+    tmp_path: Path, tiny: str, kind: type[Encoder], at_once: int
 ) -> None:
-    monkeypatch.setattr(Encoder, "computed_at_once", lambda self: at_once)
-    encoder = Encoder({"model": tiny}, str(tmp_path), describe(tiny, adapter=True, dtype="float32")[1])
-    texts = [sentences(40, seed) for seed in range(3)]
-    batches = []
-    for some in texts:
-        items = item_table(some, []).append_column("content", [[digest("text", text) for text in some]])
-        batches.append(Prepared(items, [encoder.embedder.preprocessor.text_prompt(text) for text in some], None))
-    alone = [encoder.forward(batch.prompts, None) for batch in batches]
-    inside, most, written = 0, 0, {}
-    lock, computed, together = (
-        threading.Lock(),
-        threading.Barrier(3, timeout=60),
-        threading.Barrier(at_once, timeout=60),
-    )
-    forward, calls = encoder.forward, count()
+    lock, inside, most = threading.Lock(), 0, 0
+    computed, together = threading.Barrier(3, timeout=60), threading.Barrier(at_once, timeout=60)
+    calls = count()
 
-    def watched(prompts: list[list[int]], pixels: None) -> np.ndarray:
-        nonlocal inside, most
-        with lock:
-            inside += 1
-            most = max(most, inside)
-        if next(calls) < at_once:
-            together.wait()
-        found = forward(prompts, pixels)
-        with lock:
-            inside -= 1
-        return found
+    class Watched(kind):
+        """As it is, but that the first wait until as many are computed as may be, and writers until all are."""
 
-    def write(items: pa.Table, embeddings: np.ndarray) -> None:
-        computed.wait()  # for all three: were they computed and written in turn, it would wait in vain
-        written[items["text"][0].as_py()] = embeddings
+        def forward(self, prompts: list[list[int]], pixels: None) -> np.ndarray:
+            nonlocal inside, most
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            if next(calls) < at_once:
+                together.wait()
+            found = super().forward(prompts, pixels)
+            with lock:
+                inside -= 1
+            return found
 
-    monkeypatch.setattr(encoder, "forward", watched)
-    monkeypatch.setattr(encoder, "write", write)
+        def write(self, items: pa.Table, embeddings: np.ndarray) -> None:
+            computed.wait()  # were they computed and written in turn, it would wait in vain
+            super().write(items, embeddings)
+
+    one = (str(tmp_path / "table"), describe(tiny, adapter=True, dtype="float32", layer=2)[1])
+    encoder = Watched({"model": tiny, "layer": 2}, *one) if kind is Encoder else Watched({"model": tiny}, {2: one})
+    assert encoder.computed_at_once() == at_once
+    table = TableInProgress(*one, "")
+    preprocessor, batches = encoder.embedder.preprocessor, []
+    for number in range(3):
+        texts = [f"{number} {text}" for text in sentences(40, number)]
+        items = item_table(texts, []).append_column("content", [[digest("text", text) for text in texts]])
+        items = items.set_column(0, "id", [texts]).drop_columns(["image"])
+        batches.append(Prepared(items, [preprocessor.text_prompt(text) for text in texts], None))
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(lambda batch: encoder.encode(batch, {}), batches))
     assert most == at_once
-    for some, expected in zip(texts, alone, strict=True):
-        np.testing.assert_allclose(written[some[0]], expected, atol=1e-6)
+    table.commit([])
+    found = read_embeddings(one[0])
+    alone = load_embedder(tiny, layer=2).embed_texts(found["text"].to_pylist())
+    assert len(found) == 120
+    np.testing.assert_allclose(matrix_of(found), alone, atol=1e-5)
+    assert np.abs(matrix_of(found) - np.roll(alone, 1, axis=0)).max(axis=1).min() > 1e-2
+
+
+def test_an_item_that_the_model_fails_on_costs_no_other_of_its_batch(tmp_path: Path, tiny: str) -> None:
+    description = describe(tiny, adapter=True, dtype="float32")[1]
+    encoder = Encoder({"model": tiny}, str(tmp_path), description)
+    table = TableInProgress(str(tmp_path), description, "")
+    texts = sentences(5)
+    items = item_table(texts, []).append_column("content", [[digest("text", text) for text in texts]])
+    prompts = [encoder.embedder.preprocessor.text_prompt(text) for text in texts]
+    prompts[3] = [*prompts[3], 10**6]  # there is no such token
+    report: dict = {}
+    encoder.encode(Prepared(items.drop_columns(["image"]), prompts, None), report)
+    assert report["embedded"] == 4
+    (bad,) = report["bad"]
+    assert bad["id"] == "t3"
+    assert "the model failed on it: IndexError" in bad["reason"]
+    table.commit([])
+    found = read_embeddings(str(tmp_path))
+    assert found["id"].to_pylist() == ["t0", "t1", "t2", "t4"]
+    alone = encoder.embedder.embed_texts(found["text"].to_pylist())
+    np.testing.assert_allclose(matrix_of(found), alone, atol=1e-5)
 
 
 def test_batches_hold_like_lengths_and_everything_once() -> None:

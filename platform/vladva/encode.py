@@ -202,7 +202,10 @@ def describe(model: str, *, adapter: bool, dtype: str, layer: int | None = None)
 
 
 def pool(actors: int | tuple[int, int], cpus_per_actor: int) -> ray.data.ActorPoolStrategy:
-    """The pool of actors. At its start a CPU is left for the tasks that feed it, or nothing would ever run."""
+    """The pool of actors. At its start a CPU is left for the tasks that feed it, or nothing would ever run.
+
+    An actor has three batches at once, to read, to compute and to write, and as many wait for it.
+    """
     import ray.data
 
     least, most = (actors, actors) if isinstance(actors, int) else actors

@@ -50,8 +50,7 @@ def normed(norm: nn.Module, *linears: nn.Module) -> Product:
 def added(linear: nn.Module) -> Addition:
     """x [N, D], residual -> linear(x) + residual."""
     if packable(linear):
-        weight, bias = reordered(linear.weight), bias_of(linear)
-        return lambda x, residual: torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+        return packed_added(linear.weight, bias_of(linear))
     return lambda x, residual: linear(x).add_(residual)
 
 
@@ -82,8 +81,8 @@ def activated(first: nn.Module, second: nn.Module, name: str, activation: nn.Mod
         return lambda x, residual: second(activation(first(x)), residual)
     # oneDNN has no such activation, but swish(a x) / a, with a in the weights before it and 1 / a in those after it.
     before = packed((first.weight.float() * QUICK_GELU).bfloat16(), bias_of(first, scale=QUICK_GELU), "swish")
-    after, bias = reordered((second.weight.float() / QUICK_GELU).bfloat16()), bias_of(second)
-    return lambda x, residual: torch.ops.mkldnn._linear_pointwise.binary(before(x), residual, after, bias, "add")
+    after = packed_added((second.weight.float() / QUICK_GELU).bfloat16(), bias_of(second))
+    return lambda x, residual: after(before(x), residual)
 
 
 def unit(x: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -104,6 +103,12 @@ def packed(weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "n
     """x [N, D] -> activation(x weight^T + bias)."""
     weight = reordered(weight)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
+
+
+def packed_added(weight: torch.Tensor, bias: torch.Tensor | None) -> Addition:
+    """x [N, D], residual -> x weight^T + bias + residual."""
+    weight = reordered(weight)
+    return lambda x, residual: torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
 
 
 def reordered(weight: torch.Tensor) -> torch.Tensor:

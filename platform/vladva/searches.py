@@ -94,7 +94,7 @@ class Searcher:
         self.ids_left = lru_cache(maxsize=16)(self._ids_left)
 
     def warm(self, most: int = IN_MEMORY) -> None:
-        """Read into memory what searches use: of IVF_SQ the rows if their vectors are `most` bytes, else the index."""
+        """Read into memory what searches use: of IVF_SQ the rows, unless they are over `most` bytes, else the index."""
         kind = self.settings.index_type
         if kind == "exact":
             self.rows = self.rows or Rows.of(self.dataset, np.zeros((1, self.dimension), np.float32))
