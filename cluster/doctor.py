@@ -202,7 +202,7 @@ def check_deepspeed_op() -> Finding:
 
 def check_storage(uri: str) -> Finding:
     """Writes a small object at `uri`, reads it back, deletes it."""
-    from vladva.storage import join, open_storage, read_bytes, write_bytes_atomically
+    from vladva.core.storage import join, open_storage, read_bytes, write_bytes_atomically
 
     probe = join(uri, f"doctor-{secrets.token_hex(8)}")
     written = secrets.token_bytes(1024)

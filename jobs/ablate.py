@@ -13,7 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from vladva.config import user_errors
+from vladva.core.cli import user_errors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipe's command line is that of jobs/train.py
 
@@ -51,10 +51,10 @@ def main() -> None:
 
     from rich.console import Console
 
-    from vladva import cluster
-    from vladva.ablation import ablate, ablation_table
+    from vladva.core import ray_tasks
+    from vladva.evaluate.ablation import ablate, ablation_table
 
-    cluster.connect()
+    ray_tasks.connect()
     benchmarks = list(dict.fromkeys(name.split("/")[0] for name in COLUMNS))
     result = ablate(recipe, benchmarks, options.data, options.out, seeds=options.seeds)
     Console().print(ablation_table(result["scores"], COLUMNS))

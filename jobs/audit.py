@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 
-from vladva.config import user_errors
+from vladva.core.cli import user_errors
 
 
 @user_errors
@@ -24,7 +24,7 @@ def main() -> None:
 
     from rich import print as show
 
-    from vladva.audit import audit
+    from vladva.train.audit import audit
 
     report = audit(options.run)
     show(report.table())

@@ -19,7 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vladva.config import RunConfig, user_errors
+from vladva.config import RunConfig
+from vladva.core.cli import user_errors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # serve/ is beside jobs/, not in the package
 
@@ -77,10 +78,10 @@ class Stages:
 
 def make_scenes(uri: str, options: argparse.Namespace) -> dict[str, Any]:
     """Write the corpus, and scan its shards: training then reads single samples."""
-    from vladva.batches import Preprocessor
-    from vladva.progress import Progress
-    from vladva.scenes import write_scenes
-    from vladva.shards import scan
+    from vladva.core.progress import Progress
+    from vladva.data.scan import scan
+    from vladva.data.scenes.corpus import write_scenes
+    from vladva.models.preprocessor import Preprocessor
 
     counts = {"train": options.train_pictures, "test": options.test_pictures, "negatives": options.negatives}
     with Progress("drawing", options.train_pictures + options.test_pictures) as progress:
@@ -93,17 +94,17 @@ def make_scenes(uri: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def train_adapter(config: RunConfig) -> dict[str, Any]:
     """Train, and keep the last step's metrics."""
-    from vladva.train import train
+    from vladva.train.loop import train
 
     return train(config)
 
 
 def index_pictures(scenes: str, run: str) -> dict[str, Any]:
     """Embed the held-out pictures and their captions, and index the pictures."""
-    from vladva.batches import Preprocessor
-    from vladva.corpora import open_corpus
-    from vladva.encode import encode
-    from vladva.index import build_index
+    from vladva.embed.corpus import open_corpus
+    from vladva.embed.pipeline import encode
+    from vladva.index.build import build_index
+    from vladva.models.preprocessor import Preprocessor
 
     corpus = open_corpus(f"{scenes}/test", count_tokens=Preprocessor("tiny").count_tokens)
     table = encode(
@@ -120,7 +121,7 @@ def index_pictures(scenes: str, run: str) -> dict[str, Any]:
 
 def score(scenes: str, run: str, out: str, command: str) -> dict[str, Any]:
     """Both benchmarks, for the untouched model and for the trained one."""
-    from vladva.evaluate import evaluate, read_benchmarks
+    from vladva.evaluate.scoring import evaluate, read_benchmarks
 
     models, tasks = {"zero-shot": "tiny", "trained": run}, read_benchmarks(list(SCORES), scenes)
     return evaluate(models, tasks, scenes, out, bootstrap=1000, command=command)
@@ -131,9 +132,10 @@ def check_adapter(run: str) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from vladva.embedder import load_embedder
-    from vladva.embedding_model import as_tensors
-    from vladva.scenes import held_out_scenes, render
+    from vladva.data.scenes.corpus import held_out_scenes
+    from vladva.data.scenes.scene import render
+    from vladva.models.batch import as_tensors
+    from vladva.models.embedder import load_embedder
 
     held_out = list(held_out_scenes(64))
     pictures, texts = [render(scene) for scene, _, _ in held_out], [worded[0] for _, worded, _ in held_out]
@@ -155,8 +157,9 @@ def serve_and_call(run: str, options: argparse.Namespace) -> dict[str, Any]:
 
     from serve.app import start, stop
     from serve.config import ServeArgs
-    from vladva.embedder import load_embedder
-    from vladva.scenes import held_out_scenes, png, render
+    from vladva.data.scenes.corpus import held_out_scenes
+    from vladva.data.scenes.scene import png, render
+    from vladva.models.embedder import load_embedder
 
     url = start(ServeArgs(model=run, index=f"{run}/index", num_cpus=0.5), port=options.port)
     held_out = list(held_out_scenes(PICTURES))
@@ -215,11 +218,13 @@ def get(request: str | urllib.request.Request) -> Any:
 
 def report(scenes: str, run: str, out: str, stages: Stages, command: str) -> str:
     """Write report.html."""
-    from vladva.evaluate import read_benchmarks
-    from vladva.report import CaptionComparison, Highlight, write_report
-    from vladva.scenes import held_out_scenes, png, render
-    from vladva.showcase import grids_of, wrong_choices_of
-    from vladva.tracking import read_metrics
+    from vladva.data.scenes.corpus import held_out_scenes
+    from vladva.data.scenes.scene import png, render
+    from vladva.evaluate.scoring import read_benchmarks
+    from vladva.report.evaluation_page import CaptionComparison, write_report
+    from vladva.report.html import Highlight
+    from vladva.report.page_examples import grids_of, wrong_choices_of
+    from vladva.train.tracking import read_metrics
 
     scores, served, figures = stages.done["evaluate"], stages.done["serve"], summary(stages)
     pictures = [png(render(scene)) for scene, _, _ in held_out_scenes(PICTURES)]
@@ -266,9 +271,9 @@ def run_demo(options: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
 
     from serve.app import check_port
-    from vladva.cluster import connect
+    from vladva.core.ray_tasks import connect
     from vladva.recipes import tiny
-    from vladva.score_tables import as_rich, score_tables
+    from vladva.report.tables import as_rich, score_tables
 
     storage = str(options.storage.resolve())
     scenes, out = f"{storage}/scenes", f"{storage}/demo"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from vladva.config import user_errors
+from vladva.core.cli import user_errors
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -48,17 +48,17 @@ def actors(argument: str) -> int | tuple[int, int]:
 def main() -> None:
     options = parse(sys.argv[1:])
 
-    from vladva import cluster
-    from vladva.corpora import open_corpus
-    from vladva.encode import describe, encode
-    from vladva.windows import preprocessor_of
+    from vladva.core import ray_tasks
+    from vladva.embed.corpus import open_corpus
+    from vladva.embed.pipeline import encode
+    from vladva.models.resolve import describe, preprocessor_of
 
     config, description = describe(options.model, adapter=not options.no_adapter, dtype=options.dtype)
     if description.get("vectors_per_image", 1) > 1:
         raise ValueError(
             f"{options.model} gives a picture several vectors, which no index takes; jobs/evaluate.py does"
         )
-    cluster.connect()
+    ray_tasks.connect()
     corpus = open_corpus(options.data, options.kinds, count_tokens=preprocessor_of(config).count_tokens)
     summary = encode(
         corpus.items,

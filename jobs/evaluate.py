@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from vladva.config import user_errors
+from vladva.core.cli import user_errors
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -82,7 +82,7 @@ class ListSystems(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from rich.console import Console
 
-        from vladva.score_tables import systems_table
+        from vladva.report.tables import systems_table
 
         Console().print(systems_table())
         parser.exit()
@@ -98,10 +98,9 @@ def labelled(argument: str) -> tuple[str, str]:
 
 def check_models(options: argparse.Namespace) -> None:
     """A mistake in a name or number is told before a cluster is started."""
-    from vladva.backbones import backbone_of
-    from vladva.dual_encoders import family_of
-    from vladva.encode import describe, pin
-    from vladva.model_reference import find_model
+    from vladva.models.backbones import backbone_of
+    from vladva.models.dual_encoders import family_of
+    from vladva.models.resolve import describe, find_model, pin
 
     for model in options.models.values():
         checkpoint = find_model(model).checkpoint
@@ -116,24 +115,24 @@ def main() -> None:
     options = parse(sys.argv[1:])
     command = shlex.join(["jobs/evaluate.py", *sys.argv[1:]])
 
-    from vladva.evaluate import evaluate, read_benchmarks
+    from vladva.evaluate.scoring import evaluate, read_benchmarks
 
     tasks = read_benchmarks(options.benchmarks.split(","), options.data)
 
     from rich.console import Console
 
-    from vladva import cluster, storage
-    from vladva.captions import find_pictures, statistics_table, write_captions, writers
-    from vladva.leaderboard import write_results
-    from vladva.report import headline_highlights, write_report
-    from vladva.score_changes import comparison_tables, layer_tables
-    from vladva.score_tables import as_rich, score_tables
-    from vladva.showcase import caption_comparisons, grids_of, wrong_choices_of
+    from vladva.core import ray_tasks, storage
+    from vladva.evaluate.captioning import find_pictures, write_captions, writers
+    from vladva.evaluate.mteb_adapter import write_results
+    from vladva.report.comparison_tables import comparison_tables, layer_tables
+    from vladva.report.evaluation_page import headline_highlights, write_report
+    from vladva.report.page_examples import caption_comparisons, grids_of, wrong_choices_of
+    from vladva.report.tables import as_rich, score_tables, statistics_table
 
     check_models(options)
     pictures = find_pictures(tasks, options.pictures, options.captions) if options.captions else []
     systems = writers(options.models) if options.captions else {}
-    cluster.connect()
+    ray_tasks.connect()
     resources = {"actors": options.actors, "gpus_per_actor": options.gpus_per_actor, "dtype": options.dtype}
     scores = evaluate(
         options.models,

@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 
-from vladva.config import user_errors
+from vladva.core.cli import user_errors
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -38,12 +38,12 @@ def main() -> None:
     options = parse(sys.argv[1:])
     os.environ.setdefault("LANCE_LOG", "error")
 
-    from vladva import cluster
-    from vladva.index import PARALLEL_FROM, build_index
-    from vladva.tables import open_table
+    from vladva.core import ray_tasks
+    from vladva.embed.table import open_table
+    from vladva.index.build import PARALLEL_FROM, build_index
 
     if (options.workers or 0) > 1 or open_table(options.table).num_rows >= PARALLEL_FROM:
-        cluster.connect()
+        ray_tasks.connect()
     summary = build_index(
         options.table,
         options.out,

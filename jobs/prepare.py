@@ -22,12 +22,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from vladva.config import user_errors
+from vladva.core.cli import user_errors
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Command-line arguments."""
-    from vladva import sources
+    from vladva.prepare import sources
 
     formats = "\n".join(f"    {name:11} {sources.find(name).TITLE}" for name in sources.names())
     parser = argparse.ArgumentParser(
@@ -84,13 +84,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main() -> None:
     options = parse(sys.argv[1:])
 
-    from vladva.batches import Preprocessor
-    from vladva.joins import Join
-    from vladva.model_reference import find_model
-    from vladva.prepare import prepare
-    from vladva.sources import SourceOptions
-    from vladva.summary import summarise
-    from vladva.summary_page import write_page
+    from vladva.models.preprocessor import Preprocessor
+    from vladva.models.resolve import find_model
+    from vladva.prepare.join import Join
+    from vladva.prepare.pipeline import prepare
+    from vladva.prepare.sources import SourceOptions
+    from vladva.prepare.statistics import summarise
+    from vladva.report.data_page import write_page
 
     count_tokens = Preprocessor(find_model(options.model).checkpoint).count_tokens
     join = None

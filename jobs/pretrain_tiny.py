@@ -3,8 +3,9 @@
 
     torchrun --nproc-per-node 2 jobs/pretrain_tiny.py --out .vladva/tiny     # one process a core; resumes when re-run
     python jobs/pretrain_tiny.py --out .vladva/tiny                          # one process
+    python jobs/pretrain_tiny.py --check tiny                                # how many long captions are right
 
-The result, `.vladva/tiny/weights`, is what the package ships as platform/vladva/weights.
+The result, `.vladva/tiny/weights`, is what the package ships as platform/vladva/models/tiny/weights.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -21,16 +23,21 @@ def main() -> None:
         "--out", type=Path, default=Path(".vladva/tiny"), help="folder of the checkpoint and the weights"
     )
     parser.add_argument(
-        "--tower-steps", type=int, default=1500, help="steps of the vision tower alone, 128 pictures each"
+        "--tower-steps", type=int, default=1500, help="steps of the vision tower alone, 128 images each"
     )
     parser.add_argument("--steps", type=int, default=1600, help="optimizer steps of 48 dialogues")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--check", metavar="MODEL", help="train nothing; score the long captions of this model")
+    parser.add_argument("--scenes", type=int, default=100, help="held-out scenes that --check captions")
     args = parser.parse_args()
+    if args.check:
+        print(f"{caption_accuracy(args.check, args.scenes, seed=args.seed):.0%} of long captions name every object")
+        return
 
     import torch
     from torch import distributed
 
-    from vladva.tiny import pretrain
+    from vladva.models.tiny.pretrain import pretrain
 
     if "RANK" in os.environ:  # started by torchrun
         distributed.init_process_group("gloo")
@@ -38,6 +45,30 @@ def main() -> None:
     pretrain(args.out, tower_steps=args.tower_steps, steps=args.steps, seed=args.seed, say=partial(print, flush=True))
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def objects_named(caption: str) -> set[tuple[str, str]]:
+    """The (colour, shape) combinations that a caption names."""
+    from vladva.data.scenes.scene import COLOURS, SHAPES
+
+    words = caption.replace(",", " ").replace(".", " ").split()
+    return {(first, second) for first, second in pairwise(words) if first in COLOURS and second in SHAPES}
+
+
+def caption_accuracy(model: str, count: int, *, seed: int = 0) -> float:
+    """Share of held-out scenes whose generated long caption names every object, and no other, with colour and shape."""
+    from vladva.data.scenes.corpus import held_out_scenes
+    from vladva.data.scenes.scene import render
+    from vladva.models.embedder import load_embedder
+    from vladva.models.tiny.dialogues import DETAILED
+
+    embedder = load_embedder(model)
+    content = [{"type": "image"}, {"type": "text", "text": DETAILED[0]}]
+    right = 0
+    for scene, _, _ in held_out_scenes(count, seed):
+        pieces = embedder.generate([{"role": "user", "content": content}], [render(scene)], max_tokens=96)
+        right += objects_named("".join(pieces)) == {(o.colour, o.shape) for o in scene.objects}
+    return right / count
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from vladva.config import user_errors
+from vladva.core.cli import user_errors
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from vladva.embedder import Embedder
-    from vladva.hits import Hit
+    from vladva.index.store import Hit
+    from vladva.models.embedder import Embedder
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -42,8 +42,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def embed_query(embedder: Embedder, options: argparse.Namespace) -> np.ndarray:
     """The query's vector [D]."""
-    from vladva import storage
-    from vladva.examples import decode_image
+    from vladva.core import storage
+    from vladva.core.images import decode_image
 
     if options.image is None:
         return embedder.embed_texts([options.query])[0]
@@ -55,7 +55,7 @@ def print_hits(hits: list[Hit]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from vladva.hits_page import caption_of
+    from vladva.report.search_page import caption_of
 
     table = Table("score", "id", "caption", box=None, header_style="dim")
     for hit in hits:
@@ -68,8 +68,8 @@ def main() -> None:
     options = parse(sys.argv[1:])
     os.environ.setdefault("LANCE_LOG", "error")
 
-    from vladva.embedder import load_embedder
-    from vladva.index import open_index
+    from vladva.index.vector_index import open_index
+    from vladva.models.embedder import load_embedder
 
     version = int(options.version) if options.version and options.version.isdecimal() else options.version
     index = open_index(options.index, version=version)  # before the model: a wrong path is told at once
@@ -78,8 +78,8 @@ def main() -> None:
     hits = index.search(embed_query(embedder, options), options.k, filter=options.filter)
     print_hits(hits)
     if options.html:
-        from vladva import storage
-        from vladva.hits_page import hits_page
+        from vladva.core import storage
+        from vladva.report.search_page import hits_page
 
         query = options.query or options.image
         storage.write_bytes_atomically(options.html, hits_page(query, hits, index.corpus).encode())

@@ -11,7 +11,8 @@ import contextlib
 import io
 import sys
 
-from vladva.config import RunConfig, user_errors
+from vladva.config import RunConfig
+from vladva.core.cli import user_errors
 from vladva.recipes import RECIPES
 
 
@@ -38,7 +39,7 @@ def dry_run(config: RunConfig) -> None:
     """Print the memory plan. Raises ValueError for a run that does not fit."""
     from rich import print as show
 
-    from vladva.memory import check_memory, memory_table, plan_memory
+    from vladva.train.memory_plan import check_memory, memory_table, plan_memory
 
     show(memory_table(config, plan_memory(config)))
     check_memory(config)
@@ -52,7 +53,7 @@ def main() -> None:
         dry_run(config)
         return
 
-    from vladva.train import train
+    from vladva.train.loop import train
 
     last = train(config)
     print(

@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 
-from vladva.config import user_errors
+from vladva.core.cli import user_errors
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # bfloat16 has 8 bits; a merged adapter is rounded once more
 
@@ -37,12 +37,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main() -> None:
     options = parse(sys.argv[1:])
 
-    from vladva import cluster
-    from vladva.encode import describe, pin
-    from vladva.parity import compare, differences
+    from vladva.core import ray_tasks
+    from vladva.evaluate.parity import compare, differences
+    from vladva.models.resolve import describe, pin
 
     describe(pin(options.model), adapter=True, dtype=options.dtype)  # a mistake in a name is told before a cluster
-    cluster.connect()
+    ray_tasks.connect()
     key = os.environ.get("VLADVA_API_KEY", "")
     ways = compare(options.model, options.data, samples=options.samples, dtype=options.dtype, url=options.url, key=key)
     largest = 0.0

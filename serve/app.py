@@ -19,17 +19,18 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from serve import changes, chat, embeddings, proxy, scores, search, status
-from serve.backend import Backend
 from serve.config import ServeArgs
-from serve.discriminative import Discriminative
-from serve.errors import LastResort, handle_errors
-from serve.generative import Generative
-from serve.guard import Guard, digest
+from serve.deployments.client import Backend
+from serve.deployments.embedding import Discriminative
+from serve.deployments.generation import Generative
+from serve.protocol import proxy_errors
+from serve.protocol.errors import LastResort, handle_errors
+from serve.protocol.guard import Guard, digest
+from serve.routes import chat, embeddings, index_changes, scores, search, status
 
 API_KEYS = "VLADVA_API_KEYS"  # environment variable: keys, separated by commas
 WRITE_KEYS = "VLADVA_WRITE_KEYS"  # the same: keys that may change the index as well, which the others then may not
-ROUTES = (status, embeddings, search, changes, scores, chat)
+ROUTES = (status, embeddings, search, index_changes, scores, chat)
 INGRESS_REQUESTS = 1000
 START_S = 600
 
@@ -116,7 +117,7 @@ def start(args: ServeArgs, host: str = "127.0.0.1", port: int = 8000) -> str:
     serve.start(
         http_options={"host": host, "port": port},
         logging_config={"log_level": "WARNING"},
-        controller_options=proxy.controller_options(),
+        controller_options=proxy_errors.controller_options(),
     )
     serve.run(build(args), name="vladva", logging_config={"log_level": "WARNING"})
     url = f"http://{host}:{port}"

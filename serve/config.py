@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from serve.items import Limits
+from serve.protocol.items import Limits
 
 
 class ServeArgs(BaseModel):

@@ -26,7 +26,7 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny() -> str:
     """Folder of the tiny LVLM that ships with the package."""
-    from vladva.tiny import TINY
+    from vladva.models.backbones import TINY
 
     return str(TINY)
 
@@ -34,7 +34,7 @@ def tiny() -> str:
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small corpus: 256 training and 64 test pictures, 16 hard negatives of each kind, scanned."""
-    from vladva.scenes import write_scenes
+    from vladva.data.scenes.corpus import write_scenes
 
     folder = tmp_path_factory.mktemp("scenes")
     write_scenes(str(folder), train=256, test=64, negatives=16, samples_per_shard=100)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import os
-import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
 
-from vladva.mix import mix_shares, mix_uris
-from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT
+from vladva.core.mixture import mix_shares, mix_uris
+
+IMAGE_PROMPT = "Summarize the provided image in one word:"
+TEXT_PROMPT = "Summarize the provided text in one word:"
 
 
 @dataclass(frozen=True)
@@ -282,25 +280,3 @@ def _build(cls: type, content: dict[str, Any], prefix: str) -> Any:
         else:
             values[key] = tuple(value) if isinstance(value, list) else value
     return cls(**values)
-
-
-def user_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorate a job's `main`: a ValueError or a missing file is the user's, told in one line with exit status 2.
-
-    VLADVA_TRACEBACK=1 shows where it was raised.
-    """
-
-    @functools.wraps(main)
-    def run() -> None:
-        try:
-            main()
-        except (ValueError, FileNotFoundError) as error:
-            if os.environ.get("VLADVA_TRACEBACK"):
-                raise
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            print("interrupted; run the same command again to go on", file=sys.stderr)
-            sys.exit(130)
-
-    return run

@@ -10,10 +10,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve.config import ServeArgs
-from serve.discriminative import Embedded
-from serve.errors import ApiError, Failure
-from serve.items import Item
-from serve.models import Served
+from serve.deployments.embedding import Embedded
+from serve.deployments.served_models import Served
+from serve.protocol.errors import ApiError, Failure
+from serve.protocol.items import Item
 
 ATTEMPTS = 3
 DESCRIBE_S = 30.0

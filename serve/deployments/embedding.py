@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from ray import serve
 
-from serve.admission import TokenBudget
 from serve.config import ServeArgs
-from serve.errors import INTERNAL, Failure
-from serve.index import Changed, Entry, Found, ServedIndex
-from serve.items import Item
+from serve.deployments.served_index import Changed, Entry, Found, ServedIndex
+from serve.deployments.token_budget import TokenBudget
+from serve.protocol.errors import INTERNAL, Failure
+from serve.protocol.items import Item
 
 logger = logging.getLogger("ray.serve")
 
@@ -52,7 +52,7 @@ class Discriminative:
     """Embeds texts and pictures, and searches. Methods return a `Failure` for what they refuse."""
 
     def __init__(self, args: ServeArgs) -> None:
-        from vladva.embedder import load_embedder
+        from vladva.models.embedder import load_embedder
 
         self.args = args
         self.embedder = load_embedder(args.model, dtype=args.dtype, device=args.device)
@@ -150,7 +150,7 @@ class Discriminative:
 
     def embed_now(self, work: Sequence[Work]) -> list[Embedded | Failure]:
         """Decode and embed one batch. An error in it is laid at the door of the item that causes it."""
-        from vladva.examples import decode_image
+        from vladva.core.images import decode_image
 
         results: list[Embedded | Failure | None] = [None] * len(work)
         texts, images = [], {}

@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 from ray import serve
 
-from serve.admission import TokenBudget
 from serve.config import ServeArgs
-from serve.errors import Failure
+from serve.deployments.token_budget import TokenBudget
+from serve.protocol.errors import Failure
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Generative:
     """Answers conversations, piece by piece."""
 
     def __init__(self, args: ServeArgs) -> None:
-        from vladva.embedder import load_embedder
+        from vladva.models.embedder import load_embedder
 
         self.args = args
         self.embedder = load_embedder(args.model, dtype=args.dtype, device=args.device)
@@ -132,7 +132,7 @@ class Generative:
 
     def decode(self, images: Sequence[bytes]) -> list[Image.Image] | Failure:
         """The pictures, decoded."""
-        from vladva.examples import decode_image
+        from vladva.core.images import decode_image
 
         try:
             return [decode_image(data, self.args.max_image_pixels) for data in images]

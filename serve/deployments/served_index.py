@@ -18,12 +18,12 @@ from pydantic import JsonValue
 from pydantic_core import to_jsonable_python
 
 from serve.config import ServeArgs
-from serve.errors import Failure
+from serve.protocol.errors import Failure
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from vladva.index import Hit, VectorIndex
+    from vladva.index.vector_index import Hit, VectorIndex
 
 logger = logging.getLogger("ray.serve")
 
@@ -72,7 +72,7 @@ class ServedIndex:
 
     def open(self, version: int | str | None = None, warm: bool = True) -> "VectorIndex":
         """The index at a version or tag; None is the newest."""
-        from vladva.index import open_index
+        from vladva.index.vector_index import open_index
 
         index = open_index(self.args.index, version=version, fingerprint=self.model["fingerprint"])
         if (
@@ -115,7 +115,7 @@ class ServedIndex:
 
     def refusing(self, work: Callable[[], Found | Changed]) -> Found | Changed | Failure:
         """The result of the work, or why there is none."""
-        from vladva.index import FingerprintMismatch
+        from vladva.index.vector_index import FingerprintMismatch
 
         try:
             return work()

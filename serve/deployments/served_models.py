@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serve.errors import ApiError
+from serve.protocol.errors import ApiError
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from serve.errors import Failure
+from serve.protocol.errors import Failure
 
 
 class TokenBudget:

@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import ApiError
+from serve.protocol.errors import ApiError
 
 OPEN_PATHS = {"/health"}
 WRITE_PATHS = "/v1/index/"

@@ -10,7 +10,7 @@ import io
 
 from PIL import Image
 
-from vladva.examples import FORMATS
+from vladva.core.images import FORMATS
 
 # Image processors scale the shorter side to their own size: a picture of 50,000,000 x 1 pixels would become 16 billion.
 MAX_RATIO = 200

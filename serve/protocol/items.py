@@ -9,9 +9,9 @@ from typing import Literal
 
 from pydantic import JsonValue
 
-from serve.errors import ApiError, Failure
-from serve.images import image_size, parse_data_uri
-from serve.schema import Message
+from serve.protocol.errors import ApiError, Failure
+from serve.protocol.images import image_size, parse_data_uri
+from serve.protocol.schema import Message
 
 Modality = Literal["text", "image"]
 

@@ -1,7 +1,7 @@
 """Proxy: gives the errors that Serve's HTTP proxy answers by itself, as plain text, the one shape too.
 
 Serve loads `middlewares` into every proxy where the environment of its controller says
-RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.proxy:middlewares. `serve.app.start` sets it.
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.protocol.proxy_errors:middlewares. `serve.app.start` sets it.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import INTERNAL, Failure, reply
+from serve.protocol.errors import INTERNAL, Failure, reply
 
 FAILURES = {
     404: Failure(404, "nothing is served under this path", "not_found"),
@@ -50,5 +50,5 @@ class OneShape:
 
 def controller_options() -> dict[str, Any]:
     """Options of `serve.start` that turn this on."""
-    path = "serve.proxy:middlewares"
+    path = "serve.protocol.proxy_errors:middlewares"
     return {"runtime_env": {"env_vars": {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": path}}}

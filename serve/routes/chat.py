@@ -10,11 +10,11 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from serve.backend import Backend, stream
-from serve.errors import INTERNAL, ApiError, Failure, logger
-from serve.generative import Conversation, Finished, Sampling, Started
-from serve.items import Item, Limits, parse_image
-from serve.schema import ChatRequest, Message
+from serve.deployments.client import Backend, stream
+from serve.deployments.generation import Conversation, Finished, Sampling, Started
+from serve.protocol.errors import INTERNAL, ApiError, Failure, logger
+from serve.protocol.items import Item, Limits, parse_image
+from serve.protocol.schema import ChatRequest, Message
 
 
 def routes(backend: Backend) -> APIRouter:

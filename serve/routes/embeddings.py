@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter
 
-from serve.backend import Backend
-from serve.discriminative import Embedded
-from serve.errors import ApiError, Failure
-from serve.items import as_list, parse_conversations, parse_items
-from serve.schema import EmbeddingRequest
+from serve.deployments.client import Backend
+from serve.deployments.embedding import Embedded
+from serve.protocol.errors import ApiError, Failure
+from serve.protocol.items import as_list, parse_conversations, parse_items
+from serve.protocol.schema import EmbeddingRequest
 
 
 def routes(backend: Backend) -> APIRouter:

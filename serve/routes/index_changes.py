@@ -4,12 +4,12 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from serve.backend import Backend
-from serve.errors import ApiError
-from serve.index import Changed, Entry, repeated
-from serve.items import parse_item
-from serve.schema import DeleteRequest, UpsertItem, UpsertRequest
-from serve.search import check_index
+from serve.deployments.client import Backend
+from serve.deployments.served_index import Changed, Entry, repeated
+from serve.protocol.errors import ApiError
+from serve.protocol.items import parse_item
+from serve.protocol.schema import DeleteRequest, UpsertItem, UpsertRequest
+from serve.routes.search import check_index
 
 
 def routes(backend: Backend) -> APIRouter:

@@ -6,10 +6,10 @@ import numpy as np
 from fastapi import APIRouter
 from pydantic import JsonValue
 
-from serve.backend import Backend
-from serve.errors import ApiError, Failure
-from serve.items import as_list, parse_items
-from serve.schema import ClassifyRequest, RerankRequest, ScoreRequest
+from serve.deployments.client import Backend
+from serve.protocol.errors import ApiError, Failure
+from serve.protocol.items import as_list, parse_items
+from serve.protocol.schema import ClassifyRequest, RerankRequest, ScoreRequest
 
 CLIP_SCALE = 100.0  # CLIP's logit scale: turns cosine similarities of labels into probabilities
 

@@ -6,11 +6,11 @@ import numpy as np
 from fastapi import APIRouter
 from pydantic import JsonValue
 
-from serve.backend import Backend
-from serve.errors import ApiError
-from serve.index import Found
-from serve.items import Item, Limits, parse_item
-from serve.schema import SearchRequest
+from serve.deployments.client import Backend
+from serve.deployments.served_index import Found
+from serve.protocol.errors import ApiError
+from serve.protocol.items import Item, Limits, parse_item
+from serve.protocol.schema import SearchRequest
 
 
 def routes(backend: Backend) -> APIRouter:

@@ -8,8 +8,8 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import FileResponse
 
-from serve.backend import Backend, call
-from serve.errors import ApiError
+from serve.deployments.client import Backend, call
+from serve.protocol.errors import ApiError
 
 PROBE_S = 5.0  # a deployment that does not say within this time that it is ready is not
 

@@ -74,7 +74,7 @@ def speed(stream: Iterator[int], batches: int) -> float:
 
 
 def scanned(uri: str, model: str) -> None:
-    from vladva.shards import scan
+    from vladva.data.scan import scan
 
     print(scan(uri, feeds.preprocessor(model).count_tokens, verify=False))
 
@@ -114,8 +114,9 @@ def turns(ways: dict, rounds: int, ours: str) -> dict[str, float]:
 
 def from_s3(uri: str, model: str, samples: int, rounds: int, folder: Path) -> dict[str, float]:
     """The same shards and index on both storages."""
-    from tests.s3 import BUCKET, s3_server
-    from vladva import storage
+    from support.s3_server import BUCKET, s3_server
+
+    from vladva.core import storage
 
     local = config_of(uri, model, samples)
     remote = replace(local, data=replace(local.data, uri=f"s3://{BUCKET}/photos"))
@@ -172,7 +173,7 @@ class Watch:
 
 def memory(folder: Path, sizes: tuple[int, int]) -> dict[str, float]:
     """The larger corpus over the smaller one; a new Ray for each."""
-    from vladva.shards import ShardWriter
+    from vladva.data.shard_writer import ShardWriter
 
     found, model = [], feeds.build_model(folder / "model of memory")
     for size in sizes:
@@ -213,7 +214,7 @@ def shrunk(picture: bytes) -> bytes:
 
 def large_index(folder: Path, shards: int) -> dict[str, float]:
     """Index and first chunk in a new process."""
-    from tests.streams import write_large_index
+    from tests.support.small_corpora import write_large_index
 
     config = config_of(str(folder / "large"), "tiny", feeds.CHUNK * 2)
     write_large_index(config, shards, per_shard=1_000)

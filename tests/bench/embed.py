@@ -54,7 +54,7 @@ Embed = Callable[[list[Any]], np.ndarray]
 
 def vladva(checkpoint: str) -> dict[str, Embed]:
     """What the batch job, evaluation and Serve call."""
-    from vladva.embedder import load_embedder
+    from vladva.models.embedder import load_embedder
 
     embedder = load_embedder(checkpoint, dtype="bfloat16")
     return {"text": embedder.embed_texts, "image": embedder.embed_images}
@@ -65,7 +65,7 @@ def e5v(checkpoint: str) -> dict[str, Embed]:
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT
+    from vladva.config import IMAGE_PROMPT, TEXT_PROMPT
 
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
     processor = AutoProcessor.from_pretrained(checkpoint)
@@ -100,7 +100,7 @@ def sentence_transformers(checkpoint: str) -> dict[str, Embed]:
     """As its documentation has it; with vladva's prompts, as messages, so that it embeds as many tokens (less one)."""
     from sentence_transformers import SentenceTransformer
 
-    from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT
+    from vladva.config import IMAGE_PROMPT, TEXT_PROMPT
 
     model = SentenceTransformer(checkpoint, device="cpu", model_kwargs={"dtype": "bfloat16"})
 
@@ -197,7 +197,7 @@ def operations(checkpoint: str, items: dict[str, list[Any]]) -> dict[str, float]
     import torch
     from transformers import AutoConfig, AutoModel
 
-    from vladva.batches import Preprocessor
+    from vladva.models.preprocessor import Preprocessor
 
     config = AutoConfig.from_pretrained(checkpoint)
     preprocessor = Preprocessor(checkpoint)
@@ -235,10 +235,10 @@ def job(model: str, data: str, out: str, kinds: list[str], dtype: str) -> dict[s
     # Ray's processes are nice by 15 to whatever else the machine does, the bare forward is not.
     os.environ |= {"RAY_worker_niceness": "0"}
 
-    from vladva.batches import Preprocessor
-    from vladva.corpora import open_corpus
-    from vladva.encode import encode
-    from vladva.parts import TableInProgress
+    from vladva.embed.corpus import open_corpus
+    from vladva.embed.pipeline import encode
+    from vladva.embed.table_writer import TableInProgress
+    from vladva.models.preprocessor import Preprocessor
 
     written: list[tuple[float, Counter[str]]] = []
     commit = TableInProgress.commit
@@ -307,9 +307,8 @@ def job_efficiency(checkpoint: str, folder: Path, count: int) -> dict[str, float
     done = job(checkpoint, str(folder / "shards"), str(folder / "table"), ["image", "text"], "bfloat16")
     import torch
 
-    from vladva.batches import Pixels, cut
-    from vladva.embedder import load_embedder
-    from vladva.embedding_model import as_tensors
+    from vladva.models.batch import Pixels, as_tensors, cut
+    from vladva.models.embedder import load_embedder
 
     torch.set_num_threads(THREADS)
     embedder = load_embedder(checkpoint, dtype="bfloat16")

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from vladva.batches import Preprocessor
     from vladva.config import RunConfig
-    from vladva.examples import Example
+    from vladva.data.examples import Example
+    from vladva.models.preprocessor import Preprocessor
 
 CHUNK, RUN, PROCESSES, SIDE = 32, 8, 2, 336
 DIFFERENT = 64  # photos; making one takes ten times as long as decoding it
@@ -58,7 +58,7 @@ WORDS = [
 
 def build_model(folder: Path) -> str:
     """Tokenizer and image processor of the tiny model, for pictures of 336 x 336 as LLaVA-1.5 takes; no weights."""
-    from vladva.tiny import TINY
+    from vladva.models.backbones import TINY
 
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     changes = {
@@ -93,7 +93,7 @@ def photo(seed: int) -> bytes:
 
 def write_photos(uri: str, count: int, per_shard: int = 125) -> None:
     """Shards of photos, every one DIFFERENT samples later again, with a short and a long caption each."""
-    from vladva.shards import ShardWriter
+    from vladva.data.shard_writer import ShardWriter
 
     random = np.random.default_rng(0)
     with ShardWriter(uri, per_shard) as shards, ThreadPoolExecutor(PROCESSES) as pool:
@@ -131,7 +131,7 @@ class Bare:
 
 
 def _bare(config: RunConfig, numbers: range, pipe: Connection) -> None:
-    from vladva.chunks import ChunkReader
+    from vladva.train.data_loader import ChunkReader
 
     reader = ChunkReader(config)
     chunks = [(number, reader.fetch(number)) for number in numbers]
@@ -148,7 +148,7 @@ def _bare(config: RunConfig, numbers: range, pipe: Connection) -> None:
 
 def vladva_stream(config: RunConfig) -> Iterator[int]:
     """Ours, as Ray Train hands it to one worker."""
-    from vladva.chunks import chunk_stream
+    from vladva.train.data_loader import chunk_stream
 
     stream = chunk_stream(config, 0)
     stream.context.execution_options.preserve_order = True
@@ -159,14 +159,15 @@ def vladva_stream(config: RunConfig) -> Iterator[int]:
 @lru_cache(maxsize=1)
 def preprocessor(model: str) -> Preprocessor:
     """One a process."""
-    from vladva.batches import Preprocessor
+    from vladva.models.preprocessor import Preprocessor
 
     return Preprocessor(model, soft_prompts=True)
 
 
 def example(name: str, picture: bytes, meta: bytes) -> Example:
     """A member of a tar, decoded."""
-    from vladva.examples import Example, decode_image
+    from vladva.core.images import decode_image
+    from vladva.data.examples import Example
 
     short, long = json.loads(meta)["captions"]
     return Example(name, decode_image(picture), short, long)

@@ -33,9 +33,10 @@ os.environ.setdefault("LANCE_LOG", "error")
 import numpy as np
 import pyarrow as pa
 
-from vladva.index import build_index, open_index
-from vladva.parts import TableInProgress, write_part
-from vladva.tables import digest
+from vladva.core.hashing import digest
+from vladva.embed.table_writer import TableInProgress, write_part
+from vladva.index.build import build_index
+from vladva.index.vector_index import open_index
 
 K = 10
 WARM_UP = 20  # queries that are not counted

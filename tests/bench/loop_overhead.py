@@ -48,8 +48,8 @@ def bare(config: RunConfig) -> list[float]:
     """Seconds of each step on chunks in memory, as the worker makes them."""
     import torch
 
-    from vladva.chunks import ChunkReader
-    from vladva.train import backward_of, build_engine
+    from vladva.train.data_loader import ChunkReader
+    from vladva.train.loop import backward_of, build_engine
 
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -85,9 +85,9 @@ def main() -> None:
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from vladva.cluster import connect
-    from vladva.scenes import write_scenes
-    from vladva.train import check_data, train
+    from vladva.core.ray_tasks import connect
+    from vladva.data.scenes.corpus import write_scenes
+    from vladva.train.loop import check_data, train
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

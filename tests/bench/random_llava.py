@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from vladva import scenes
+from vladva.data.scenes import scene
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,7 +29,8 @@ def build_random_llava(folder: Path, *, seed: int = 0) -> str:
     import torch
     from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    from vladva.tiny import TINY, save_checkpoint
+    from vladva.models.backbones import TINY
+    from vladva.models.tiny.model import save_checkpoint
 
     vision = CLIPVisionConfig(
         hidden_size=384,
@@ -77,7 +78,7 @@ def build_random_llava(folder: Path, *, seed: int = 0) -> str:
 def texts(count: int = NUM_TEXTS, length: tuple[int, int] = SHORT, *, seed: int = 0) -> list[str]:
     """Different texts of fewest to most words; those of the length SHORT are 26 tokens on average, prompt included."""
     random = Random(seed)
-    words = [*scenes.COLOURS, *scenes.SHAPES, "small", "large", "a", "the", "and", "of", "to", "left", "right"]
+    words = [*scene.COLOURS, *scene.SHAPES, "small", "large", "a", "the", "and", "of", "to", "left", "right"]
     return [" ".join(random.choices(words, k=random.randint(*length))) for _ in range(count)]
 
 

@@ -19,10 +19,10 @@ from importlib import resources
 
 import numpy as np
 
-from vladva.benchmarks.kinds.classification import ClassificationTask
-from vladva.benchmarks.kinds.retrieval import RetrievalTask
-from vladva.benchmarks.kinds.samples import Unique
-from vladva.benchmarks.readers.images import ImageRef
+from vladva.benchmarks.protocols.classification import ClassificationTask
+from vladva.benchmarks.protocols.retrieval import RetrievalTask
+from vladva.benchmarks.protocols.unique_items import Unique
+from vladva.data.image_refs import ImageRef
 
 
 def peak_mb() -> float:
@@ -45,7 +45,7 @@ def coco() -> RetrievalTask:
 
 def imagenet() -> ClassificationTask:
     """50 pictures of each of the 1,000 classes, and the published names in all three sets of templates."""
-    words = json.loads(resources.files("vladva.benchmarks").joinpath("imagenet_prompts.json").read_bytes())
+    words = json.loads(resources.files("vladva.benchmarks.tasks").joinpath("imagenet_prompts.json").read_bytes())
     texts = Unique()
     prompts = {
         suffix: np.stack([texts.add(t.replace("{c}", name) for t in templates) for name in words["class_names"]])

@@ -31,10 +31,11 @@ from typing import Any
 
 import psutil
 
-from vladva import checkpoint, storage
-from vladva.audit import audit
-from vladva.scenes import write_scenes
-from vladva.tracking import read_metrics
+from vladva.core import storage
+from vladva.data.scenes.corpus import write_scenes
+from vladva.models import checkpoint
+from vladva.train.audit import audit
+from vladva.train.tracking import read_metrics
 
 PAIRS, BATCH, CHUNK = 600, 32, 4
 STEPS = PAIRS // BATCH  # one epoch
@@ -164,7 +165,7 @@ def count_retries(logs: Iterable[Path]) -> int:
 
 def measure_s3(out: Path, steady: str, at: int) -> dict[str, Any]:
     """The epoch from S3, and to S3, through the proxy."""
-    from s3 import BUCKET, faulty_proxy, s3_server
+    from support.s3_server import BUCKET, faulty_proxy, s3_server
 
     with s3_server(out / "s3") as variables, faulty_proxy(variables["AWS_ENDPOINT_URL"]) as proxy:
         os.environ.update(variables | {"AWS_ENDPOINT_URL": proxy.url})
@@ -204,7 +205,7 @@ def main() -> None:
     }
     chance = random.Random(options.seed)
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from checkpoints import build_llava
+    from support.checkpoints import build_llava
 
     with tempfile.TemporaryDirectory(prefix="vladva-resume-") as folder:
         out = Path(folder)

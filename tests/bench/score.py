@@ -25,8 +25,8 @@ sys.path.append(str(Path(__file__).parents[2] / ".venv/peers"))  # where `make i
 
 from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
 
-from vladva.benchmarks.kinds.retrieval import CUTOFFS
-from vladva.metrics import hits_at, rank, unit_rows
+from vladva.benchmarks.metrics import hits_at, rank, unit_rows
+from vladva.benchmarks.protocols.retrieval import CUTOFFS
 
 T = TypeVar("T")
 

@@ -45,16 +45,17 @@ from random_llava import LONG, build_random_llava, images, texts
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
-from vladva.adapter import add_adapter
-from vladva.batches import Batch, Preprocessor
-from vladva.chunks import preprocessor_of
 from vladva.config import DataConfig, LossConfig, ModelConfig, RunConfig, TrainConfig
-from vladva.embedding_model import EmbeddingModel, as_tensors, caption_labels
-from vladva.engine import Engine
-from vladva.examples import Example
-from vladva.gradcache import prompts_only
-from vladva.packing import pack
-from vladva.train import backward_of
+from vladva.data.examples import Example
+from vladva.models.adapter import add_adapter
+from vladva.models.batch import Batch, as_tensors
+from vladva.models.embedding_model import EmbeddingModel, caption_labels
+from vladva.models.packed.packing import pack
+from vladva.models.preprocessor import Preprocessor
+from vladva.train.data_loader import preprocessor_of
+from vladva.train.engine import Engine
+from vladva.train.grad_cache import prompts_only
+from vladva.train.loop import backward_of
 
 PAIRS, CACHED_PAIRS, MOST_PAIRS, CHUNK, RATE = 16, 32, 512, 8, 1e-4
 
@@ -139,7 +140,7 @@ def sentence_transformers_step(checkpoint: str, pairs: int, chunk: int) -> Calla
     from sentence_transformers.base.modules.transformer import Transformer
     from sentence_transformers.sentence_transformer import losses, modules
 
-    from vladva.backbones.llava import LORA_TARGETS
+    from vladva.models.backbones.llava import LORA_TARGETS
 
     lvlm = Transformer(checkpoint, model_kwargs={"dtype": torch.bfloat16})
     pooling = modules.Pooling(lvlm.get_embedding_dimension(), "lasttoken")

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.small import write_benchmarks
-from checkpoints import build_blip_2
+from support.checkpoints import build_blip_2
+from support.small_benchmarks import write_benchmarks
 
-from vladva.benchmarks import find
-from vladva.benchmarks.readers.images import read_images
-from vladva.dual_encoder import DualEncoder
-from vladva.evaluate import read_outcomes
-from vladva.examples import decode_image
+from vladva.benchmarks.benchmark import find
+from vladva.core.images import decode_image
+from vladva.data.image_refs import read_images
+from vladva.evaluate.scoring import read_outcomes
+from vladva.models.dual_encoder_embedder import DualEncoder
 
 
 def test_all_benchmarks_of_a_folder(

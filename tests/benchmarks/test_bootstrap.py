@@ -5,7 +5,7 @@ from math import comb, sqrt
 import numpy as np
 import pytest
 
-from vladva.bootstrap import compare, interval, resample
+from vladva.benchmarks.bootstrap import compare, interval, resample
 
 R = 1000
 

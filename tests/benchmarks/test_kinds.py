@@ -9,14 +9,14 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from vladva.benchmarks import Task
-from vladva.benchmarks.kinds.caption_choice import CaptionChoice
-from vladva.benchmarks.kinds.classification import Classification
-from vladva.benchmarks.kinds.matching import Matching
-from vladva.benchmarks.kinds.retrieval import Retrieval
-from vladva.benchmarks.kinds.subsets import Subset
-from vladva.benchmarks.kinds.two_captions import TwoCaptions
-from vladva.bootstrap import means
+from vladva.benchmarks.benchmark import Task
+from vladva.benchmarks.bootstrap import means
+from vladva.benchmarks.protocols.caption_choice import CaptionChoice
+from vladva.benchmarks.protocols.classification import Classification
+from vladva.benchmarks.protocols.matching import Matching
+from vladva.benchmarks.protocols.retrieval import Retrieval
+from vladva.benchmarks.protocols.subsets import Subset
+from vladva.benchmarks.protocols.two_captions import TwoCaptions
 
 ABOUT = {"source": "written by this test", "licence": "none"}
 WIDTH = 64
@@ -301,7 +301,7 @@ def test_matching_tells_text_from_image(tmp_path: Path) -> None:
 
 def test_classification_with_two_classes_of_one_name(tmp_path: Path) -> None:
     words = json.loads(
-        Path(__file__).parents[2].joinpath("platform/vladva/benchmarks/imagenet_prompts.json").read_text()
+        Path(__file__).parents[2].joinpath("platform/vladva/benchmarks/tasks/imagenet_prompts.json").read_text()
     )
     names = words["class_names"]
     draw(tmp_path / "val", [f"n{number:04}/0.png" for number in range(1000)])

@@ -10,7 +10,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from vladva.metrics import (
+from vladva.benchmarks.metrics import (
     Outcomes,
     Ranks,
     all_above,

@@ -9,22 +9,23 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vladva import benchmarks
-from vladva.benchmarks import sugar_crepe
+from vladva.benchmarks import tasks
+from vladva.benchmarks.benchmark import find, names
+from vladva.benchmarks.tasks import sugar_crepe
 
 OFFICIAL = Path(__file__).parent / "sugar_crepe"
-FOLDER = Path(benchmarks.__file__).parent
+FOLDER = Path(tasks.__file__).parent
 
 
 def test_the_folder_is_the_menu() -> None:
     files = {path.stem for path in FOLDER.glob("*.py")} - {"__init__"}
-    assert set(benchmarks.names()) == files
+    assert set(names()) == files
     assert {"scenes_retrieval", "scenes_compositionality", "flickr30k", "coco", "nocaps", "imagenet"} < files
 
 
-@pytest.mark.parametrize("name", benchmarks.names())
+@pytest.mark.parametrize("name", names())
 def test_declaration_is_complete(name: str, tmp_path: Path) -> None:
-    benchmark = benchmarks.find(name)
+    benchmark = find(name)
     assert benchmark.title
     assert benchmark.source
     assert benchmark.licence
@@ -35,7 +36,7 @@ def test_declaration_is_complete(name: str, tmp_path: Path) -> None:
 
 def test_unknown_name_lists_the_known() -> None:
     with pytest.raises(ValueError, match=r"no 'imagnet'; known are coco, flickr30k, imagenet"):
-        benchmarks.find("imagnet")
+        find("imagnet")
 
 
 @pytest.fixture
@@ -97,6 +98,6 @@ def test_scenes_files_are_found_in_the_corpus_and_beside_other_benchmarks(tmp_pa
         (root / "test").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (2, 2)).save(root / "test/000000.png")
         (root / "test/retrieval.json").write_text(json.dumps([{"image": "000000.png", "caption": ["a"]}]))
-        task = benchmarks.find("scenes_retrieval").read(str(tmp_path))
+        task = find("scenes_retrieval").read(str(tmp_path))
         assert task.counts["images"] == 1
     assert list(task.files) == ["scenes/test/retrieval.json"]

@@ -13,10 +13,11 @@ from PIL import Image
 
 from vladva.benchmarks.readers.captions import CaptionedImage, read_caption_tables, read_captions
 from vladva.benchmarks.readers.files import AnnotationFile, check_hash, read_first
-from vladva.benchmarks.readers.images import find_images, parquet_images, pick_images, read_images
+from vladva.benchmarks.readers.images import find_images, parquet_images, pick_images
 from vladva.benchmarks.readers.labels import read_labelled
 from vladva.benchmarks.readers.sugar_crepe import read_rows
 from vladva.benchmarks.readers.winoground import read_examples
+from vladva.data.image_refs import read_images
 
 OFFICIAL = Path(__file__).parent / "sugar_crepe"  # RAIVNLab/sugar-crepe@0047054, MIT
 

@@ -11,10 +11,10 @@ from random import Random
 
 import pytest
 from pyarrow import fs
+from support.s3_server import BUCKET, FaultyProxy, faulty_proxy, s3_server
 
-from tests.s3 import BUCKET, FaultyProxy, faulty_proxy, s3_server
-from vladva import storage, stores
-from vladva.storage import ByteRange
+from vladva.core import object_store, storage
+from vladva.core.storage import ByteRange
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_neighbours_share_a_request(proxy: FaultyProxy, monkeypatch: pytest.Monk
 @pytest.fixture
 def impatient(proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """The proxy, to clients that take a second without a byte for a stall, during one test."""
-    monkeypatch.setattr(stores, "STALL", 1.0)
+    monkeypatch.setattr(object_store, "STALL", 1.0)
     storage._s3.cache_clear()
     yield proxy
     storage._s3.cache_clear()

@@ -10,7 +10,7 @@ from itertools import combinations, permutations
 
 import pytest
 
-from vladva.plan import Permutation, Plan
+from vladva.data.epoch_plan import Permutation, Plan
 
 # (num_samples, chunk_size, run_length, chunks_per_batch): no remainder, some, 1, the largest, one batch, runs of 1
 SIZES = [(960, 16, 4, 4), (1000, 16, 8, 4), (961, 16, 16, 4), (1023, 16, 4, 4), (64, 16, 8, 4), (77, 8, 1, 2)]

@@ -8,8 +8,8 @@ from fractions import Fraction
 import pytest
 
 from vladva.config import DataConfig
-from vladva.plan import Plan
-from vladva.schedule import Run, Schedule
+from vladva.data.epoch_plan import Plan
+from vladva.data.sampler import Run, Schedule
 
 # Runs of the first epoch's chunks 0, 1 and of the second and third one's, from before data sets could be mixed.
 RECORDED = [[(660, 8), (956, 4), (0, 4)], [(636, 8), (308, 8)], [(788, 8), (852, 8)], [(771, 8), (379, 8)]]

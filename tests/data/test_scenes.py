@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from vladva import scenes as corpus
-from vladva.scenes import COLOURS, HARD_NEGATIVES, OPPOSITE, RELATION_WORDS, SHAPES, SIZE_WORDS, Scene
+from vladva.data.scenes import captions, corpus
+from vladva.data.scenes.captions import HARD_NEGATIVES, OPPOSITE, RELATION_WORDS, SIZE_WORDS
+from vladva.data.scenes.scene import COLOURS, SHAPES, Scene, is_held_out, relation, render, siblings
 
 WORD_OF_SIZE = {word: size for size, words in SIZE_WORDS.items() for word in words}
 RELATION_OF = {words: name for name, wordings in RELATION_WORDS.items() for words in wordings}
@@ -48,16 +49,16 @@ def sampled() -> list[tuple[Scene, Random]]:
 
 def test_captions_are_true_and_the_reading_can_tell(sampled: list[tuple[Scene, Random]]) -> None:
     for scene, random in sampled:
-        for caption in corpus.captions(scene, random):
+        for caption in captions.captions(scene, random):
             assert is_true(caption, scene), (caption, scene)
     # The control: captions of one scene are false of another (but for the rare scenes that share objects).
-    false = sum(not is_true(corpus.captions(a, random)[0], b) for (a, random), (b, _) in pairwise(sampled))
+    false = sum(not is_true(captions.captions(a, random)[0], b) for (a, random), (b, _) in pairwise(sampled))
     assert false > 0.95 * (len(sampled) - 1)
 
 
 @pytest.mark.parametrize("kind", HARD_NEGATIVES)
 def test_hard_negatives_are_false_and_differ_as_their_kind_says(sampled: list, kind: str) -> None:
-    pairs = [(scene, corpus.hard_negative(kind, scene, random)) for scene, random in sampled]
+    pairs = [(scene, captions.hard_negative(kind, scene, random)) for scene, random in sampled]
     pairs = [(scene, *pair) for scene, pair in pairs if pair]
     assert len(pairs) > 150
     for scene, caption, negative in pairs:
@@ -80,7 +81,7 @@ def test_sizes_shapes_and_relations_cover_what_the_corpus_promises(sampled: list
     assert {o.colour for o in objects} == set(COLOURS)
     assert len(COLOURS) >= 8
     assert {o.size for o in objects} == {"small", "large"}
-    relations = {corpus.relation(a, b) for scene, _ in sampled for a, b in combinations(scene.objects, 2)}
+    relations = {relation(a, b) for scene, _ in sampled for a, b in combinations(scene.objects, 2)}
     assert relations == set(OPPOSITE)
     assert {len(scene.objects) for scene, _ in sampled} == {2, 3}
 
@@ -88,7 +89,7 @@ def test_sizes_shapes_and_relations_cover_what_the_corpus_promises(sampled: list
 def test_no_training_scene_has_a_held_out_pair_and_every_test_scene_has_one(sampled: list) -> None:
     def held_out(scene: Scene) -> bool:
         kinds = [(o.colour, o.shape) for o in scene.objects]
-        return any(corpus.is_held_out(a, b) for a, b in combinations(kinds, 2))
+        return any(is_held_out(a, b) for a, b in combinations(kinds, 2))
 
     assert not any(held_out(scene) for scene, _ in sampled[:300])
     assert all(held_out(scene) for scene, _ in sampled[300:])
@@ -97,10 +98,9 @@ def test_no_training_scene_has_a_held_out_pair_and_every_test_scene_has_one(samp
 def test_siblings_are_training_scenes_that_differ_in_one_thing(sampled: list) -> None:
     kinds = {"moved": 0, "recoloured": 0}
     for scene, random in sampled[:300]:
-        for sibling in corpus.siblings(scene, random):
+        for sibling in siblings(scene, random):
             assert not any(
-                corpus.is_held_out((a.colour, a.shape), (b.colour, b.shape))
-                for a, b in combinations(sibling.objects, 2)
+                is_held_out((a.colour, a.shape), (b.colour, b.shape)) for a, b in combinations(sibling.objects, 2)
             )
             before, after = set(scene.objects), set(sibling.objects)
             assert len(after - before) <= 2
@@ -115,7 +115,7 @@ def test_siblings_are_training_scenes_that_differ_in_one_thing(sampled: list) ->
 def test_short_captions_are_short_and_long_ones_long(sampled: list, tiny: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     for scene, random in sampled:
-        *short, long = (len(tokenizer(text).input_ids) for text in corpus.captions(scene, random))
+        *short, long = (len(tokenizer(text).input_ids) for text in captions.captions(scene, random))
         assert max(short) < 30 <= long < 500
     assert tokenizer.decode(tokenizer("any Text, größer").input_ids).strip() == "any text, größer"
 
@@ -141,7 +141,7 @@ def test_the_corpus_follows_from_the_seed(tmp_path: Path) -> None:
 
 def test_the_picture_shows_the_objects_in_their_colours(sampled: list) -> None:
     for scene, _ in sampled[:50]:
-        pixels = np.asarray(corpus.render(scene))
+        pixels = np.asarray(render(scene))
         for thing in scene.objects:
             x0, x1 = int(thing.x - thing.radius), int(thing.x + thing.radius) + 1
             y0, y1 = int(thing.y - thing.radius), int(thing.y + thing.radius) + 1

@@ -19,12 +19,16 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from support.s3_server import BUCKET, FaultyProxy, faulty_proxy, s3_server
 
-from tests.s3 import BUCKET, FaultyProxy, faulty_proxy, s3_server
-from vladva import shards, storage, tars
-from vladva.examples import decode_image, read_text
-from vladva.shards import ShardIndex, ShardWriter, read_samples, scan
-from vladva.sidecars import SCHEMA, SampleRef, Scanner, scan_shard
+from vladva.core import errors, images, storage
+from vladva.core.images import decode_image
+from vladva.data import shard_index
+from vladva.data.examples import read_text
+from vladva.data.scan import scan
+from vladva.data.shard_index import ShardIndex, read_samples
+from vladva.data.shard_writer import ShardWriter
+from vladva.data.sidecar import SCHEMA, SampleRef, Scanner, scan_shard
 
 Members = list[tuple[str, bytes]]
 
@@ -251,8 +255,8 @@ def test_samples_of_text_alone_and_hard_negatives(tmp_path: Path) -> None:
 def test_the_scan_accepts_what_training_can_decode(data: bytes, reason: str | None, without_verify: str | None) -> None:
     def verdict(verify: bool) -> str | None:
         try:
-            tars.check_picture(data, verify=verify, max_pixels=shards.MAX_PIXELS)
-        except tars.BadDataError as problem:
+            images.check_picture(data, verify=verify, max_pixels=shard_index.MAX_PIXELS)
+        except errors.BadDataError as problem:
             return problem.reason
         return None
 
@@ -336,7 +340,7 @@ def run_here(scanner: Scanner, listed: list[list[Any]]) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_run", run_here)
+    monkeypatch.setattr(shard_index, "_run", run_here)
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +349,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[bytes]]:
     uri = str(tmp_path_factory.mktemp("corpus"))
     pictures = write_shards(uri, num_samples=1_200, samples_per_shard=530, size=(2, 2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "_run", run_here)
+        patch.setattr(shard_index, "_run", run_here)
         summary = scan(uri, count_words)
     assert (summary.num_shards, summary.num_scanned) == (3, 3)
     assert (summary.num_samples, summary.num_quarantined, summary.reasons) == (1_200, 0, {})
@@ -464,7 +468,7 @@ def test_ray_tasks_find_what_one_process_finds(tmp_path: Path, ray_cluster: None
     assert (summary.num_shards, summary.num_scanned, summary.num_samples) == (10, 10, len(good))
     assert summary.reasons == Counter(bad.values())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "_run", run_here)
+        patch.setattr(shard_index, "_run", run_here)
         assert scan(str(tmp_path), count_words).fingerprint == summary.fingerprint
     (tmp_path / "elsewhere/manifest.json").unlink()
     assert scan(str(tmp_path), count_words, str(tmp_path / "elsewhere")).num_scanned == 0

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from vladva.embedder import Embedder, load_embedder
-from vladva.embedding_model import as_tensors
-from vladva.layers import embed_layers
-from vladva.scenes import held_out_scenes, render
+from vladva.data.scenes.corpus import held_out_scenes
+from vladva.data.scenes.scene import render
+from vladva.embed.layers_actor import embed_layers
+from vladva.models.batch import as_tensors
+from vladva.models.embedder import Embedder, load_embedder
 
 TEXTS = ["a small red circle", "two objects on a white background", "a blue star above a ring"]
 LAYERS = [6, 5, 3, 1]

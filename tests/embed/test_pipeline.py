@@ -21,19 +21,21 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vladva.batches import BATCH_TOKENS, cut
-from vladva.corpora import open_corpus, read_pictures
-from vladva.embedder import load_embedder
-from vladva.encode import describe, encode, read_embeddings
-from vladva.encoder import Encoder
-from vladva.hits import matrix_of
-from vladva.layers import LayersEncoder
-from vladva.parts import TableInProgress, contains, write_part, write_repeats
-from vladva.progress import Progress
-from vladva.tables import FingerprintMismatch, digest, find_note, keys_of, open_table
-from vladva.windows import Owners, Prepared
+from vladva.core.errors import FingerprintMismatch
+from vladva.core.hashing import digest
+from vladva.core.progress import Progress
+from vladva.embed.actor import Encoder
+from vladva.embed.batching import Owners, Prepared
+from vladva.embed.corpus import open_corpus, read_pictures
+from vladva.embed.layers_actor import LayersEncoder
+from vladva.embed.pipeline import encode, read_embeddings
+from vladva.embed.table import find_note, keys_of, matrix_of, open_table
+from vladva.embed.table_writer import TableInProgress, contains, write_part, write_repeats
+from vladva.models.batch import BATCH_TOKENS, cut
+from vladva.models.embedder import load_embedder
+from vladva.models.resolve import describe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL = {"fingerprint": "0123456789abcdef", "dimension": 4}
 WORDS = "red green blue yellow big small circle square triangle star above below left right of the a and".split()  # noqa: SIM905
 
@@ -77,7 +79,7 @@ def quarantine(uri: Path) -> dict[str, str]:
 def test_the_table_holds_what_the_embedder_gives(tmp_path: Path, ray_cluster: None, tiny: str) -> None:
     import ray.data
 
-    from vladva.embedder import load_embedder
+    from vladva.models.embedder import load_embedder
 
     texts = [*sentences(150), *sentences(20), "", "look at this <image> here"]  # 20 repeats, 2 bad
     small = Image.new("RGB", (1, 1), "red")
@@ -148,7 +150,7 @@ def test_kills_of_driver_and_actors_cost_nothing_but_time(tmp_path: Path, ray_cl
     import ray
     import ray.data
 
-    from vladva.embedder import load_embedder
+    from vladva.models.embedder import load_embedder
 
     texts = sentences(700)
     items = item_table(texts, [])
@@ -219,7 +221,7 @@ def test_too_many_bad_items_stop_the_job(tmp_path: Path, ray_cluster: None, tiny
 
 
 def test_the_description_needs_no_weights(tiny: str) -> None:
-    from vladva.embedder import load_embedder
+    from vladva.models.embedder import load_embedder
 
     assert describe(tiny, adapter=True, dtype="float32")[1] == load_embedder(tiny).description()
 

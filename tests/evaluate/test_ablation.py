@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from vladva.ablation import ablation_table, runs, spread, variants
+from vladva.evaluate.ablation import ablation_table, runs, spread, variants
 from vladva.recipes import tiny
 
 

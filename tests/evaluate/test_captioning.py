@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from checkpoints import build_clip
+from support.checkpoints import build_clip
 
-from vladva.benchmarks.readers.images import read_images
-from vladva.captioner import CAPTION_PROMPTS
-from vladva.captions import (
+from vladva.core.sampling import spread
+from vladva.data.image_refs import read_images
+from vladva.data.scenes.corpus import held_out_scenes
+from vladva.evaluate.caption_actor import CAPTION_PROMPTS
+from vladva.evaluate.captioning import (
     CaptionStatistics,
     Picture,
     agreed_words,
@@ -17,15 +19,13 @@ from vladva.captions import (
     pictures_in,
     pictures_of,
     scene_objects,
-    spread,
     statistics,
-    statistics_table,
     write_captions,
     writers,
 )
-from vladva.evaluate import read_benchmarks
-from vladva.scenes import held_out_scenes
-from vladva.showcase import caption_comparisons
+from vladva.evaluate.scoring import read_benchmarks
+from vladva.report.page_examples import caption_comparisons
+from vladva.report.tables import statistics_table
 
 
 def test_scene_objects_are_those_of_the_scene() -> None:
@@ -89,8 +89,8 @@ def test_dual_encoders_do_not_write(tiny: str, tmp_path: Path) -> None:
 
 
 def test_captions_of_the_tiny_model(ray_cluster: None, scenes: Path, tiny: str, tmp_path: Path) -> None:
-    from vladva.embedder import load_embedder
-    from vladva.examples import decode_image
+    from vladva.core.images import decode_image
+    from vladva.models.embedder import load_embedder
 
     pictures = pictures_of(read_benchmarks(["scenes_retrieval"], str(scenes)), 2)
     assert len(pictures) == 2

@@ -10,14 +10,14 @@ import datasets
 import mteb
 import numpy as np
 import pytest
-from checkpoints import build_blip_2, build_clip
 from mteb.models.models_protocols import EncoderProtocol
 from mteb.results import TaskResult
 from mteb.tasks.image_text_pair_classification.eng.winoground import Winoground
 from PIL import Image
+from support.checkpoints import build_blip_2, build_clip
 
-from vladva.leaderboard import LeaderboardEncoder, write_results
-from vladva.metrics import cosines, unit_rows, winoground
+from vladva.benchmarks.metrics import cosines, unit_rows, winoground
+from vladva.evaluate.mteb_adapter import LeaderboardEncoder, write_results
 
 CAPTIONS = [bytes(row).decode() for row in np.random.default_rng(1).integers(ord("a"), ord("z"), (80, 12), np.uint8)]
 

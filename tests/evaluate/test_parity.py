@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.wire import KEY, STRICT
 
-from tests.serve.wire import KEY, STRICT
-from vladva.parity import Sample, by_server, differences
+from vladva.evaluate.parity import Sample, by_server, differences
 from vladva.recipes import tiny as tiny_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def test_every_way_gives_the_same_embedding(server: str, adapter: str, scenes: P
 
 
 def test_a_server_with_another_model_is_refused(server: str, adapter: str, scenes: Path) -> None:
-    from vladva.encode import describe
+    from vladva.models.resolve import describe
 
     sample = Sample(tiny_recipe().model, str(scenes / "train"), 2)
     ours = describe(adapter, adapter=True, dtype="float32")[1]["fingerprint"]

@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from vladva.embeddings import Embeddings, items, picture_bytes, text_id
-from vladva.evaluate import evaluate, read_benchmarks, read_outcomes
-from vladva.score_changes import comparison_tables, layer_tables
-from vladva.score_tables import ScoreTable, as_rich, layouts, paper_tables, score_tables
-from vladva.showcase import grids_of, wrong_choices_of
+from vladva.evaluate.benchmark_embeddings import Embeddings, items, picture_bytes, text_id
+from vladva.evaluate.scoring import evaluate, read_benchmarks, read_outcomes
+from vladva.report.comparison_tables import comparison_tables, layer_tables
+from vladva.report.page_examples import grids_of, wrong_choices_of
+from vladva.report.tables import ScoreTable, as_rich, layouts, paper_tables, score_tables
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCENES = ["scenes_retrieval", "scenes_compositionality"]
 KINDS = ("replace_object", "replace_attribute", "replace_relation", "swap_object", "swap_attribute", "add_object")
 
@@ -183,7 +183,7 @@ def test_table_for_the_terminal() -> None:
 
 
 def test_evaluation_of_the_tiny_model(ray_cluster: None, scenes: Path, tiny: str, tmp_path: Path) -> None:
-    from vladva.embedder import load_embedder
+    from vladva.models.embedder import load_embedder
 
     tasks = read_benchmarks(SCENES, str(scenes))
     out = {"data_uri": str(scenes), "out_uri": str(tmp_path), "actors": 1}
@@ -206,8 +206,8 @@ def test_evaluation_of_the_tiny_model(ray_cluster: None, scenes: Path, tiny: str
     assert np.mean(hits) == pytest.approx(model["scores"]["scenes_retrieval"]["t2i_r1"])
 
     # The scores by another route: embed with the Embedder itself, rank by sorting.
-    from vladva.benchmarks.readers.images import read_images
-    from vladva.examples import decode_image
+    from vladva.core.images import decode_image
+    from vladva.data.image_refs import read_images
 
     task, embedder = tasks["scenes_retrieval"], load_embedder(tiny)
     images = embedder.embed_images([decode_image(data) for data in read_images(task.images)])
@@ -265,8 +265,8 @@ def check_intervals(scores: dict) -> None:
 
 def check_layers(scores: dict, tasks: dict, out: Path, tiny: str) -> None:
     """A table for each layer, that of the model cut off there, under the name a plain run would give it."""
-    from vladva.embedder import load_embedder
-    from vladva.tables import read_embeddings
+    from vladva.embed.table import read_embeddings
+    from vladva.models.embedder import load_embedder
 
     layers = scores["models"]["zero-shot"]["layers"]
     assert list(layers) == ["6", "4"]

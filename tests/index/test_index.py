@@ -11,16 +11,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from support.s3_server import BUCKET, s3_server
 
-from tests.s3 import BUCKET, s3_server
-from vladva import searches
-from vladva.hits import ExactStore, Hit, VectorStore
-from vladva.index import FingerprintMismatch, VectorIndex, build_index, open_index
-from vladva.partitions import VECTORS
-from vladva.parts import TableInProgress, write_part
-from vladva.qdrant import fill
-from vladva.recall import Measured, Queries, cheapest, exact_thresholds, ladder, measure
-from vladva.tables import digest, read_embeddings
+from vladva.core.hashing import digest
+from vladva.embed.table import read_embeddings
+from vladva.embed.table_writer import TableInProgress, write_part
+from vladva.index import searcher
+from vladva.index.build import build_index
+from vladva.index.ivf import VECTORS
+from vladva.index.qdrant import fill
+from vladva.index.store import ExactStore, Hit, VectorStore
+from vladva.index.tuning import Measured, Queries, cheapest, exact_thresholds, ladder, measure
+from vladva.index.vector_index import FingerprintMismatch, VectorIndex, open_index
 
 MODEL = {"fingerprint": "0123456789abcdef", "dimension": 8}
 OTHER = MODEL | {"fingerprint": "fedcba9876543210"}
@@ -276,7 +278,7 @@ def test_built_indexes_find_what_brute_force_finds(
     for few, least, warm in (1000, 1.0, False), (0, 0.95, False), (0, 0.95, True), (1000, 1.0, True):
         if warm:
             index.warm()
-        monkeypatch.setattr(searches, "EXACT_LEFT", few)
+        monkeypatch.setattr(searcher, "EXACT_LEFT", few)
         found = 0
         for query_D in vectors_ND[3000:3050]:
             scores = np.where(np.arange(3000) % 5 == 0, vectors_ND[:3000] @ query_D, -1)
@@ -469,7 +471,7 @@ def test_a_build_by_ray_workers_gives_the_same_answers(tmp_path: Path, ray_clust
 
 def test_an_index_in_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors_ND = clustered(1500)
-    monkeypatch.setattr(searches, "NUM_QUERIES", 20)
+    monkeypatch.setattr(searcher, "NUM_QUERIES", 20)
     with s3_server(tmp_path / "s3") as variables:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)

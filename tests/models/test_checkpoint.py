@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.s3_server import BUCKET, s3_server
 
-from tests.s3 import BUCKET, s3_server
-from vladva import checkpoint, storage
+from vladva.core import storage
+from vladva.models import checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from checkpoints import build_blip, build_blip_2, build_clip
 from PIL import Image
+from support.checkpoints import build_blip, build_blip_2, build_clip
 
-from vladva.dual_encoder import DualEncoder, describe_dual_encoder
-from vladva.dual_encoders import family_of
-from vladva.dual_encoders.blip import clean
-from vladva.embedder import load_embedder
-from vladva.encoder import Encoder
-from vladva.windows import Prepared
+from vladva.embed.actor import Encoder
+from vladva.embed.batching import Prepared
+from vladva.models.dual_encoder_embedder import DualEncoder, describe_dual_encoder
+from vladva.models.dual_encoders import family_of
+from vladva.models.dual_encoders.blip import clean
+from vladva.models.embedder import load_embedder
 
 BUILD = {"clip": build_clip, "blip": build_blip, "blip_2": build_blip_2}
 TEXTS = ["a dog, 2 cats", " A Dog! ", "x", "one caption that is much longer than twenty tokens in all"]

@@ -8,14 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import build_llava
+from support.checkpoints import build_llava
 
-from vladva.adapter import add_adapter, save_adapter
-from vladva.batches import Preprocessor
 from vladva.config import ModelConfig
-from vladva.embedder import Embedder, load_embedder
-from vladva.embedding_model import EmbeddingModel, as_tensors
-from vladva.scenes import captions, render, scenes
+from vladva.data.scenes.captions import captions
+from vladva.data.scenes.corpus import scenes
+from vladva.data.scenes.scene import render
+from vladva.models.adapter import add_adapter, save_adapter
+from vladva.models.batch import as_tensors
+from vladva.models.embedder import Embedder, load_embedder
+from vladva.models.embedding_model import EmbeddingModel
+from vladva.models.preprocessor import Preprocessor
 
 TEXTS = ["a red circle", "a small blue ring to the left of a large green star", "x"]
 

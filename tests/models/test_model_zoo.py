@@ -6,11 +6,11 @@ import re
 
 import pytest
 
-from vladva.model_reference import config_of, find_model
-from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT
+from vladva.config import IMAGE_PROMPT, TEXT_PROMPT
+from vladva.models.model_zoo import E5_V_PROMPTS, SYSTEMS, find, paper_row
+from vladva.models.resolve import config_of, find_model
 from vladva.recipes import RECIPES
-from vladva.score_tables import paper_tables
-from vladva.systems import E5_V_PROMPTS, SYSTEMS, find, paper_row
+from vladva.report.tables import paper_tables
 
 
 def test_every_row_of_the_paper_is_run_somehow_or_marked() -> None:

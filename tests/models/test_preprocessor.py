@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vladva.batches import Batch, Preprocessor
-from vladva.config import ModelConfig
-from vladva.embedding_model import EmbeddingModel, as_tensors, caption_labels
-from vladva.examples import Example
-from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT
+from vladva.config import IMAGE_PROMPT, TEXT_PROMPT, ModelConfig
+from vladva.data.examples import Example
+from vladva.models.batch import Batch, as_tensors
+from vladva.models.embedding_model import EmbeddingModel, caption_labels
+from vladva.models.preprocessor import Preprocessor
 
 
 @pytest.fixture(scope="module")

@@ -19,18 +19,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from s3 import BUCKET, s3_server
-from source_variants import CAPTIONS, PICTURES, VARIANTS, picture, write_variant
-from tasks import count_words, leave_ray_out
+from support.s3_server import BUCKET, s3_server
+from support.source_variants import CAPTIONS, PICTURES, VARIANTS, picture, write_variant
+from support.without_ray import count_words, leave_ray_out
 
 from jobs.prepare import main, parse
-from vladva import cluster, storage, summary
-from vladva import prepare as prepare_module
-from vladva.joins import Join
-from vladva.listing import read_table
-from vladva.prepare import Prepared, prepare
-from vladva.shards import ShardIndex, read_samples, scan
-from vladva.sources import SourceOptions
+from vladva.core import ray_tasks, storage
+from vladva.data.scan import scan
+from vladva.data.shard_index import ShardIndex, read_samples
+from vladva.prepare import pipeline as prepare_module
+from vladva.prepare import statistics
+from vladva.prepare.join import Join
+from vladva.prepare.pipeline import Prepared, prepare
+from vladva.prepare.plan import read_table
+from vladva.prepare.sources import SourceOptions
 
 
 @pytest.fixture
@@ -244,10 +246,10 @@ def test_of_a_bad_corpus_of_tars_all_that_is_good_is_delivered(tmp_path: Path, w
 
 
 def test_training_reads_every_good_sample_of_a_bad_corpus(tmp_path: Path, without_ray: None) -> None:
-    from vladva.batches import Preprocessor
-    from vladva.chunks import ChunkReader
     from vladva.config import ClusterConfig, DataConfig, TrainConfig
+    from vladva.models.preprocessor import Preprocessor
     from vladva.recipes import RECIPES
+    from vladva.train.data_loader import ChunkReader
 
     good, _ = bad_tars(tmp_path / "data")
     prepare(str(tmp_path / "data"), "", Preprocessor("tiny").count_tokens, max_bad_fraction=0.1)
@@ -320,7 +322,7 @@ def test_what_was_killed_goes_on_and_gives_the_same_bytes(
     source, out = str(tmp_path / "source"), str(tmp_path / "out")
     whole = prepare(source, str(tmp_path / "whole"), count_words, samples_per_shard=3)
     with monkeypatch.context() as patch:
-        patch.setattr(cluster, "each", killed_after(3))
+        patch.setattr(ray_tasks, "each", killed_after(3))
         with pytest.raises(KeyboardInterrupt):
             prepare(source, out, count_words, samples_per_shard=3)
     assert list(tars(tmp_path / "out")) == [f"00000{number}.tar" for number in range(4)]
@@ -434,9 +436,9 @@ def test_a_refusal_that_is_not_counted_is_noticed(
 def test_the_job_leaves_training_nothing_to_scan(
     tmp_path: Path, without_ray: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vladva.chunks import preprocessor_of
     from vladva.config import DataConfig
     from vladva.recipes import RECIPES
+    from vladva.train.data_loader import preprocessor_of
 
     good, bad = bad_table(tmp_path / "source", 200)
     source, out = str(tmp_path / "source/pairs.csv"), str(tmp_path / "out")
@@ -464,13 +466,13 @@ def test_ray_tasks_write_what_one_process_writes(tmp_path: Path, ray_cluster: No
     good, bad = bad_table(tmp_path / "source", 200)
     source, options = str(tmp_path / "source"), SourceOptions(id_column="id")
     prepared = prepare(source, str(tmp_path / "many"), count_letters, options, samples_per_shard=20)
-    counted = summary.summarise(prepared.uri)
+    counted = statistics.summarise(prepared.uri)
     assert delivered(prepared.uri) == good
     assert quarantined(prepared) == bad
     with pytest.MonkeyPatch.context() as patch:
         leave_ray_out(patch)
         alone = prepare(source, str(tmp_path / "one"), count_letters, options, samples_per_shard=20)
-        assert summary.summarise(alone.uri) == counted
+        assert statistics.summarise(alone.uri) == counted
     assert tars(tmp_path / "one") == tars(tmp_path / "many")
     assert len(tars(tmp_path / "one")) == alone.shards == 10
 

@@ -10,12 +10,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from source_variants import CAPTIONS, PICTURES, VARIANTS, write_variant
+from support.source_variants import CAPTIONS, PICTURES, VARIANTS, write_variant
 
-from vladva import sources, storage
-from vladva.pictures import read_cells, read_pictures
-from vladva.sources import Entry, LeftOut, Rejected, SourceOptions, ahead, open_source
-from vladva.tars import BadDataError
+from vladva.core import storage
+from vladva.core.errors import BadDataError
+from vladva.data.image_refs import read_cells
+from vladva.prepare import sources
+from vladva.prepare.image_fetch import read_pictures
+from vladva.prepare.sources import Entry, LeftOut, Rejected, SourceOptions, ahead, open_source
 
 
 def test_every_format_is_among_the_variants() -> None:

@@ -13,15 +13,15 @@ from random import Random
 
 import pytest
 from PIL import Image
-from tasks import count_words, leave_ray_out
+from support.without_ray import count_words, leave_ray_out
 
-from vladva import summary
-from vladva.figures import heat_map, histogram
-from vladva.prepare import Prepared, prepare
-from vladva.shards import ShardWriter
-from vladva.sources import Rejected
-from vladva.summary import SIDE_BOUNDS, TOKEN_BOUNDS, Copies, summarise
-from vladva.summary_page import contact_sheet, ledger, size_of, span, write_page
+from vladva.data.shard_writer import ShardWriter
+from vladva.prepare import statistics
+from vladva.prepare.pipeline import Prepared, prepare
+from vladva.prepare.sources import Rejected
+from vladva.prepare.statistics import SIDE_BOUNDS, TOKEN_BOUNDS, Copies, summarise
+from vladva.report.data_page import contact_sheet, ledger, size_of, span, write_page
+from vladva.report.svg import heat_map, histogram
 
 SIZES = [(16, 8), (64, 64), (200, 100)]
 
@@ -79,7 +79,7 @@ def test_of_what_is_too_much_some_are_watched_with_all_their_copies(
     data: tuple[Prepared, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = summarise(data[0].uri)
-    monkeypatch.setattr(summary, "KEPT", 10)  # of 53 different pictures
+    monkeypatch.setattr(statistics, "KEPT", 10)  # of 53 different pictures
     drawn = summarise(data[0].uri)
     assert drawn.pictures.every == 6
     assert 0 < len(drawn.pictures.seen) < 25

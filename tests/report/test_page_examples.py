@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vladva.benchmarks.kinds.matching import MatchingTask
-from vladva.benchmarks.kinds.two_captions import TwoCaptionsTask
-from vladva.benchmarks.readers.images import ImageRef
+from vladva.benchmarks.protocols.matching import MatchingTask
+from vladva.benchmarks.protocols.two_captions import TwoCaptionsTask
 from vladva.benchmarks.readers.sugar_crepe import Row
 from vladva.benchmarks.readers.winoground import Example
-from vladva.showcase import choices_of, wrong_choices
+from vladva.data.image_refs import ImageRef
+from vladva.report.page_examples import choices_of, wrong_choices
 
 
 def pictures(folder: Path, names: list[str]) -> list[ImageRef]:

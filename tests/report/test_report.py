@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from reports import METRICS, picture, scores, write_full
+from support.pages import METRICS, picture, scores, write_full
 
-from vladva.figures import bar_chart, line_chart
-from vladva.report import (
-    data_uri,
+from vladva.report.evaluation_page import (
     headline_highlights,
     layer_curves,
     read_metrics,
@@ -19,6 +17,8 @@ from vladva.report import (
     training_curves,
     write_report,
 )
+from vladva.report.html import data_uri
+from vladva.report.svg import bar_chart, line_chart
 
 
 def test_page_needs_no_network(tmp_path: Path) -> None:

@@ -12,13 +12,12 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
-
-from tests.serve.wire import ADAPTER, CAPTIONS, KEY, OTHER_KEY, SIZES, STRICT, picture
+from support.wire import ADAPTER, CAPTIONS, KEY, OTHER_KEY, SIZES, STRICT, picture
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-    from vladva.embedder import Embedder
+    from vladva.models.embedder import Embedder
 
 SMALL = {"num_cpus": 0, "max_replicas": 1}  # leave the logical CPUs of the shared cluster to the other tests
 
@@ -28,10 +27,10 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of an adapter on the tiny model, shaken so that it changes both embeddings and captions."""
     import torch
 
-    from vladva.adapter import add_adapter, save_adapter
-    from vladva.batches import Preprocessor
     from vladva.config import ModelConfig
-    from vladva.embedding_model import EmbeddingModel
+    from vladva.models.adapter import add_adapter, save_adapter
+    from vladva.models.embedding_model import EmbeddingModel
+    from vladva.models.preprocessor import Preprocessor
 
     torch.manual_seed(0)
     config = ModelConfig("tiny", lora_rank=4)
@@ -50,16 +49,18 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def embedder(adapter: str) -> Embedder:
     """The same model as the server's, in this process."""
-    from vladva.embedder import load_embedder
+    from vladva.models.embedder import load_embedder
 
     return load_embedder(adapter)
 
 
 def write_index(folder: Path, model: dict[str, Any], vectors_ND: np.ndarray) -> str:
     """An index `gallery` of the pictures `CAPTIONS`, with a second version in which the first has another caption."""
-    from vladva.index import build_index, open_index
-    from vladva.parts import TableInProgress, write_part
-    from vladva.tables import digest, read_embeddings
+    from vladva.core.hashing import digest
+    from vladva.embed.table import read_embeddings
+    from vladva.embed.table_writer import TableInProgress, write_part
+    from vladva.index.build import build_index
+    from vladva.index.vector_index import open_index
 
     ids = [f"g#{i}" for i in range(len(CAPTIONS))]
     content = pa.array([digest(one) for one in ids], pa.binary(16))

@@ -13,15 +13,15 @@ import httpx
 import pytest
 import yaml
 from pydantic import ValidationError
+from support.wire import ADAPTER, error_of
 
 from serve.app import API_KEYS, ServeArgs, build, start
-from serve.models import Served, adapter_name
-from tests.serve.wire import ADAPTER, error_of
+from serve.deployments.served_models import Served, adapter_name
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-    from vladva.embedder import Embedder
+    from vladva.models.embedder import Embedder
 
 ROOT = Path(__file__).parents[2]
 

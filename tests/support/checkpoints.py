@@ -12,7 +12,8 @@ def build_llava(folder: Path, *, width: int = 32) -> str:
     import torch
     from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    from vladva.tiny import TINY, save_checkpoint
+    from vladva.models.backbones import TINY
+    from vladva.models.tiny.model import save_checkpoint
 
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16

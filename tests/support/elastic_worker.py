@@ -16,13 +16,13 @@ from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from checkpoints import build_llava
+from support.checkpoints import build_llava
 
-from vladva import checkpoint
 from vladva.config import ClusterConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from vladva.scenes import write_scenes
-from vladva.tracking import read_metrics
-from vladva.train import train
+from vladva.data.scenes.corpus import write_scenes
+from vladva.models import checkpoint
+from vladva.train.loop import train
+from vladva.train.tracking import read_metrics
 
 STEPS, NEVER = 30, 1000
 # A worker fits on a node once, and not on the head. Below two CPUs it computes with one thread.

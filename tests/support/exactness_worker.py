@@ -15,21 +15,23 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-import families
-import ranks
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from vladva import gradcache
-from vladva.adapter import add_adapter
-from vladva.batches import Batch, Preprocessor
-from vladva.chunks import preprocessor_of
+from support import families, ranks
 from vladva.config import ClusterConfig, DataConfig, LossConfig, ModelConfig, RunConfig, TrainConfig
-from vladva.embedding_model import EmbeddingModel, as_tensors, caption_labels
-from vladva.engine import Engine
-from vladva.examples import Example
-from vladva.scenes import captions, render, scenes
-from vladva.train import backward_of
+from vladva.data.examples import Example
+from vladva.data.scenes.captions import captions
+from vladva.data.scenes.corpus import scenes
+from vladva.data.scenes.scene import render
+from vladva.models.adapter import add_adapter
+from vladva.models.batch import Batch, as_tensors
+from vladva.models.embedding_model import EmbeddingModel, caption_labels
+from vladva.models.preprocessor import Preprocessor
+from vladva.train import grad_cache
+from vladva.train.data_loader import preprocessor_of
+from vladva.train.engine import Engine
+from vladva.train.loop import backward_of
 
 PAIRS, STEPS, RATE, WEIGHT = 8, 2, 1e-2, 0.5
 # AdamW's first step is the sign of the gradient, which rounding decides where the gradient is next to nothing. With a
@@ -184,10 +186,10 @@ def without_positions(model: EmbeddingModel, inputs: dict[str, torch.Tensor]) ->
 
 @contextmanager
 def broken(name: str, function: Callable[..., Any]) -> Iterator[None]:
-    whole = getattr(gradcache, name)
-    setattr(gradcache, name, function)
+    whole = getattr(grad_cache, name)
+    setattr(grad_cache, name, function)
     yield
-    setattr(gradcache, name, whole)
+    setattr(grad_cache, name, whole)
 
 
 def full_weight(chunks: list[Batch], device: torch.device) -> list[tuple[Batch, float]]:

@@ -67,7 +67,8 @@ def byte_pairs() -> list[tuple[str, str]]:
     """Merges learned from captions of scenes, as every family's tokenizer here has them."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    from vladva.scenes import captions, scenes
+    from vladva.data.scenes.captions import captions
+    from vladva.data.scenes.corpus import scenes
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

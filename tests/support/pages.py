@@ -10,16 +10,16 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from PIL import Image
-from tasks import count_words, leave_ray_out
+from support.without_ray import count_words, leave_ray_out
 
-from vladva import prepare, summary
-from vladva.benchmarks import find
-from vladva.captions import statistics_table
-from vladva.report import CaptionComparison, Highlight, write_report
-from vladva.score_tables import layouts
-from vladva.shards import ShardWriter
-from vladva.showcase import Grid, GridRow, Hit, WrongChoice
-from vladva.summary_page import write_page
+from vladva.benchmarks.benchmark import find
+from vladva.data.shard_writer import ShardWriter
+from vladva.prepare import pipeline, statistics
+from vladva.report.data_page import write_page
+from vladva.report.evaluation_page import CaptionComparison, write_report
+from vladva.report.html import Highlight
+from vladva.report.page_examples import Grid, GridRow, Hit, WrongChoice
+from vladva.report.tables import layouts, statistics_table
 
 METRICS = {f"{way}_r{k}": 0.01 * k for way in ("t2i", "i2t") for k in (1, 5, 10)}
 
@@ -85,7 +85,7 @@ def write_full(path: Path) -> str:
 
 def captions() -> pa.Table:
     """One picture, captioned by two systems."""
-    from vladva.captioner import CAPTION_PROMPTS
+    from vladva.evaluate.caption_actor import CAPTION_PROMPTS
 
     return pa.Table.from_pylist(
         [
@@ -129,7 +129,7 @@ def write_data_page(path: Path) -> None:
             writer.write(f"{number}", {"png": content, "json": json.dumps({"captions": captions}).encode()})
     with pytest.MonkeyPatch.context() as patch:
         leave_ray_out(patch)
-        prepared = prepare.prepare(folder, "", count_words, max_bad_fraction=0.1)
+        prepared = pipeline.prepare(folder, "", count_words, max_bad_fraction=0.1)
         joined = {"rows": 4, "rows_without": 3, "rows_rejected": 2, "samples": 1, "samples_without": 0}
-        counted = summary.summarise(prepared.uri)
+        counted = statistics.summarise(prepared.uri)
         write_page(str(path), replace(prepared, joined=joined), counted, "jobs/prepare.py " + folder)

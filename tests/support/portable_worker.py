@@ -10,15 +10,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import ranks
 import torch
 from torch import distributed
 
-from vladva import checkpoint
-from vladva.chunks import ChunkReader
+from support import ranks
 from vladva.config import ClusterConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from vladva.engine import learning_rate
-from vladva.train import backward_of, build_engine, save_checkpoint
+from vladva.models import checkpoint
+from vladva.train.data_loader import ChunkReader
+from vladva.train.engine import learning_rate
+from vladva.train.loop import backward_of, build_engine, save_checkpoint
 
 HALF, STEPS = 2, 4
 # Groups of processes, one after the other: how many workers, and (run, first step, ZeRO stage) of the halves they make.

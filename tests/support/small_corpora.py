@@ -12,9 +12,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from vladva import shards, sidecars, storage
-from vladva.chunks import SampleFinder
 from vladva.config import ClusterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+from vladva.core import storage
+from vladva.data import scan, shard_index, shard_writer, sidecar
+from vladva.data.sampler import SampleFinder
 
 BAD = b"no picture"
 
@@ -33,7 +34,7 @@ def picture(seed: int, size: tuple[int, int]) -> bytes:
 def write_corpus(uri: str, good: int, *, bad: int = 0, per_shard: int = 20, size: tuple[int, int] = (16, 16)) -> None:
     """Shards of `good` pictures with a short and a long caption each, and of `bad` that are none, spread evenly."""
     total = good + bad
-    with shards.ShardWriter(uri, per_shard) as writer:
+    with shard_writer.ShardWriter(uri, per_shard) as writer:
         for number in range(total):
             is_bad = (number + 1) * bad // total > number * bad // total
             captions = [f"short {number}", f"long {number} " + "word " * 8]
@@ -44,13 +45,13 @@ def write_corpus(uri: str, good: int, *, bad: int = 0, per_shard: int = 20, size
 def scan_here(uri: str) -> None:
     """Scan in this process."""
 
-    def run(scanner: shards.Scanner, listed: list[list]) -> list[dict]:
+    def run(scanner: shard_index.Scanner, listed: list[list]) -> list[dict]:
         rows = [{"shard": shard, "size": size, "changed": changed} for shard, size, changed in listed]
         return [json.loads(scanner(row)["facts"]) for row in rows]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "_run", run)
-        shards.scan(uri, lambda texts: [len(text.split()) for text in texts], max_bad_fraction=0.5)
+        patch.setattr(shard_index, "_run", run)
+        scan.scan(uri, lambda texts: [len(text.split()) for text in texts], max_bad_fraction=0.5)
 
 
 def run_over(
@@ -80,6 +81,6 @@ def write_large_index(config: RunConfig, num_shards: int, per_shard: int) -> set
     alike |= {"width": 640, "height": 480, "crc32": 1}
     for name in needed:
         rows = [{"id": f"{name}#{i:06d}", "key": f"{i:06d}", "shard": name, **alike} for i in range(per_shard)]
-        uri = sidecars.sidecar_uri(storage.join(config.data.uri, "_index"), name)
-        storage.write_bytes_atomically(uri, sidecars.parquet_bytes(pa.Table.from_pylist(rows, sidecars.SCHEMA), {}))
+        uri = sidecar.sidecar_uri(storage.join(config.data.uri, "_index"), name)
+        storage.write_bytes_atomically(uri, sidecar.parquet_bytes(pa.Table.from_pylist(rows, sidecar.SCHEMA), {}))
     return needed

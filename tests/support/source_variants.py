@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vladva.sources import SourceOptions
+from vladva.prepare.sources import SourceOptions
 
 
 def picture(kind: str, seed: int) -> bytes:

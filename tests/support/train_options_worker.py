@@ -11,21 +11,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ranks
 import torch
 from torch import Tensor, distributed
 from torch.nn.functional import cross_entropy, normalize, softplus
 
-from vladva.adapter import add_adapter
-from vladva.batches import Batch
-from vladva.chunks import preprocessor_of
+from support import ranks
 from vladva.config import ClusterConfig, DataConfig, LossConfig, ModelConfig, RunConfig, TrainConfig
-from vladva.embedding_model import EmbeddingModel, as_tensors, caption_labels, checkpoint_activations
-from vladva.engine import Engine
-from vladva.examples import Example
-from vladva.gradcache import pixels_of
-from vladva.scenes import captions, render, scenes
-from vladva.train import backward_of
+from vladva.data.examples import Example
+from vladva.data.scenes.captions import captions
+from vladva.data.scenes.corpus import scenes
+from vladva.data.scenes.scene import render
+from vladva.models.adapter import add_adapter
+from vladva.models.batch import Batch, as_tensors
+from vladva.models.embedding_model import EmbeddingModel, caption_labels, checkpoint_activations
+from vladva.train.data_loader import preprocessor_of
+from vladva.train.engine import Engine
+from vladva.train.grad_cache import pixels_of
+from vladva.train.loop import backward_of
 
 CHUNKS, PAIRS, STEPS, RATE = 4, 3, 2, 1e-2
 

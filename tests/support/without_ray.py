@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from vladva import cluster, shards
-from vladva.sidecars import Scanner
+from vladva.core import ray_tasks
+from vladva.data import shard_index
+from vladva.data.sidecar import Scanner
 
 
 def count_words(texts: list[str]) -> list[int]:
@@ -28,6 +29,6 @@ def scan_here(scanner: Scanner, listed: list[list[Any]]) -> list[dict[str, Any]]
 
 def leave_ray_out(patch: pytest.MonkeyPatch) -> None:
     """Every task of `scan`, `prepare` and `summarise` runs in this process from here on."""
-    patch.setattr(cluster, "connect", lambda: None)
-    patch.setattr(cluster, "each", here)
-    patch.setattr(shards, "_run", scan_here)
+    patch.setattr(ray_tasks, "connect", lambda: None)
+    patch.setattr(ray_tasks, "each", here)
+    patch.setattr(shard_index, "_run", scan_here)

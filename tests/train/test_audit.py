@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from streams import run_over, scan_here, write_corpus
+from support.small_corpora import run_over, scan_here, write_corpus
 
-from vladva import audit, audit_log, storage
-from vladva.audit_log import AuditLog, Part, counted_spans, find_parts
-from vladva.batches import Batch
-from vladva.chunks import SampleFinder
 from vladva.config import DataConfig, RunConfig
+from vladva.core import storage
+from vladva.data.sampler import SampleFinder
+from vladva.models.batch import Batch
+from vladva.train import audit, audit_log
+from vladva.train.audit_log import AuditLog, Part, counted_spans, find_parts
 
 STEPS = 13  # of 16; an epoch is 6 of the 103 samples, 7 are left over
 Record = list[tuple[int, int, list[str]]]

@@ -13,15 +13,15 @@ from random import Random
 from typing import Any
 
 import pytest
-from streams import run_over, scan_here, write_corpus, write_large_index
+from support.s3_server import BUCKET, FaultyProxy, faulty_proxy, s3_server
+from support.small_corpora import run_over, scan_here, write_corpus, write_large_index
 
-from tests.s3 import BUCKET, FaultyProxy, faulty_proxy, s3_server
-from vladva import storage, stores
-from vladva.audit import check_chunks
-from vladva.chunks import ChunkReader, SampleFinder, chunk_stream
 from vladva.config import DataConfig, RunConfig
-from vladva.examples import choose_captions
-from vladva.schedule import Run
+from vladva.core import object_store, storage
+from vladva.data.examples import choose_captions
+from vladva.data.sampler import Run, SampleFinder
+from vladva.train.audit import check_chunks
+from vladva.train.data_loader import ChunkReader, chunk_stream
 
 Chunk = tuple[int, list[str]]
 
@@ -133,7 +133,7 @@ def test_an_epoch_survives_every_fault_and_the_log_counts_them(
     uri = f"s3://{BUCKET}/corpus"
     write_corpus(uri, 330)
     scan_here(uri)
-    monkeypatch.setattr(stores, "STALL", 0.5)
+    monkeypatch.setattr(object_store, "STALL", 0.5)
     monkeypatch.setattr(storage, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(storage, "ATTEMPTS", 12)  # a quarter of all attempts fails, seven in a row in 1 of 16,000
     storage._s3.cache_clear()

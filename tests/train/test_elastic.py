@@ -10,14 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import elastic_worker as worker
 import pytest
+from support import elastic_worker as worker
 
-from vladva.batches import Batch, Preprocessor
 from vladva.config import RunConfig
-from vladva.examples import Example
+from vladva.data.examples import Example
+from vladva.models.batch import Batch
+from vladva.models.preprocessor import Preprocessor
 from vladva.recipes import tiny as tiny_recipe
-from vladva.train import numbered_chunks
+from vladva.train.loop import numbered_chunks
 
 CHUNKS = 8
 

@@ -12,9 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import exactness_worker as worker
 import pytest
 import torch
+from support import exactness_worker as worker
 
 FULL = os.environ.get("VLADVA_FULL_MATRIX") == "1"
 CASES = (worker.FULL if FULL else worker.pairwise()) + worker.UNEVEN

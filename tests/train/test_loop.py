@@ -8,19 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from checkpoints import build_llava
 from safetensors.torch import load_file
+from support.checkpoints import build_llava
 
-from vladva import checkpoint
-from vladva.audit import audit
-from vladva.benchmarks import find
-from vladva.benchmarks.readers.images import read_images
+from vladva.benchmarks.benchmark import find
 from vladva.config import ClusterConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from vladva.embedder import load_embedder
-from vladva.examples import decode_image
+from vladva.core.images import decode_image
+from vladva.data.image_refs import read_images
+from vladva.models import checkpoint
+from vladva.models.embedder import load_embedder
 from vladva.recipes import tiny as tiny_recipe
-from vladva.tracking import read_metrics
-from vladva.train import train
+from vladva.train.audit import audit
+from vladva.train.loop import train
+from vladva.train.tracking import read_metrics
 
 STEPS = 6
 

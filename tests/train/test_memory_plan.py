@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import build_llava
+from support.checkpoints import build_llava
 
-from vladva.adapter import add_adapter
-from vladva.chunks import preprocessor_of
 from vladva.config import ClusterConfig, LossConfig
-from vladva.embedding_model import EmbeddingModel, as_tensors, checkpoint_activations, pack_training
-from vladva.memory import activation_bytes, check_memory, layer_bytes, plan_memory, settings_of
+from vladva.models.adapter import add_adapter
+from vladva.models.batch import as_tensors
+from vladva.models.embedding_model import EmbeddingModel, checkpoint_activations
+from vladva.models.packed.training import pack_training
 from vladva.recipes import RECIPES, llava_1_5_7b, qwen2_vl_2b, tiny
+from vladva.train.data_loader import preprocessor_of
+from vladva.train.memory_plan import activation_bytes, check_memory, layer_bytes, plan_memory, settings_of
 
 
 def test_llava_7b_by_hand() -> None:

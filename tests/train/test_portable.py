@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import portable_worker as worker
 import pytest
 import torch
-from checkpoints import build_llava
+from support import portable_worker as worker
+from support.checkpoints import build_llava
 
-from vladva import checkpoint
-from vladva.batches import Preprocessor
-from vladva.shards import scan
+from vladva.data.scan import scan
+from vladva.models import checkpoint
+from vladva.models.preprocessor import Preprocessor
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from support.s3_server import BUCKET, s3_server
 
-from tests.s3 import BUCKET, s3_server
-from vladva import progress, storage
-from vladva.tracking import METRICS, Tracker, _NewestLine, follow, read_metrics
+from vladva.core import progress, storage
+from vladva.train.tracking import METRICS, Tracker, _NewestLine, follow, read_metrics
 
 
 @pytest.fixture(scope="module")

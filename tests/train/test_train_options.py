@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_options_worker as worker
-from checkpoints import build_llava
+from support import train_options_worker as worker
+from support.checkpoints import build_llava
 
 
 @pytest.fixture(scope="module")

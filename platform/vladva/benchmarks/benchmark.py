@@ -15,9 +15,10 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from vladva.benchmarks.readers.images import ImageRef
-from vladva.bootstrap import Averages, Samples
-from vladva.metrics import Outcomes, Ties
+from vladva.benchmarks import tasks
+from vladva.benchmarks.bootstrap import Averages, Samples
+from vladva.benchmarks.metrics import Outcomes, Ties
+from vladva.data.image_refs import ImageRef
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,14 @@ class Benchmark(Protocol):
 
 def names() -> list[str]:
     """Names of all benchmarks, sorted."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
+    return sorted(module.name for module in pkgutil.iter_modules(tasks.__path__))
 
 
 def find(name: str) -> Benchmark:
     """The benchmark declared in `benchmarks/<name>.py`; ValueError if there is none."""
     if name not in names():
         raise ValueError(f"benchmarks: there is no {name!r}; known are {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{name}").BENCHMARK
+    return importlib.import_module(f"{tasks.__name__}.{name}").BENCHMARK
 
 
 def summarise(outcomes: Mapping[str, Outcomes], ties: Ties) -> tuple[dict[str, float], dict[str, float]]:

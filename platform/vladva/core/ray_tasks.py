@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import ray.data
 
 
 def connect() -> None:
@@ -42,3 +45,23 @@ def each(function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any
 
 def _call(row: dict[str, Any], *, function: Callable[[int], Any]) -> dict[str, str]:
     return {"result": json.dumps(function(int(row["number"])))}
+
+
+def pool(actors: int | tuple[int, int], cpus_per_actor: int) -> ray.data.ActorPoolStrategy:
+    """The pool of actors. At its start a CPU is left for the tasks that feed it, or nothing would ever run.
+
+    An actor has three batches at once, to read, to compute and to write, and as many wait for it.
+    """
+    import ray.data
+
+    least, most = (actors, actors) if isinstance(actors, int) else actors
+    if not 1 <= least <= most:
+        raise ValueError(f"actors is {actors}; give a positive number, or the least and the most of them")
+    room = (int(ray.cluster_resources().get("CPU", 0)) - 1) // max(1, cpus_per_actor)
+    return ray.data.ActorPoolStrategy(
+        min_size=max(1, min(least, room)),
+        max_size=most,
+        max_tasks_in_flight_per_actor=6,
+        max_concurrent_calls_per_actor=3,
+        enable_true_multi_threading=True,
+    )

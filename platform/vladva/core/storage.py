@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from vladva.stores import S3, LocalDisk, PassingFaultError, Store
+from vladva.core.object_store import S3, LocalDisk, PassingFaultError, Store
 
 if TYPE_CHECKING:
     from pyarrow import fs

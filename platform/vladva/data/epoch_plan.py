@@ -12,11 +12,12 @@ An epoch of N samples is laid out in four steps:
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import isqrt
+
+from vladva.core.hashing import key_number
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,6 @@ class Permutation:
             row = (row + key_number(f"{self.key}/{step}", column)) % self.height
             column = (column + key_number(f"{self.key}/{step + 1}", row)) % self.width
         return row * self.width + column
-
-
-def key_number(key: str, number: int) -> int:
-    """A random number of 64 bits, the same for the same arguments."""
-    return int.from_bytes(hashlib.blake2b(f"{key}/{number}".encode(), digest_size=8).digest(), "little")
 
 
 def _around(first: int, count: int, size: int) -> Iterator[tuple[int, int]]:

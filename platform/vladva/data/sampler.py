@@ -13,11 +13,18 @@ Chunk g is found without the chunks before it, in memory for one pattern; how ma
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from vladva.plan import Plan, key_number
+from vladva.config import RunConfig
+from vladva.core.hashing import key_number
+from vladva.data.epoch_plan import Plan
+
+if TYPE_CHECKING:
+    from vladva.data.sampler import Run
+    from vladva.data.sidecar import SampleRef
 
 
 class Run(NamedTuple):
@@ -130,3 +137,47 @@ class Schedule:
 @lru_cache(maxsize=256)
 def _plan(num_samples: int, seed: int, epoch: int, chunk_size: int, run_length: int, chunks_per_batch: int) -> Plan:
     return Plan(num_samples, seed, epoch, chunk_size, run_length, chunks_per_batch)
+
+
+class SampleFinder:
+    """Chunk number -> the samples in it, by the indexes of the run's data sets. Reads no shard."""
+
+    def __init__(self, config: RunConfig) -> None:
+        from vladva.data.sampler import Schedule
+        from vladva.data.shard_index import ShardIndex
+
+        self.indexes = [ShardIndex.open(uri) for uri in config.data.uris]
+        self.schedule = Schedule(
+            tuple(index.num_samples for index in self.indexes),
+            config.data.shares,
+            seed=config.seed,
+            chunk_size=config.train.chunk_size,
+            run_length=config.data.run_length,
+            chunks_per_batch=config.chunks_per_batch,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a sample of one of the data sets does."""
+        from vladva.core.hashing import short_hash
+
+        fingerprints = [index.fingerprint for index in self.indexes]
+        return short_hash(fingerprints) if self.schedule.mixed else fingerprints[0]
+
+    def __call__(self, number: int) -> list[tuple[Run, SampleRef]]:
+        """The samples of a chunk, each with the run that it is from."""
+        runs = self.schedule.chunk(number)
+        with ThreadPoolExecutor(len(runs)) as pool:
+            refs = pool.map(lambda run: self.indexes[run.source].samples(run.first, run.count), runs)
+            return [(run, ref) for run, found in zip(runs, refs, strict=True) for ref in found]
+
+    def name(self, source: int, sample_id: str) -> str:
+        """The id under which a sample is known in training: of a mix, with the number of its data set before it."""
+        return f"{source}:{sample_id}" if self.schedule.mixed else sample_id
+
+    def parse(self, name: str) -> tuple[int, str]:
+        """The data set and the id in it of what `name` gave."""
+        if not self.schedule.mixed:
+            return 0, name
+        source, _, sample_id = name.partition(":")
+        return int(source), sample_id

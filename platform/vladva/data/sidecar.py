@@ -6,7 +6,6 @@ the same file: a sidecar that exists is complete, and says whether it still hold
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -17,13 +16,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vladva import storage
-from vladva.storage import RangedFile
-from vladva.tars import Quarantined, read_tar
+from vladva.core import storage
+from vladva.core.hashing import short_hash
+from vladva.core.images import MAX_PIXELS
+from vladva.core.storage import RangedFile
+from vladva.data.tar_reader import Quarantined, read_tar
 
 CountTokens = Callable[[list[str]], list[int]]
 
-MAX_PIXELS = 50_000_000
 ROWS_PER_GROUP = 512  # of a sidecar; what a task reads to find a run
 SCHEMA = pa.schema(
     {
@@ -148,8 +148,3 @@ def parquet_bytes(table: pa.Table, facts: dict[str, Any] | None = None) -> bytes
     metadata = {b"vladva": json.dumps(facts).encode()} if facts else {}
     pq.write_table(table.replace_schema_metadata(metadata), body, row_group_size=ROWS_PER_GROUP)
     return body.getvalue()
-
-
-def short_hash(content: Any) -> str:
-    """16 hexadecimal digits that change when the content (anything that JSON can hold) does."""
-    return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()

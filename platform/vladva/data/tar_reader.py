@@ -11,27 +11,15 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from vladva.core.errors import BadDataError
+from vladva.core.images import PICTURES, check_picture
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8")  # first bytes of these formats
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
-
-
-class BadDataError(Exception):
-    """What is wrong with a picture, a caption or a tar: a reason out of a small set, and the details."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail[:200]
 
 
 class Quarantined(NamedTuple):
@@ -185,41 +173,6 @@ def _split(name: str) -> tuple[str, str]:
 
 
 # --- its members -----------------------------------------------------------------------------------------------------
-
-
-def check_picture(data: bytes, *, verify: bool, max_pixels: int) -> tuple[int, int]:
-    """Width and height of an encoded picture. Raises BadDataError; `verify` decodes it."""
-    if not data:
-        raise BadDataError("zero bytes")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        if width * height > max_pixels:
-            raise BadDataError("too many pixels", f"{width} x {height}; at most {max_pixels} are accepted")
-        if verify:
-            # A JPEG is decoded at an eighth of its size: all of its bytes are still read, in a third of the time.
-            image.draft(None, (max(1, width // 8), max(1, height // 8)))
-            image.load()
-    except BadDataError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise BadDataError("too many pixels", str(error)) from None
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise whatever they stumble over: OSError, SyntaxError, IndexError...
-        if isinstance(error, UnidentifiedImageError) and not data.startswith(MAGIC):
-            raise BadDataError("not a picture", f"it begins with {data[:16]!r}") from None
-        raise BadDataError("corrupt picture", str(error)) from None
-    return width, height
-
-
-def picture_ending(data: bytes) -> str:
-    """The name's ending for a picture that `check_picture` accepts, by its first bytes."""
-    return dict(zip(MAGIC, ("jpg", "png", "webp", "gif"), strict=True))[
-        next(magic for magic in MAGIC if data.startswith(magic))
-    ]
 
 
 def read_captions(data: bytes) -> list[str]:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from vladva.parts import write_part
-from vladva.tables import FingerprintMismatch
-from vladva.windows import Prepared
+from vladva.core.errors import FingerprintMismatch
+from vladva.embed.batching import Prepared
+from vladva.embed.table_writer import write_part
 
 if TYPE_CHECKING:
-    from vladva.batches import Pixels
+    from vladva.models.batch import Pixels
 
 
 class Encoder:
@@ -28,7 +28,7 @@ class Encoder:
     def __init__(self, load: dict[str, Any], uri: str, description: dict[str, Any]) -> None:
         import torch
 
-        from vladva.embedder import load_embedder
+        from vladva.models.embedder import load_embedder
 
         self.embedder = load_embedder(**load, device="cuda" if torch.cuda.is_available() else "cpu")
         self.uri, self.description = uri, description
@@ -40,7 +40,7 @@ class Encoder:
 
     def computed_at_once(self) -> int:
         """Two batches by the fast forward on a CPU, or its threads would wait for the last of each; else one."""
-        from vladva.fast_forward import FastForward
+        from vladva.models.packed.inference import FastForward
 
         return 2 if self.embedder.device.type == "cpu" and isinstance(self.embedder.forward, FastForward) else 1
 
@@ -80,8 +80,7 @@ class Encoder:
         """Embeddings [N, D] of prepared items."""
         import torch
 
-        from vladva.batches import Pixels
-        from vladva.embedding_model import as_tensors
+        from vladva.models.batch import Pixels, as_tensors
 
         tokens = as_tensors(self.embedder.preprocessor.pad([(prompt, []) for prompt in prompts]), self.embedder.device)
         pictures = None if pixels is None else as_tensors(Pixels.concatenate(pixels), self.embedder.device)

@@ -12,24 +12,26 @@ import json
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vladva.batches import cut
 from vladva.config import ModelConfig
-from vladva.parts import contains, write_repeats
-from vladva.tables import CONTENT, digest, keys_of
+from vladva.core.hashing import digest
+from vladva.embed.table import CONTENT, keys_of
+from vladva.embed.table_writer import contains, write_repeats
+from vladva.models.batch import cut
+from vladva.models.resolve import preprocessor_of
 
 if TYPE_CHECKING:
     import ray.data
     from ray import ObjectRef
     from ray.actor import ActorHandle
 
-    from vladva.batches import Pixels, Preprocessor
+    from vladva.models.batch import Pixels
+    from vladva.models.preprocessor import Preprocessor
 
 WINDOW = 2048  # items that are sorted by length together
 PICTURES = 256  # of them, pictures that are in memory together
@@ -68,20 +70,6 @@ class Owners:
     def claim(self, contents: list[bytes], keys: list[bytes]) -> list[bool]:
         """Whether each item, by the key of its (id, kind), is the first with its content. Asking again is harmless."""
         return [self.owners.setdefault(content, key) == key for content, key in zip(contents, keys, strict=True)]
-
-
-@lru_cache(maxsize=2)
-def preprocessor_of(config: ModelConfig) -> Preprocessor:
-    """The model's preprocessor: one a process."""
-    from vladva.batches import Preprocessor
-    from vladva.dual_encoders import family_of
-
-    if family_of(config.checkpoint):
-        from vladva.dual_encoder import DualPreprocessor
-
-        return DualPreprocessor(config.checkpoint)
-    names = ("image_prompt", "text_prompt", "soft_prompts", "max_image_tokens")
-    return Preprocessor(config.checkpoint, **{name: getattr(config, name) for name in names})
 
 
 def count_done(items: ray.data.Dataset, done: ObjectRef) -> tuple[int, int]:
@@ -193,7 +181,7 @@ def _size(picture: bytes) -> tuple[int, int]:
     """(width, height) from the picture's header."""
     from PIL import Image
 
-    from vladva.examples import FORMATS, decode_image
+    from vladva.core.images import FORMATS, decode_image
 
     try:
         return Image.open(io.BytesIO(picture), formats=FORMATS).size
@@ -202,7 +190,7 @@ def _size(picture: bytes) -> tuple[int, int]:
 
 
 def _pixels(preprocessor: Preprocessor, picture: bytes) -> Pixels:
-    from vladva.examples import decode_image
+    from vladva.core.images import decode_image
 
     return preprocessor.pixels([decode_image(picture)])
 

@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from vladva import storage
-from vladva.pictures import read_cells
-from vladva.sources import PICTURE
-from vladva.storage import ByteRange
-from vladva.tars import BadDataError
+from vladva.core import storage
+from vladva.core.errors import BadDataError
+from vladva.core.images import PICTURE
+from vladva.core.storage import ByteRange
+from vladva.data.image_refs import read_cells
 
 if TYPE_CHECKING:
     import ray.data
 
-    from vladva.shards import ShardIndex
-    from vladva.sidecars import CountTokens
+    from vladva.data.shard_index import ShardIndex
+    from vladva.data.sidecar import CountTokens
 
 KINDS = ("image", "text")
 IMAGE_COLUMNS = ("image", "jpg", "png", "img")
@@ -115,7 +115,8 @@ def read_pictures(uri: str, places: list[dict[str, Any]]) -> list[bytes]:
 
 def _shards(uri: str, shards: set[str], kinds: Sequence[str], count_tokens: CountTokens | None) -> Corpus:
     """WebDataset shards, by their index: only pictures are read from the shards themselves."""
-    from vladva.shards import ShardIndex, scan
+    from vladva.data.scan import scan
+    from vladva.data.shard_index import ShardIndex
 
     index_is_there = storage.exists(storage.join(uri, "_index", "manifest.json"))
     if count_tokens and not (index_is_there and set(ShardIndex.open(uri).shards) == shards):

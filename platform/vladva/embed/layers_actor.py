@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from vladva.batches import Pixels
-from vladva.embedding_model import EmbeddingModel, as_tensors
-from vladva.encoder import Encoder
-from vladva.parts import write_part
+from vladva.embed.actor import Encoder
+from vladva.embed.table_writer import write_part
+from vladva.models.batch import Pixels, as_tensors
+from vladva.models.embedding_model import EmbeddingModel
 
 
 def embed_layers(

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vladva import storage
-from vladva.config import ModelConfig
-from vladva.encoder import Encoder
-from vladva.parts import TableInProgress
-from vladva.progress import Progress
-from vladva.tables import read_embeddings
-from vladva.windows import WINDOW, Owners, WindowSettings, count_done, make_batches, preprocessor_of
+from vladva.core import storage
+from vladva.core.progress import Progress
+from vladva.core.ray_tasks import pool
+from vladva.embed.actor import Encoder
+from vladva.embed.batching import WINDOW, Owners, WindowSettings, count_done, make_batches
+from vladva.embed.table import read_embeddings
+from vladva.embed.table_writer import TableInProgress
+from vladva.models.resolve import describe, pin
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -133,7 +134,7 @@ def encoder_for(places: Mapping[int | None, Any]) -> type[Encoder]:
     """The stage that fills one table, or one for each layer."""
     if None in places:
         return Encoder
-    from vladva.layers import LayersEncoder
+    from vladva.embed.layers_actor import LayersEncoder
 
     return LayersEncoder
 
@@ -153,72 +154,6 @@ def done_in_all(tables: Iterable[TableInProgress]) -> tuple[np.ndarray, np.ndarr
     """What `TableInProgress.done` gives, of the items that every one of the tables has."""
     keys, contents = zip(*(table.done() for table in tables), strict=True)
     return reduce(np.intersect1d, keys), reduce(np.intersect1d, contents)
-
-
-def pin(model: str) -> str:
-    """The model as every process finds it: a path that is absolute, and of a run the newest checkpoint there is now."""
-    from vladva import checkpoint
-
-    model = storage.absolute(model) if storage.exists(model) else model
-    if storage.exists(storage.join(model, "checkpoints")):
-        return checkpoint.latest(model) or model
-    return model
-
-
-def describe(model: str, *, adapter: bool, dtype: str, layer: int | None = None) -> tuple[ModelConfig, dict[str, Any]]:
-    """Configuration and description (`Embedder.description`) of a model, without its weights.
-
-    `layer`: as if it embedded from there. Raises ValueError where the model has no such layer.
-    """
-    from vladva.dual_encoders import family_of
-    from vladva.model_reference import config_of, find_model, fingerprint_of
-
-    reference = find_model(model)
-    folder = reference.adapter if adapter else None
-    config = config_of(reference, folder, dtype)
-    if family_of(config.checkpoint):
-        from vladva.dual_encoder import describe_dual_encoder
-
-        if layer is not None:
-            raise ValueError(f"layers: {model} is a dual encoder, which embeds from its last layer only")
-        return config, describe_dual_encoder(config.checkpoint, dtype)
-    preprocessor = preprocessor_of(config)
-    language_model = preprocessor.config.get_text_config()
-    layers, dimension = language_model.num_hidden_layers, language_model.hidden_size
-    if layer is not None and not 1 <= layer <= layers:
-        raise ValueError(f"layers: there is no layer {layer} in {model}; its language model has layers 1 to {layers}")
-    layer = layer or config.layer or layers
-    return config, {
-        "base_model": config.checkpoint,
-        "adapter": str(folder) if folder else None,
-        "image_prompt": config.image_prompt,
-        "text_prompt": config.text_prompt,
-        "soft_prompts": config.soft_prompts,
-        "layer": layer,
-        "dimension": dimension,
-        "dtype": config.dtype,
-        "fingerprint": fingerprint_of(config, folder, layer, dimension, preprocessor),
-    }
-
-
-def pool(actors: int | tuple[int, int], cpus_per_actor: int) -> ray.data.ActorPoolStrategy:
-    """The pool of actors. At its start a CPU is left for the tasks that feed it, or nothing would ever run.
-
-    An actor has three batches at once, to read, to compute and to write, and as many wait for it.
-    """
-    import ray.data
-
-    least, most = (actors, actors) if isinstance(actors, int) else actors
-    if not 1 <= least <= most:
-        raise ValueError(f"actors is {actors}; give a positive number, or the least and the most of them")
-    room = (int(ray.cluster_resources().get("CPU", 0)) - 1) // max(1, cpus_per_actor)
-    return ray.data.ActorPoolStrategy(
-        min_size=max(1, min(least, room)),
-        max_size=most,
-        max_tasks_in_flight_per_actor=6,
-        max_concurrent_calls_per_actor=3,
-        enable_true_multi_threading=True,
-    )
 
 
 class Run:

@@ -10,7 +10,6 @@ readers see the table as it was completed, whatever is being added to it (parts.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator
@@ -20,32 +19,18 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vladva import storage
-from vladva.storage import join
+from vladva.core import storage
+from vladva.core.hashing import digest
+from vladva.core.storage import join
 
 GROUP_ROWS = 4096  # rows of one Parquet row group
 READERS = 16
 CONTENT = pa.binary(16)
-
-
-class FingerprintMismatch(ValueError):  # noqa: N818
-    """Embeddings of one model meet those of another."""
-
-    def __init__(self, place: str, found: str, wanted: str, hint: str) -> None:
-        super().__init__(f"{place} holds embeddings of model {found}, not of model {wanted}; {hint}")
-
-
-def digest(*parts: str | bytes) -> bytes:
-    """16 bytes that stand for the parts, in order."""
-    state = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        data = part.encode() if isinstance(part, str) else part
-        state.update(len(data).to_bytes(8, "little") + data)
-    return state.digest()
 
 
 def keys_of(rows: pa.Table) -> list[bytes]:
@@ -165,3 +150,10 @@ def no_rows(model: dict[str, Any]) -> pa.Table:
     embedding = pa.list_(pa.float32(), model["dimension"])
     fields = [("id", pa.string()), ("kind", pa.string()), ("embedding", embedding), ("content", CONTENT)]
     return pa.schema(fields, {b"vladva": json.dumps(model).encode()}).empty_table()
+
+
+def matrix_of(rows: pa.Table) -> np.ndarray:
+    """The embeddings of rows, float32 [N, D]."""
+    embedding = rows["embedding"].combine_chunks()
+    values = embedding.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(rows), embedding.type.list_size).astype(np.float32, copy=False)

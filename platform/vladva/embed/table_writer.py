@@ -17,19 +17,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from vladva import storage
-from vladva.storage import join
-from vladva.tables import (
-    CONTENT,
-    FingerprintMismatch,
-    TableNote,
-    concat,
-    digest,
-    find_note,
-    keys_of,
-    read_each,
-    write_rows,
-)
+from vladva.core import storage
+from vladva.core.errors import FingerprintMismatch
+from vladva.core.hashing import digest
+from vladva.core.storage import join
+from vladva.embed.table import CONTENT, TableNote, concat, find_note, keys_of, read_each, write_rows
 
 FILE_BYTES = 256 << 20  # of embeddings in one file of a complete table
 BAD = pa.schema([("id", pa.string()), ("kind", pa.string()), ("content", CONTENT), ("reason", pa.string())])

@@ -54,8 +54,8 @@ def ablate(recipe: RunConfig, benchmarks: Sequence[str], data_uri: str, out_uri:
 
     Returns {"scores": {variant: {"benchmark/metric": [one fraction a seed]}}, "steps", "seeds"}.
     """
-    from vladva.evaluate import evaluate, read_benchmarks
-    from vladva.train import train
+    from vladva.evaluate.scoring import evaluate, read_benchmarks
+    from vladva.train.loop import train
 
     tasks = read_benchmarks(benchmarks, data_uri)
     models, titles = {ZERO_SHOT: recipe.model.checkpoint}, {ZERO_SHOT: ZERO_SHOT}

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vladva.benchmarks import Result, Task
-from vladva.benchmarks.readers.images import ImageRef, read_images
-from vladva.storage import exists, join
-from vladva.tables import read_embeddings, read_rows
+from vladva.benchmarks.benchmark import Result, Task
+from vladva.core.storage import exists, join
+from vladva.data.image_refs import ImageRef, read_images
+from vladva.embed.table import read_embeddings, read_rows
 
 KINDS = ("text", "image")
 BLOCK_ROWS = 1024  # items per Ray Data block
@@ -50,7 +50,8 @@ def embed(
     """Embed all texts and pictures of the tasks that have not been embedded with this model before."""
     import ray
 
-    from vladva.encode import describe, encode, pin
+    from vladva.embed.pipeline import encode
+    from vladva.models.resolve import describe, pin
 
     model = pin(model)
     own = describe(model, adapter=True, dtype=dtype)[1]["layer"]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from vladva.benchmarks.readers.images import ImageRef, read_images
-from vladva.storage import write_json
+from vladva.core.storage import write_json
+from vladva.data.image_refs import ImageRef, read_images
 
 CAPTION_PROMPTS = (
     "Give a detailed description of the image.",
@@ -24,7 +24,7 @@ class Captioner:
     def __init__(self, load: dict[str, Any], max_tokens: int) -> None:
         import torch
 
-        from vladva.embedder import load_embedder
+        from vladva.models.embedder import load_embedder
 
         self.embedder = load_embedder(**load, device="cuda" if torch.cuda.is_available() else "cpu")
         self.max_tokens = max_tokens
@@ -37,7 +37,7 @@ class Captioner:
 
     def captions_of(self, picture: ImageRef) -> list[dict[str, Any]]:
         """One caption for each prompt, with its number of tokens."""
-        from vladva.examples import decode_image
+        from vladva.core.images import decode_image
 
         [data] = read_images([picture])
         image, tokenizer = decode_image(data), self.embedder.preprocessor.tokenizer

@@ -18,15 +18,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from vladva.benchmarks import Task
-from vladva.benchmarks.kinds.retrieval import RetrievalTask
-from vladva.benchmarks.readers.images import ImageRef, find_images
-from vladva.captioner import CAPTION_PROMPTS, Captioner
-from vladva.progress import Progress
-from vladva.scenes import COLOURS, SHAPES
-from vladva.score_tables import Cell, Row, ScoreTable
-from vladva.storage import absolute, exists, join, read_json, write_json
-from vladva.tables import digest, write_rows
+from vladva.benchmarks.benchmark import Task
+from vladva.benchmarks.protocols.retrieval import RetrievalTask
+from vladva.benchmarks.readers.images import find_images
+from vladva.core.hashing import digest
+from vladva.core.progress import Progress
+from vladva.core.sampling import spread
+from vladva.core.storage import absolute, exists, join, read_json, write_json
+from vladva.data.image_refs import ImageRef
+from vladva.data.scenes.scene import COLOURS, SHAPES
+from vladva.embed.table import write_rows
+from vladva.evaluate.caption_actor import Captioner
 
 SCENE_OBJECT = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
 FUNCTION_WORDS = frozenset(
@@ -75,11 +77,6 @@ def pictures_in(folder_uri: str, count: int) -> list[Picture]:
     if not found:
         raise ValueError(f"--pictures: there are no pictures under {folder_uri}")
     return [Picture(found[number][1], frozenset()) for number in spread(len(found), count)]
-
-
-def spread(total: int, count: int) -> list[int]:
-    """`count` numbers below `total`, at even distances."""
-    return sorted({int(place) for place in np.linspace(0, total - 1, min(count, total))})
 
 
 def scene_objects(captions: Iterable[str]) -> frozenset[str]:
@@ -142,8 +139,8 @@ def writers(models: Mapping[str, str]) -> dict[str, str]:
 
     Raises ValueError where none can: dual encoders only embed.
     """
-    from vladva.dual_encoders import family_of
-    from vladva.model_reference import find_model
+    from vladva.models.dual_encoders import family_of
+    from vladva.models.resolve import find_model
 
     references = {label: find_model(model) for label, model in models.items()}
     references = {label: reference for label, reference in references.items() if not family_of(reference.checkpoint)}
@@ -168,7 +165,8 @@ def _write(
     """Write what is missing of one model's captions; where those of each picture are."""
     import ray.data
 
-    from vladva.encode import describe, pin, pool
+    from vladva.core.ray_tasks import pool
+    from vladva.models.resolve import describe, pin
 
     model = pin(model)
     _, description = describe(model, adapter=True, dtype=dtype)
@@ -213,23 +211,6 @@ def statistics(captions: pa.Table) -> dict[str, dict[str, CaptionStatistics]]:
     for row in captions.to_pylist():
         found.setdefault(row["system"], {}).setdefault(row["prompt"], []).append(row)
     return {system: {prompt: _means(rows) for prompt, rows in prompts.items()} for system, prompts in found.items()}
-
-
-def statistics_table(captions: pa.Table) -> ScoreTable:
-    """Prompts by systems: words, tokens, and the share of the known objects that is named."""
-    systems = statistics(captions)
-    known = any(of.object_recall is not None for prompts in systems.values() for of in prompts.values())
-    columns = ("words", "tokens", "objects named, %") if known else ("words", "tokens")
-    rows = []
-    for prompt in CAPTION_PROMPTS:
-        values = [value for prompts in systems.values() for value in prompts[prompt][: len(columns)]]
-        cells = [
-            Cell(value if value is None or number % 3 != 2 else 100 * value) for number, value in enumerate(values)
-        ]
-        rows.append(Row(prompt, tuple(cells), reported=False))
-    headings = tuple((system, column) for system in systems for column in columns)
-    note = f"Means over {len(set(captions['picture'].to_pylist()))} pictures."
-    return ScoreTable("Captions (figure 1)", note, headings, tuple(rows), unit="prompt")
 
 
 def _means(rows: list[dict[str, Any]]) -> CaptionStatistics:

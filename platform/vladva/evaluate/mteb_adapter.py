@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vladva.metrics import cosines, unit_rows
-from vladva.storage import join, write_json
+from vladva.benchmarks.metrics import cosines, unit_rows
+from vladva.core.storage import join, write_json
 
 if TYPE_CHECKING:
     from mteb.models.model_meta import ModelMeta
@@ -79,7 +79,7 @@ class LeaderboardEncoder:
 
     def __init__(self, model_name: str, revision: str | None = None, *, device: str | None = None, **_: Any) -> None:
         """Load a run, checkpoint or model name. Raises ValueError for BLIP-2, whose pictures have several vectors."""
-        from vladva.embedder import load_embedder
+        from vladva.models.embedder import load_embedder
 
         self.embedder = load_embedder(model_name, merge=True, device=device or "cpu")
         self.name, self.revision = model_name, revision or self.embedder.fingerprint

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from vladva.batches import Batch
 from vladva.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from vladva.models.batch import Batch
 
 REQUEST_ITEMS = 32
 TIMEOUT_S = 300.0
@@ -35,9 +35,10 @@ class Sample:
 
     def __init__(self, config: ModelConfig, data_uri: str, count: int) -> None:
         """Raises ValueError and FileNotFoundError for shards that cannot be read, ValueError for a bad count."""
-        from vladva.chunks import ChunkReader
-        from vladva.shards import ShardIndex, scan
-        from vladva.windows import preprocessor_of
+        from vladva.data.scan import scan
+        from vladva.data.shard_index import ShardIndex
+        from vladva.models.resolve import preprocessor_of
+        from vladva.train.data_loader import ChunkReader
 
         if count < 1:
             raise ValueError(f"samples is {count}; give at least 1")
@@ -63,7 +64,7 @@ def compare(
 
     Raises ValueError where the server refuses, or serves another model.
     """
-    from vladva.encode import describe, pin
+    from vladva.models.resolve import describe, pin
 
     model = pin(model)
     config, description = describe(model, adapter=True, dtype=dtype)
@@ -85,8 +86,8 @@ def by_training(model: str, config: ModelConfig, sample: Sample) -> dict[str, np
     """As a training step embeds its chunk."""
     import torch
 
-    from vladva.embedder import load_embedder
-    from vladva.embedding_model import as_tensors
+    from vladva.models.batch import as_tensors
+    from vladva.models.embedder import load_embedder
 
     module = load_embedder(model, dtype=config.dtype).model
     batch = sample.batch
@@ -101,8 +102,8 @@ def by_job(model: str, dtype: str, sample: Sample) -> dict[str, np.ndarray]:
     import pyarrow as pa
     import ray.data
 
-    from vladva.encode import encode, read_embeddings
-    from vladva.hits import matrix_of
+    from vladva.embed.pipeline import encode, read_embeddings
+    from vladva.embed.table import matrix_of
 
     rows = [{"id": name, "kind": "image", "image": content} for name, content in sample.images.items()]
     rows += [{"id": name, "kind": "text", "text": text} for name, text in sample.texts.items()]

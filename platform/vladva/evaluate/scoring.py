@@ -16,11 +16,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from vladva.benchmarks import Result, Task, find, names
-from vladva.bootstrap import compare, interval, resample
-from vladva.embeddings import embed, open_embeddings
-from vladva.storage import join, write_json
-from vladva.tables import read_rows, write_rows
+from vladva.benchmarks.benchmark import Result, Task, find, names
+from vladva.benchmarks.bootstrap import compare, interval, resample
+from vladva.core.storage import join, write_json
+from vladva.embed.table import read_rows, write_rows
+from vladva.evaluate.benchmark_embeddings import embed, open_embeddings
 
 PROTOCOL = {
     "texts": "as written, without the space around them",

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from vladva.hits import Hit, hit_of, matrix_of
+from vladva.embed.table import matrix_of
+from vladva.index.store import Hit, hit_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

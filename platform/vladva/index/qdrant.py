@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from vladva.hits import Hit, check_query, check_rows, hit_of, matrix_of
-from vladva.qdrant_filters import filter_of
+from vladva.embed.table import matrix_of
+from vladva.index.qdrant_filter import filter_of
+from vladva.index.store import Hit, check_query, check_rows, hit_of
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient

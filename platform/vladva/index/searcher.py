@@ -12,33 +12,26 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
-from vladva.hits import Hit, check_brackets, check_query, hit_of, matrix_of
-from vladva.partitions import IN_MEMORY, VECTORS, IndexType, centroids, in_memory
-from vladva.recall import Measured, Queries, cheapest, exact_thresholds, measure
-from vladva.rows import Rows
+from vladva.index.ivf import IN_MEMORY, VECTORS, IndexType, centroids, in_memory
+from vladva.index.memory_index import Rows
+from vladva.index.store import Hit, check_brackets, check_query, hit_of
 
 if TYPE_CHECKING:
     import lance
 
 EXACT_BELOW = 20_000  # rows of a data set below which every vector is compared
 EXACT_LEFT = 4_000  # rows left by a filter below which every one of them is compared
-RECALL_AT, WANTED = 10, 0.98
-NUM_QUERIES = 200  # of each kind
 
-# What is tried until recall suffices: candidates compared again by their full vectors, as a multiple of k; of graphs,
-# the length of the list of candidates.
-EFFORTS = {"IVF_SQ": (3, 10), "IVF_PQ": (10, 30, 100), "IVF_HNSW_SQ": (64, 128, 256, 512)}
+RECALL_AT = 10  # neighbours of which the recall is measured
 
 
 @dataclass(frozen=True)
@@ -142,70 +135,3 @@ def plain_errors(where: str | None) -> Iterator[None]:
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
-
-
-def sample(dataset: lance.LanceDataset, seed: int = 0) -> list[Queries]:
-    """Rows of a data set, to be used as queries."""
-    rows = dataset.count_rows()
-    chosen = sorted(random.Random(seed).sample(range(rows), min(2 * NUM_QUERIES, rows)))
-    return queries_of(dataset.take(chosen, columns=["id", "kind", "embedding"]))
-
-
-def queries_of(rows: pa.Table) -> list[Queries]:
-    """Rows of an embeddings table as queries, those of each kind by themselves, at most NUM_QUERIES of each."""
-    tables = [rows.filter(pa.compute.equal(rows["kind"], kind)).slice(0, NUM_QUERIES) for kind in ("image", "text")]
-    return [Queries(matrix_of(table), _keys(table)) for table in tables if len(table)]
-
-
-def fit(
-    dataset: lance.LanceDataset,
-    settings: SearchSettings,
-    samples: Sequence[Queries],
-    wheres: Sequence[str | None],
-    wanted: float,
-) -> SearchSettings:
-    """The settings with the least work that find enough, for the worst of the samples and of the conditions.
-
-    `settings` say the type of index, and the least number of partitions to look at.
-    """
-    k = max(1, min(RECALL_AT, min(dataset.count_rows(where) for where in wheres) - 1))
-    cases = [
-        (where, queries, exact_thresholds(_blocks(dataset, where), queries, k))
-        for where in wheres
-        for queries in samples
-    ]
-
-    # By Lance, from disk: in memory as much is found, or more, because nothing is quantised.
-    def try_out(nprobes: int, effort: int, at_least: float = wanted) -> Measured:
-        tried = replace(settings, nprobes=max(nprobes, settings.nprobes), effort=effort)
-        searcher = Searcher(dataset, tried)
-        measured = []
-        for where, queries, thresholds in cases:
-            ask = partial(searcher.search, where=where)
-            measured.append(measure(ask, queries, thresholds, k, at_least))
-        return min(measured, key=lambda one: one.assured)
-
-    if settings.index_type == "exact":
-        nprobes, effort, measured = 0, 0, try_out(0, 0)
-    else:
-        nprobes, effort, measured = cheapest(settings.partitions, EFFORTS[settings.index_type], try_out, wanted)
-        if measured.recall < wanted:
-            measured = try_out(nprobes, effort, 0.0)
-    return replace(
-        settings,
-        nprobes=max(nprobes, settings.nprobes),
-        effort=effort,
-        recall_at_10=measured.recall,
-        p50_ms=measured.p50_ms,
-        p99_ms=measured.p99_ms,
-    )
-
-
-def _blocks(dataset: lance.LanceDataset, where: str | None) -> Iterator[tuple[np.ndarray, list[tuple[str, str]]]]:
-    for batch in dataset.to_batches(columns=["id", "kind", "embedding"], filter=where, batch_size=8192):
-        table = pa.Table.from_batches([batch])
-        yield matrix_of(table), _keys(table)
-
-
-def _keys(table: pa.Table) -> list[tuple[str, str]]:
-    return list(zip(table["id"].to_pylist(), table["kind"].to_pylist(), strict=True))

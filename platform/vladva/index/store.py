@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from vladva.tables import FingerprintMismatch, keys_of
+from vladva.core.errors import FingerprintMismatch
+from vladva.embed.table import keys_of, matrix_of
 
 # In SQL; a quote within is doubled, and so ends one and begins another.
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`")
@@ -132,13 +133,6 @@ class ExactStore:
             except sqlite3.Error as error:
                 raise ValueError(f"filter {condition!r} cannot be evaluated: {error}") from None
         return np.array([row for (row,) in found], np.int64)
-
-
-def matrix_of(rows: pa.Table) -> np.ndarray:
-    """The embeddings of rows, float32 [N, D]."""
-    embedding = rows["embedding"].combine_chunks()
-    values = embedding.flatten().to_numpy(zero_copy_only=False)
-    return values.reshape(len(rows), embedding.type.list_size).astype(np.float32, copy=False)
 
 
 def hit_of(row: dict[str, Any], score: float) -> Hit:

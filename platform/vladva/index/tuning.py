@@ -8,13 +8,22 @@ N rows, Q queries, D width.
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
-from vladva.hits import Hit
+from vladva.embed.table import matrix_of
+from vladva.index.searcher import RECALL_AT, Searcher, SearchSettings
+from vladva.index.store import Hit
+
+if TYPE_CHECKING:
+    import lance
 
 TOLERANCE = 1e-5  # between two ways to compute a cosine in float32
 
@@ -112,3 +121,81 @@ def cheapest(
                 low = middle + 1
         return steps[high], effort, best
     raise AssertionError("efforts is empty")
+
+
+WANTED = 0.98
+
+
+NUM_QUERIES = 200  # of each kind
+
+
+# What is tried until recall suffices: candidates compared again by their full vectors, as a multiple of k; of graphs,
+# the length of the list of candidates.
+EFFORTS = {"IVF_SQ": (3, 10), "IVF_PQ": (10, 30, 100), "IVF_HNSW_SQ": (64, 128, 256, 512)}
+
+
+def sample(dataset: lance.LanceDataset, seed: int = 0) -> list[Queries]:
+    """Rows of a data set, to be used as queries."""
+    rows = dataset.count_rows()
+    chosen = sorted(random.Random(seed).sample(range(rows), min(2 * NUM_QUERIES, rows)))
+    return queries_of(dataset.take(chosen, columns=["id", "kind", "embedding"]))
+
+
+def queries_of(rows: pa.Table) -> list[Queries]:
+    """Rows of an embeddings table as queries, those of each kind by themselves, at most NUM_QUERIES of each."""
+    tables = [rows.filter(pa.compute.equal(rows["kind"], kind)).slice(0, NUM_QUERIES) for kind in ("image", "text")]
+    return [Queries(matrix_of(table), _keys(table)) for table in tables if len(table)]
+
+
+def fit(
+    dataset: lance.LanceDataset,
+    settings: SearchSettings,
+    samples: Sequence[Queries],
+    wheres: Sequence[str | None],
+    wanted: float,
+) -> SearchSettings:
+    """The settings with the least work that find enough, for the worst of the samples and of the conditions.
+
+    `settings` say the type of index, and the least number of partitions to look at.
+    """
+    k = max(1, min(RECALL_AT, min(dataset.count_rows(where) for where in wheres) - 1))
+    cases = [
+        (where, queries, exact_thresholds(_blocks(dataset, where), queries, k))
+        for where in wheres
+        for queries in samples
+    ]
+
+    # By Lance, from disk: in memory as much is found, or more, because nothing is quantised.
+    def try_out(nprobes: int, effort: int, at_least: float = wanted) -> Measured:
+        tried = replace(settings, nprobes=max(nprobes, settings.nprobes), effort=effort)
+        searcher = Searcher(dataset, tried)
+        measured = []
+        for where, queries, thresholds in cases:
+            ask = partial(searcher.search, where=where)
+            measured.append(measure(ask, queries, thresholds, k, at_least))
+        return min(measured, key=lambda one: one.assured)
+
+    if settings.index_type == "exact":
+        nprobes, effort, measured = 0, 0, try_out(0, 0)
+    else:
+        nprobes, effort, measured = cheapest(settings.partitions, EFFORTS[settings.index_type], try_out, wanted)
+        if measured.recall < wanted:
+            measured = try_out(nprobes, effort, 0.0)
+    return replace(
+        settings,
+        nprobes=max(nprobes, settings.nprobes),
+        effort=effort,
+        recall_at_10=measured.recall,
+        p50_ms=measured.p50_ms,
+        p99_ms=measured.p99_ms,
+    )
+
+
+def _blocks(dataset: lance.LanceDataset, where: str | None) -> Iterator[tuple[np.ndarray, list[tuple[str, str]]]]:
+    for batch in dataset.to_batches(columns=["id", "kind", "embedding"], filter=where, batch_size=8192):
+        table = pa.Table.from_batches([batch])
+        yield matrix_of(table), _keys(table)
+
+
+def _keys(table: pa.Table) -> list[tuple[str, str]]:
+    return list(zip(table["id"].to_pylist(), table["kind"].to_pylist(), strict=True))

@@ -16,7 +16,7 @@ from torch import nn
 from vladva.config import ModelConfig
 
 if TYPE_CHECKING:
-    from vladva.embedding_model import EmbeddingModel
+    from vladva.models.embedding_model import EmbeddingModel
 
 ADAPTER_NOTE = "vladva.json"  # beside adapter_config.json: what the adapter was trained on and how to prompt it
 

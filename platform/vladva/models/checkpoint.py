@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vladva import storage
+from vladva.core import storage
 
 if TYPE_CHECKING:
     from torch import Tensor

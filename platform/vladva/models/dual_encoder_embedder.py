@@ -20,10 +20,10 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from vladva.batches import Pixels, Preprocessor
-from vladva.dual_encoders import family_of
-from vladva.embedding_model import as_tensors
-from vladva.model_reference import base_revision
+from vladva.models.batch import Pixels, as_tensors
+from vladva.models.dual_encoders import family_of
+from vladva.models.fingerprint import base_revision
+from vladva.models.preprocessor import Preprocessor
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -14,19 +14,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from vladva.adapter import load_adapter
-from vladva.batches import Preprocessor, cut, key_of
 from vladva.config import ModelConfig
-from vladva.dual_encoders import family_of
-from vladva.embedding_model import EmbeddingModel, as_tensors
-from vladva.fast_forward import Forward, embedding_forward
-from vladva.generation import decode, pieces
-from vladva.model_reference import config_of, find_model, fingerprint_of
+from vladva.core.hashing import key_of
+from vladva.models.adapter import load_adapter
+from vladva.models.batch import as_tensors, cut
+from vladva.models.dual_encoders import family_of
+from vladva.models.embedding_model import EmbeddingModel
+from vladva.models.fingerprint import fingerprint_of
+from vladva.models.generation import decode, pieces
+from vladva.models.packed.inference import Forward, embedding_forward
+from vladva.models.preprocessor import Preprocessor
+from vladva.models.resolve import config_of, find_model
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vladva.dual_encoder import DualEncoder
+    from vladva.models.dual_encoder_embedder import DualEncoder
 
 
 def load_embedder(
@@ -47,7 +50,7 @@ def load_embedder(
     disable_progress_bar()  # of reading weights from the disk; downloads keep theirs
     reference = find_model(model)
     if family_of(reference.checkpoint):
-        from vladva.dual_encoder import DualEncoder
+        from vladva.models.dual_encoder_embedder import DualEncoder
 
         return DualEncoder(reference.checkpoint, dtype=dtype, device=device)
     folder = reference.adapter if adapter else None

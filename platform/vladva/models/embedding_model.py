@@ -8,18 +8,30 @@ B pictures or texts, T tokens, D width.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from vladva.backbones import resolve
-from vladva.batches import Pixels, Preprocessor, Tokens
-from vladva.config import ModelConfig, RunConfig
-from vladva.losses.next_token import cross_entropy_sum, mean_share, next_token
-from vladva.operations import Table
-from vladva.training_forward import TrainingForward, why_plain
+from vladva.config import ModelConfig
+from vladva.losses.next_token import next_token
+from vladva.models.backbones import resolve
+from vladva.models.preprocessor import Preprocessor
+
+
+class PackedForward(Protocol):
+    """A forward without padding that training can run on (packed/training.py)."""
+
+    def __call__(
+        self, tokens: dict[str, torch.Tensor], pixels: dict[str, torch.Tensor] | None, caption_tokens: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings [B, D] and the next-token loss, as `EmbeddingModel.forward` gives them."""
+        ...
+
+    def image_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Features [K, D] of the K image tokens of all images."""
+        ...
 
 
 class EmbeddingModel(nn.Module):
@@ -43,7 +55,7 @@ class EmbeddingModel(nn.Module):
         mean, std = preprocessor.pixel_statistics()
         self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self.packed: TrainingForward | None = None  # what training runs on, where it can
+        self.packed: PackedForward | None = None  # what training runs on, where it can
 
     @property
     def base(self) -> nn.Module:
@@ -80,7 +92,8 @@ class EmbeddingModel(nn.Module):
         there is no caption loss (0).
         """
         if self.packed is not None and self.training:
-            return self.packed_forward(self.packed, tokens, pixels, caption_tokens)
+            embeddings, loss = self.packed(tokens, pixels, caption_tokens)
+            return embeddings, loss, torch.cat([self.log_scale, self.bias]).float()
         inputs = self.inputs(tokens, pixels)
         if "position_ids" not in inputs:
             # Causal attention with the padding on the right sees none of it. (Without a mask, transformers takes
@@ -96,23 +109,6 @@ class EmbeddingModel(nn.Module):
         if caption_tokens is not None:
             loss = next_token(hidden, self.base.lm_head.weight, caption_labels(tokens), caption_tokens)
         return embeddings, loss, torch.cat([self.log_scale, self.bias]).float()
-
-    def packed_forward(
-        self,
-        packed: TrainingForward,
-        tokens: dict[str, torch.Tensor],
-        pixels: dict[str, torch.Tensor] | None,
-        caption_tokens: int | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The same without what is not needed for it."""
-        scalars = torch.cat([self.log_scale, self.bias]).float()
-        if caption_tokens is None:
-            return packed(tokens, pixels), scalars.new_zeros(()), scalars
-        embeddings, before, targets = packed.with_captions(tokens, pixels)
-        head = Table.of(self.base.lm_head)
-        replaced = None if head.rows is None else (head.soft, head.rows)
-        total = cross_entropy_sum(before, head.base.weight, targets, replaced=replaced)
-        return embeddings, mean_share(total, caption_tokens), scalars
 
     def see(self, pixels: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
         """The pictures as the vision tower, which is frozen, gives them; unchanged where training is not packed."""
@@ -130,19 +126,6 @@ def caption_labels(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
     positions = torch.arange(tokens["ids"].shape[1], device=tokens["ids"].device)
     caption = (positions >= tokens["prompt_lengths"][:, None]) & (positions < tokens["lengths"][:, None])
     return tokens["ids"].masked_fill(~caption, -100)
-
-
-def as_tensors(record: Tokens | Pixels, device: torch.device | str) -> dict[str, torch.Tensor]:
-    """The record's fields, on the device."""
-    return {f.name: torch.tensor(getattr(record, f.name), device=device) for f in fields(record)}
-
-
-def pack_training(model: EmbeddingModel, config: RunConfig) -> str | None:
-    """Train on packed tokens from now on; returns the reason where that cannot be."""
-    reason = why_plain(model.backbone, model.base.config.get_text_config(), config)
-    if reason is None:
-        model.packed = TrainingForward(model)
-    return reason
 
 
 def checkpoint_activations(model: EmbeddingModel) -> None:

@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from vladva.embedding_model import EmbeddingModel
+    from vladva.models.embedding_model import EmbeddingModel
 
 
 def decode(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT
+from vladva.config import IMAGE_PROMPT, TEXT_PROMPT
 
 E5_V_PROMPTS = ("Summary above image in one word: ", "Summary above sentence in one word: ")
 ZERO_SHOT_PROMPTS = (IMAGE_PROMPT, TEXT_PROMPT)

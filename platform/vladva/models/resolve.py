@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vladva.adapter import ADAPTER_NOTE
-from vladva.backbones import resolve
-from vladva.batches import Preprocessor
-from vladva.config import ModelConfig
-from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT
+from vladva.config import IMAGE_PROMPT, TEXT_PROMPT, ModelConfig
+from vladva.core import storage
+from vladva.models.adapter import ADAPTER_NOTE
+from vladva.models.preprocessor import Preprocessor
+
+if TYPE_CHECKING:
+    from vladva.models.preprocessor import Preprocessor
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ def find_model(model: str) -> ModelReference:
 
     Raises ValueError where a run has no checkpoint yet.
     """
-    from vladva import checkpoint, storage, systems
+    from vladva.core import storage
+    from vladva.models import checkpoint, model_zoo
 
     if storage.exists(storage.join(model, "config.json")) and storage.exists(storage.join(model, "checkpoints")):
         newest = checkpoint.latest(model)
@@ -41,7 +45,7 @@ def find_model(model: str) -> ModelReference:
         return ModelReference(json.loads((adapter / ADAPTER_NOTE).read_text())["checkpoint"], adapter)
     if (Path(model) / ADAPTER_NOTE).exists():
         return ModelReference(json.loads((Path(model) / ADAPTER_NOTE).read_text())["checkpoint"], Path(model))
-    system = systems.find(model)
+    system = model_zoo.find(model)
     if system:
         return ModelReference(system.checkpoint, prompts=system.prompts)
     return ModelReference(model)
@@ -61,35 +65,62 @@ def config_of(reference: ModelReference, adapter: Path | None, dtype: str) -> Mo
     )
 
 
-def fingerprint_of(
-    config: ModelConfig, adapter: Path | None, layer: int, dimension: int, preprocessor: Preprocessor
-) -> str:
-    """16 hex digits that change with base model, adapter, prompts, layer, dimension or preprocessing."""
-    parts = {
-        "base": base_revision(resolve(config.checkpoint)),
-        "adapter": hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
-        if adapter
-        else None,
-        "prompts": [config.image_prompt, config.text_prompt, config.soft_prompts],
+def pin(model: str) -> str:
+    """The model as every process finds it: a path that is absolute, and of a run the newest checkpoint there is now."""
+    from vladva.models import checkpoint
+
+    model = storage.absolute(model) if storage.exists(model) else model
+    if storage.exists(storage.join(model, "checkpoints")):
+        return checkpoint.latest(model) or model
+    return model
+
+
+def describe(model: str, *, adapter: bool, dtype: str, layer: int | None = None) -> tuple[ModelConfig, dict[str, Any]]:
+    """Configuration and description (`Embedder.description`) of a model, without its weights.
+
+    `layer`: as if it embedded from there. Raises ValueError where the model has no such layer.
+    """
+    from vladva.models.dual_encoders import family_of
+    from vladva.models.fingerprint import fingerprint_of
+    from vladva.models.resolve import config_of, find_model
+
+    reference = find_model(model)
+    folder = reference.adapter if adapter else None
+    config = config_of(reference, folder, dtype)
+    if family_of(config.checkpoint):
+        from vladva.models.dual_encoder_embedder import describe_dual_encoder
+
+        if layer is not None:
+            raise ValueError(f"layers: {model} is a dual encoder, which embeds from its last layer only")
+        return config, describe_dual_encoder(config.checkpoint, dtype)
+    preprocessor = preprocessor_of(config)
+    language_model = preprocessor.config.get_text_config()
+    layers, dimension = language_model.num_hidden_layers, language_model.hidden_size
+    if layer is not None and not 1 <= layer <= layers:
+        raise ValueError(f"layers: there is no layer {layer} in {model}; its language model has layers 1 to {layers}")
+    layer = layer or config.layer or layers
+    return config, {
+        "base_model": config.checkpoint,
+        "adapter": str(folder) if folder else None,
+        "image_prompt": config.image_prompt,
+        "text_prompt": config.text_prompt,
+        "soft_prompts": config.soft_prompts,
         "layer": layer,
         "dimension": dimension,
-        "pixels": json.loads(preprocessor.image_processor.to_json_string()),
+        "dtype": config.dtype,
+        "fingerprint": fingerprint_of(config, folder, layer, dimension, preprocessor),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def base_revision(checkpoint: str) -> str:
-    """The commit of a model from the hub; of a local folder, a hash of its configuration and samples of its weights."""
-    from transformers import AutoConfig
+@lru_cache(maxsize=2)
+def preprocessor_of(config: ModelConfig) -> Preprocessor:
+    """The model's preprocessor: one a process."""
+    from vladva.models.dual_encoders import family_of
+    from vladva.models.preprocessor import Preprocessor
 
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        return str(AutoConfig.from_pretrained(checkpoint)._commit_hash)
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        with path.open("rb") as file:
-            for offset in range(0, path.stat().st_size, max(1 << 20, path.stat().st_size // 64)):
-                file.seek(offset)
-                digest.update(file.read(1 << 16))
-    return digest.hexdigest()
+    if family_of(config.checkpoint):
+        from vladva.models.dual_encoder_embedder import DualPreprocessor
+
+        return DualPreprocessor(config.checkpoint)
+    names = ("image_prompt", "text_prompt", "soft_prompts", "max_image_tokens")
+    return Preprocessor(config.checkpoint, **{name: getattr(config, name) for name in names})

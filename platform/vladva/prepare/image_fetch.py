@@ -5,20 +5,16 @@ A picture is a file, a range of bytes in one, or a cell of a Parquet column.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from vladva.core import storage
+from vladva.core.errors import BadDataError
+from vladva.core.object_store import PassingFaultError
+from vladva.core.storage import ByteRange
+from vladva.data.image_refs import read_cells
 
-from vladva import storage
-from vladva.storage import ByteRange, RangedFile
-from vladva.stores import PassingFaultError
-from vladva.tars import BadDataError
-
-ROWS_AT_ONCE = 64  # of a column of pictures
 READS = 16  # of whole files at a time
 
 
@@ -72,37 +68,3 @@ def fetch(read: Callable[[], bytes]) -> bytes | BadDataError:
         return BadDataError("missing file", str(error))
     except (OSError, ValueError) as error:
         return BadDataError("unreadable file", str(error))
-
-
-def read_cells(uri: str, column: str, rows: Sequence[int]) -> Iterator[tuple[bytes | BadDataError | None, str | None]]:
-    """(bytes, path) in these rows (ascending) of a Parquet column, a few rows at a time in memory.
-
-    The row groups that hold them are read up to the last of them.
-    """
-    table = pq.ParquetFile(RangedFile(uri), buffer_size=1 << 20, pre_buffer=False)
-    first = 0
-    for group in range(table.num_row_groups):
-        end = first + table.metadata.row_group(group).num_rows
-        wanted = [row - first for row in rows if first <= row < end]
-        found = 0
-        try:
-            for cell in _cells(table, group, column, wanted) if wanted else ():
-                yield (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
-                found += 1
-        except PassingFaultError:
-            raise
-        except (pa.ArrowInvalid, OSError) as error:
-            problem = BadDataError("unreadable Parquet", str(error))
-            yield from ((problem, None) for _ in wanted[found:])
-        first = end
-
-
-def _cells(table: pq.ParquetFile, group: int, column: str, rows: Sequence[int]) -> Iterator[Any]:
-    """The values in these rows of a row group."""
-    first, waiting = 0, deque(rows)
-    for batch in table.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[column]):
-        while waiting and waiting[0] < first + len(batch):
-            yield batch.column(0)[waiting.popleft() - first].as_py()
-        if not waiting:
-            return
-        first += len(batch)

@@ -11,11 +11,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from vladva import storage
-from vladva.sources import Entry, Rejected, first_column, texts_of
-from vladva.sources.parquet import caption_columns, one_text, plain_rows
-from vladva.sources.table import cell_texts, read_table
-from vladva.tars import BadDataError
+from vladva.core import storage
+from vladva.core.errors import BadDataError
+from vladva.prepare.sources import Entry, Rejected, first_column, texts_of
+from vladva.prepare.sources.parquet import caption_columns, one_text, plain_rows
+from vladva.prepare.sources.table import cell_texts, read_table
 
 FIELDS = ("id", "key", "path", "name", "stem")
 ENDINGS = (".parquet", ".csv", ".tsv", ".jsonl")

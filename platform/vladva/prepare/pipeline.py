@@ -19,15 +19,16 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from vladva import cluster, storage
-from vladva.catalog import readable
-from vladva.joins import Join
-from vladva.listing import QUARANTINE, make_plan, open_plan, read_table, stamp_of, table_uri, write_table
-from vladva.lots import LotChecker, LotWriter, shard_name
-from vladva.progress import Progress
-from vladva.shards import scan
-from vladva.sidecars import CountTokens, short_hash
-from vladva.sources import Rejected, Source, SourceOptions, open_source
+from vladva.core import ray_tasks, storage
+from vladva.core.hashing import short_hash
+from vladva.core.progress import Progress
+from vladva.data.scan import scan
+from vladva.data.sidecar import CountTokens
+from vladva.prepare.join import Join
+from vladva.prepare.plan import QUARANTINE, make_plan, open_plan, read_table, stamp_of, table_uri, write_table
+from vladva.prepare.shard_tasks import LotChecker, LotWriter, shard_name
+from vladva.prepare.sources import Rejected, Source, SourceOptions, open_source
+from vladva.prepare.staging import readable
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def prepare(
     out_uri = storage.absolute(out_uri) if out_uri else ""
     source = open_source(source_uri, options or SourceOptions(), storage.join(out_uri, "_prepare"))
     check_places(source, storage.absolute(source_uri), out_uri, join)
-    cluster.connect()  # not before: mistakes in a name are told at once
+    ray_tasks.connect()  # not before: mistakes in a name are told at once
     if not out_uri:
         return scan_in_place(source, count_tokens, verify=verify, max_bad_fraction=max_bad_fraction)
     stamp = stamp_of(source, join, samples_per_shard)
@@ -174,7 +175,7 @@ def write_lots(source: Source, out_uri: str, plan: dict[str, Any]) -> list[dict[
     writer = LotWriter(out_uri, source.images_uri, short_hash(plan["stamp"]))
     receipts = []
     with Progress("writing shards", plan["samples"]) as progress:
-        for receipt in cluster.each(writer, range(plan["lots"])):
+        for receipt in ray_tasks.each(writer, range(plan["lots"])):
             receipts.append(receipt)
             progress.advance(receipt["samples"])
     return sorted(receipts, key=lambda receipt: receipt["lot"])
@@ -185,7 +186,7 @@ def check_lots(out_uri: str, numbers: list[int]) -> list[Rejected]:
     checker = LotChecker(out_uri, storage.join(out_uri, "_index"))
     refused: list[Rejected] = []
     with Progress("checking shards", len(numbers)) as progress:
-        for found in cluster.each(checker, numbers):
+        for found in ray_tasks.each(checker, numbers):
             if found["wrong"]:
                 raise ValueError(
                     f"{storage.join(out_uri, shard_name(found['lot']))} does not hold what was written into it "

@@ -20,13 +20,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vladva import storage
-from vladva.catalog import Catalog, readable
-from vladva.joins import Join
-from vladva.lots import LOT, lot_uri
-from vladva.progress import Progress
-from vladva.sidecars import parquet_bytes, short_hash
-from vladva.sources import Rejected, Source, ahead
+from vladva.core import storage
+from vladva.core.hashing import short_hash
+from vladva.core.progress import Progress
+from vladva.data.sidecar import parquet_bytes
+from vladva.prepare.join import Join
+from vladva.prepare.shard_tasks import LOT, lot_uri
+from vladva.prepare.sources import Rejected, Source, ahead
+from vladva.prepare.staging import Catalog, readable
 
 QUARANTINE = pa.schema([(name, pa.string()) for name in Rejected._fields])
 ROWS_AT_ONCE = 10_000

@@ -19,12 +19,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vladva import storage
-from vladva.pictures import fetch, place_of, read_pictures
-from vladva.sidecars import MAX_PIXELS, parquet_bytes, sidecar_uri
-from vladva.sources import Rejected, clean, texts_of
-from vladva.storage import RangedFile
-from vladva.tars import BadDataError, check_picture, picture_ending
+from vladva.core import storage
+from vladva.core.errors import BadDataError
+from vladva.core.images import MAX_PIXELS, check_picture, picture_ending
+from vladva.core.storage import RangedFile
+from vladva.data.sidecar import parquet_bytes, sidecar_uri
+from vladva.prepare.image_fetch import fetch, place_of, read_pictures
+from vladva.prepare.sources import Rejected, clean, texts_of
 
 LOT = pa.schema(
     [

@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from vladva.joins import Join
-from vladva.sources import Entry, LeftOut, Rejected
+from vladva.prepare.join import Join
+from vladva.prepare.sources import Entry, LeftOut, Rejected
 
 TABLES = """
 PRAGMA journal_mode = OFF;

@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vladva import cluster
 from vladva.config import DataConfig
-from vladva.progress import Progress
-from vladva.shards import ShardIndex
-from vladva.sidecars import sidecar_uri
-from vladva.storage import RangedFile
+from vladva.core import ray_tasks
+from vladva.core.progress import Progress
+from vladva.core.storage import RangedFile
+from vladva.data.shard_index import ShardIndex
+from vladva.data.sidecar import sidecar_uri
 
 TOKEN_BOUNDS = (0, 5, 10, 15, 20, 25, 30, 40, 50, 75, 100, 150, 200, 300, 400, 500, 1000)  # the last bin is open
 PER_PICTURE = 11  # captions from which pictures are counted together
@@ -122,7 +122,7 @@ def summarise(data_uri: str, index_uri: str | None = None) -> Summary:
     shards = range(len(index.shards))
     summary = Summary(index.num_samples, len(shards), Copies(every), Copies(captions_every), index.fingerprint)
     with Progress("counting shards", len(shards)) as progress:
-        for counts in cluster.each(counter, shards):
+        for counts in ray_tasks.each(counter, shards):
             summary.add(counts)
             progress.advance(1)
     return summary

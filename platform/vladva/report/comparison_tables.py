@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vladva.score_tables import Cell, Column, Row, ScoreTable, layouts, paper_tables
-from vladva.systems import paper_row
+from vladva.models.model_zoo import paper_row
+from vladva.report.tables import Cell, Column, Row, ScoreTable, layouts, paper_tables
 
 HEADLINES = {  # the metrics that stand for a benchmark where there is room for one or two
     "t2i_r1": "image retrieval R@1",

@@ -11,14 +11,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from vladva import storage
-from vladva.captions import spread
 from vladva.config import DataConfig
-from vladva.figures import heat_map, histogram
-from vladva.prepare import Prepared
-from vladva.report import Highlight, data_uri, page_environment
-from vladva.shards import ShardIndex, read_samples
-from vladva.summary import MEGAPIXEL_BOUNDS, PER_PICTURE, SIDE_BOUNDS, TOKEN_BOUNDS, Summary
+from vladva.core import storage
+from vladva.core.sampling import spread
+from vladva.data.shard_index import ShardIndex, read_samples
+from vladva.prepare.pipeline import Prepared
+from vladva.prepare.statistics import MEGAPIXEL_BOUNDS, PER_PICTURE, SIDE_BOUNDS, TOKEN_BOUNDS, Summary
+from vladva.report.html import Highlight, data_uri, page_environment
+from vladva.report.svg import heat_map, histogram
 
 PICTURES = 12
 EXAMPLES = 3  # of each reason

@@ -6,28 +6,22 @@ fits a phone and prints. Sections without material are left out, so the same pag
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup, escape
-from PIL import Image
-
-from vladva.figures import bar_chart, colour, line_chart
-from vladva.score_changes import comparison_tables, headlines, layer_tables
-from vladva.score_tables import ScoreTable, score_tables
-from vladva.showcase import CaptionComparison, Grid, WrongChoice
-from vladva.storage import read_bytes, write_bytes_atomically
+from vladva.core.storage import read_bytes, write_bytes_atomically
+from vladva.report.comparison_tables import comparison_tables, headlines, layer_tables
+from vladva.report.html import Highlight, page_environment
+from vladva.report.page_examples import CaptionComparison, Grid, WrongChoice
+from vladva.report.svg import bar_chart, line_chart
+from vladva.report.tables import ScoreTable, score_tables
 
 if TYPE_CHECKING:
-    import jinja2
+    pass
 
-THUMBNAIL = 256  # pixels; larger pictures are shrunk to this
 CURVES = {  # key in metrics.jsonl -> title
     "loss": "Loss",
     "contrastive_loss": "Contrastive loss",
@@ -41,14 +35,6 @@ CURVES = {  # key in metrics.jsonl -> title
 }
 FEW_HIGHLIGHTS = 6
 EXACT = {"temperature", "lr"}  # set by the schedule or learned, not estimated from a batch: nothing to smooth
-
-
-class Highlight(NamedTuple):
-    """A figure for the head of the page."""
-
-    label: str
-    value: str
-    detail: str = ""
 
 
 def read_metrics(uri: str) -> list[dict[str, float]]:
@@ -103,23 +89,6 @@ def write_report(
     write_bytes_atomically(uri, page.encode("utf-8"))
 
 
-def page_environment() -> jinja2.Environment:
-    """What renders the templates of pages."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vladva"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "data_uri": data_uri,
-        "header": header_rows,
-        "colour": _colour,
-        "seconds": _seconds,
-        "mark": _mark,
-    }
-    return environment
-
-
 def training_curves(metrics: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, str]:
     """Title -> figure, for every quantity that some run logged at two steps or more."""
     figures = {}
@@ -171,46 +140,6 @@ def layer_curves(scores: Mapping[str, Any]) -> dict[str, str]:
     return figures
 
 
-def header_rows(table: ScoreTable) -> list[list[tuple[str, int, bool]]]:
-    """The headings of a table row by row: (text, columns it spans, whether a group of columns starts here)."""
-    rows = []
-    for level in range(len(table.headings[0])):
-        row, column = [], 0
-        for prefix, same in groupby(heading[: level + 1] for heading in table.headings):
-            width = len(list(same))
-            row.append((prefix[-1], width, column in table.group_starts))
-            column += width
-        rows.append(row)
-    return rows
-
-
-def data_uri(picture: bytes) -> str:
-    """An encoded picture as a `data:` URI, shrunk to what the page can show."""
-    image = Image.open(io.BytesIO(picture))
-    form = image.format
-    if max(image.size) > THUMBNAIL:
-        small = image.convert("RGB")
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        data = io.BytesIO()
-        small.save(data, "JPEG", quality=85)
-        picture, form = data.getvalue(), "JPEG"
-    return f"data:image/{str(form).lower()};base64,{base64.b64encode(picture).decode()}"
-
-
-def _colour(label: str, labels: Sequence[str]) -> str:
-    return colour(list(labels).index(label), len(labels))
-
-
-def _mark(caption: str, objects: Sequence[str]) -> Markup:
-    """The caption as HTML, with the objects that it names marked."""
-    if not objects:
-        return escape(caption)
-    parts = re.split(rf"\b({'|'.join(map(re.escape, objects))})(?=s?\b)", caption, flags=re.IGNORECASE)
-    return Markup("").join(
-        escape(part) if i % 2 == 0 else Markup("<mark>{}</mark>").format(part) for i, part in enumerate(parts)
-    )
-
-
 def headline_highlights(scores: Mapping[str, Any]) -> list[Highlight]:
     """The last model's score in each benchmark's main metrics (of many, the last one), beside the first model's."""
     labels = list(scores["models"])
@@ -230,7 +159,3 @@ def _metric_title(metric: str) -> str:
     if way in ("t2i", "i2t") and cutoff.isdigit():
         return f"R@{cutoff}\n{'text to image' if way == 't2i' else 'image to text'}"
     return metric.replace("_", "\n")
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.1f} s" if value < 60 else f"{int(value // 60)} min {value % 60:.0f} s"

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from vladva.benchmarks import Task
-from vladva.benchmarks.kinds.caption_choice import CaptionChoiceTask
-from vladva.benchmarks.kinds.matching import MatchingTask
-from vladva.benchmarks.kinds.retrieval import RetrievalTask
-from vladva.benchmarks.kinds.two_captions import TwoCaptionsTask
-from vladva.benchmarks.readers.images import ImageRef, read_images
-from vladva.evaluate import read_outcomes
+from vladva.benchmarks.benchmark import Task
+from vladva.benchmarks.protocols.caption_choice import CaptionChoiceTask
+from vladva.benchmarks.protocols.matching import MatchingTask
+from vladva.benchmarks.protocols.retrieval import RetrievalTask
+from vladva.benchmarks.protocols.two_captions import TwoCaptionsTask
+from vladva.data.image_refs import ImageRef, read_images
+from vladva.evaluate.scoring import read_outcomes
 
 HITS = 5
 T = TypeVar("T")

@@ -7,15 +7,15 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from vladva.corpora import PLACE, read_pictures
-from vladva.hits import Hit
+from vladva.embed.corpus import PLACE, read_pictures
+from vladva.index.store import Hit
 
 
 def hits_page(query: str, hits: Sequence[Hit], corpus: str) -> str:
     """The page; pictures come from the corpus that was embedded, and are left out where it has moved."""
     from jinja2 import Environment, PackageLoader
 
-    template = Environment(loader=PackageLoader("vladva"), autoescape=True).get_template("hits.html.j2")
+    template = Environment(loader=PackageLoader("vladva.report"), autoescape=True).get_template("hits.html.j2")
     shown = [
         {"id": hit.id, "score": hit.score, "caption": caption_of(hit), "picture": _picture(hit.columns, corpus)}
         for hit in hits

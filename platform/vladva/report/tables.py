@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vladva.systems import SYSTEMS, paper_row
+import pyarrow as pa
+
+from vladva.evaluate.caption_actor import CAPTION_PROMPTS
+from vladva.evaluate.captioning import statistics
+from vladva.models.model_zoo import SYSTEMS, paper_row
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -168,7 +172,7 @@ def _table_3() -> Iterator[Column]:
 
 def paper_tables() -> dict[str, Any]:
     """The paper's tables as data, with their source."""
-    return json.loads(resources.files("vladva").joinpath("paper_tables.json").read_text(encoding="utf-8"))
+    return json.loads(resources.files("vladva.report").joinpath("paper_tables.json").read_text(encoding="utf-8"))
 
 
 def score_tables(scores: dict[str, Any]) -> list[ScoreTable]:
@@ -269,3 +273,20 @@ def _draw(table: ScoreTable, columns: range) -> RenderableType:
 
 def _lines(cell: Cell) -> list[str]:
     return [cell.text, *cell.details(brief=True)]
+
+
+def statistics_table(captions: pa.Table) -> ScoreTable:
+    """Prompts by systems: words, tokens, and the share of the known objects that is named."""
+    systems = statistics(captions)
+    known = any(of.object_recall is not None for prompts in systems.values() for of in prompts.values())
+    columns = ("words", "tokens", "objects named, %") if known else ("words", "tokens")
+    rows = []
+    for prompt in CAPTION_PROMPTS:
+        values = [value for prompts in systems.values() for value in prompts[prompt][: len(columns)]]
+        cells = [
+            Cell(value if value is None or number % 3 != 2 else 100 * value) for number, value in enumerate(values)
+        ]
+        rows.append(Row(prompt, tuple(cells), reported=False))
+    headings = tuple((system, column) for system in systems for column in columns)
+    note = f"Means over {len(set(captions['picture'].to_pylist()))} pictures."
+    return ScoreTable("Captions (figure 1)", note, headings, tuple(rows), unit="prompt")

@@ -20,14 +20,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vladva import checkpoint, storage
-from vladva.audit_log import counted_spans, find_parts, read_chunks
 from vladva.config import RunConfig
+from vladva.core import storage
+from vladva.models import checkpoint
+from vladva.train.audit_log import counted_spans, find_parts, read_chunks
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vladva.chunks import SampleFinder
+    from vladva.data.sampler import SampleFinder
 
 ROWS_PER_BUCKET = 250_000  # ids that are looked up together
 MAX_BUCKETS = 256  # files open at once
@@ -90,7 +91,7 @@ class AuditReport:
 
 def audit(run_uri: str) -> AuditReport:
     """Check the record of a run. Raises ValueError where there is none, or the data is not what was trained on."""
-    from vladva.chunks import SampleFinder
+    from vladva.data.sampler import SampleFinder
 
     newest, parts = checkpoint.latest(run_uri), find_parts(run_uri)
     if newest is None or not parts:

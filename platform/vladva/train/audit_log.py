@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vladva import storage
+from vladva.core import storage
 
 if TYPE_CHECKING:
-    from vladva.batches import Batch
+    from vladva.models.batch import Batch
 
 FOLDER = "audit"
 SCHEMA = pa.schema({"step": pa.int64(), "chunk": pa.int64(), "ids": pa.list_(pa.string())})

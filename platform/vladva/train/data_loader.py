@@ -13,14 +13,16 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from vladva.config import RunConfig
+from vladva.data.sampler import SampleFinder
 
 if TYPE_CHECKING:
     import ray.data
 
-    from vladva.batches import Batch, Preprocessor
-    from vladva.examples import Example
-    from vladva.schedule import Run
-    from vladva.sidecars import SampleRef
+    from vladva.data.examples import Example
+    from vladva.data.sampler import Run
+    from vladva.data.sidecar import SampleRef
+    from vladva.models.batch import Batch
+    from vladva.models.preprocessor import Preprocessor
 
 CHUNKS_PER_TASK = 4  # starting a task costs as much as decoding a few pictures
 
@@ -64,50 +66,6 @@ def chunk_reader(config: str) -> ChunkReader:
     return ChunkReader(RunConfig.from_json(json.loads(config)))
 
 
-class SampleFinder:
-    """Chunk number -> the samples in it, by the indexes of the run's data sets. Reads no shard."""
-
-    def __init__(self, config: RunConfig) -> None:
-        from vladva.schedule import Schedule
-        from vladva.shards import ShardIndex
-
-        self.indexes = [ShardIndex.open(uri) for uri in config.data.uris]
-        self.schedule = Schedule(
-            tuple(index.num_samples for index in self.indexes),
-            config.data.shares,
-            seed=config.seed,
-            chunk_size=config.train.chunk_size,
-            run_length=config.data.run_length,
-            chunks_per_batch=config.chunks_per_batch,
-        )
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when a sample of one of the data sets does."""
-        from vladva.sidecars import short_hash
-
-        fingerprints = [index.fingerprint for index in self.indexes]
-        return short_hash(fingerprints) if self.schedule.mixed else fingerprints[0]
-
-    def __call__(self, number: int) -> list[tuple[Run, SampleRef]]:
-        """The samples of a chunk, each with the run that it is from."""
-        runs = self.schedule.chunk(number)
-        with ThreadPoolExecutor(len(runs)) as pool:
-            refs = pool.map(lambda run: self.indexes[run.source].samples(run.first, run.count), runs)
-            return [(run, ref) for run, found in zip(runs, refs, strict=True) for ref in found]
-
-    def name(self, source: int, sample_id: str) -> str:
-        """The id under which a sample is known in training: of a mix, with the number of its data set before it."""
-        return f"{source}:{sample_id}" if self.schedule.mixed else sample_id
-
-    def parse(self, name: str) -> tuple[int, str]:
-        """The data set and the id in it of what `name` gave."""
-        if not self.schedule.mixed:
-            return 0, name
-        source, _, sample_id = name.partition(":")
-        return int(source), sample_id
-
-
 class ChunkReader:
     """Chunk number -> Batch."""
 
@@ -133,7 +91,7 @@ class ChunkReader:
 
     def fetch(self, number: int) -> list[tuple[Run, SampleRef, bytes]]:
         """The chunk's samples with their files, as they are in the shards."""
-        from vladva.shards import read_mixed_samples
+        from vladva.data.shard_index import read_mixed_samples
 
         samples = self.find(number)
         contents = read_mixed_samples([(self.find.indexes[run.source].data_uri, ref) for run, ref in samples])
@@ -150,7 +108,8 @@ class ChunkReader:
 
     def example(self, run: Run, ref: SampleRef, content: bytes, with_captions: bool) -> Example:
         """A sample as its data set's epoch uses it; the long caption only where the step takes the caption loss."""
-        from vladva.examples import Example, choose_captions, choose_negatives, decode_image, read_text
+        from vladva.core.images import decode_image
+        from vladva.data.examples import Example, choose_captions, choose_negatives, read_text
 
         data = self.config.data
         if (ref.width == 0) != data.texts_only:
@@ -183,7 +142,7 @@ class ChunkReader:
 
 def preprocessor_of(config: RunConfig) -> Preprocessor:
     """The preprocessing that a run trains with."""
-    from vladva.batches import Preprocessor
+    from vladva.models.preprocessor import Preprocessor
 
     model = config.model
     return Preprocessor(

@@ -16,8 +16,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.functional import pad
 
 from vladva.config import OptimConfig, RunConfig
-from vladva.embedding_model import pack_training
-from vladva.fast_forward import keep_freed_memory
+from vladva.models.packed.inference import keep_freed_memory
+from vladva.models.packed.training import pack_training
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHT = "weight"

@@ -26,12 +26,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, distributed
 
-from vladva.batches import Batch
-from vladva.embedding_model import as_tensors
 from vladva.losses.pairs import PairLoss
+from vladva.models.batch import Batch, as_tensors
 
 if TYPE_CHECKING:
-    from vladva.batches import Tokens
+    from vladva.models.batch import Tokens
 
 KEPT_FEATURES = 1 << 30  # bytes of image features that a worker keeps from step 1 to step 3
 

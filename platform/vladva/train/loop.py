@@ -18,19 +18,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vladva import checkpoint, storage
 from vladva.config import RunConfig
+from vladva.core import storage
+from vladva.models import checkpoint
 
 if TYPE_CHECKING:
     import ray.data
     from ray.train.torch import TorchTrainer
     from torch import Tensor
 
-    from vladva.batches import Batch
     from vladva.config import LossConfig
-    from vladva.engine import Engine
-    from vladva.gradcache import Contrastive, StepLoss
     from vladva.losses.pairs import PairLoss
+    from vladva.models.batch import Batch
+    from vladva.train.engine import Engine
+    from vladva.train.grad_cache import Contrastive, StepLoss
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +56,8 @@ MAY_CHANGE = (
 
 def train(config: RunConfig) -> dict[str, Any]:
     """Run a training run, or go on with it; returns its last metrics. Raises ValueError for what users can fix."""
-    from vladva.cluster import connect
-    from vladva.tracking import follow, read_metrics
+    from vladva.core.ray_tasks import connect
+    from vladva.train.tracking import follow, read_metrics
 
     connect()
     check_data(config)
@@ -93,17 +94,18 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check_data(config: RunConfig) -> None:
     """Scan the shards (only those that are new or changed), load nothing else; fail now rather than on the cluster."""
-    from vladva.chunks import SampleFinder, preprocessor_of
-    from vladva.memory import check_memory
-    from vladva.shards import scan
-    from vladva.training_forward import why_plain
-    from vladva.validate import Validation
+    from vladva.data.sampler import SampleFinder
+    from vladva.data.scan import scan
+    from vladva.models.packed.training import why_plain
+    from vladva.train.data_loader import preprocessor_of
+    from vladva.train.memory_plan import check_memory
+    from vladva.train.validation import Validation
 
     preprocessor = preprocessor_of(config)
     width = preprocessor.config.get_text_config().hidden_size
     if max(config.loss.matryoshka, default=0) >= width:
         raise ValueError(f"loss.matryoshka {config.loss.matryoshka}: the model's embeddings have {width} dimensions")
-    backbone = import_module(f"vladva.backbones.{preprocessor.config.model_type}")
+    backbone = import_module(f"vladva.models.backbones.{preprocessor.config.model_type}")
     if reason := why_plain(backbone, preprocessor.config.get_text_config(), config):
         print(f"training with padding, which takes longer: {reason}")
     for uri in config.data.uris:
@@ -129,7 +131,7 @@ def finished_steps(config: RunConfig) -> int:
 
 def remaining_chunks(config: RunConfig) -> ray.data.Dataset:
     """The chunk stream from the newest checkpoint on. Ray Train evaluates it anew whenever workers (re)start."""
-    from vladva.chunks import chunk_stream
+    from vladva.train.data_loader import chunk_stream
 
     return chunk_stream(config, finished_steps(config))
 
@@ -195,9 +197,9 @@ def train_worker(settings: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from vladva.engine import learning_rate
-    from vladva.training_log import TrainingLog
-    from vladva.validate import Validation
+    from vladva.train.engine import learning_rate
+    from vladva.train.training_log import TrainingLog
+    from vladva.train.validation import Validation
 
     config = RunConfig.from_json(settings["config"])
     context = ray.train.get_context()
@@ -251,7 +253,7 @@ def numbered_chunks(
 
     Ray Data deals them so. Where W does not divide the chunks of a batch, some workers have one less than others.
     """
-    from vladva.batches import Batch
+    from vladva.models.batch import Batch
 
     expected = None
     share: list[Batch] = []
@@ -270,7 +272,7 @@ def numbered_chunks(
 
 def build_engine(config: RunConfig, start: int) -> Engine:
     """The engine of a run after `start` steps, with all that its checkpoint holds, from whatever W and ZeRO stage."""
-    from vladva.engine import Engine
+    from vladva.train.engine import Engine
 
     engine = Engine(build_model(config, start), config)
     if start:
@@ -285,9 +287,9 @@ def build_model(config: RunConfig, start: int) -> Any:
 
     import torch
 
-    from vladva.adapter import add_adapter, load_adapter
-    from vladva.chunks import preprocessor_of
-    from vladva.embedding_model import EmbeddingModel, checkpoint_activations
+    from vladva.models.adapter import add_adapter, load_adapter
+    from vladva.models.embedding_model import EmbeddingModel, checkpoint_activations
+    from vladva.train.data_loader import preprocessor_of
 
     torch.manual_seed(config.seed)
     loss = config.loss
@@ -311,12 +313,12 @@ def build_model(config: RunConfig, start: int) -> Any:
 
 def backward_of(config: RunConfig) -> Callable[[Engine, list[Batch]], StepLoss]:
     """Forward and backward of one global batch, by the configured losses and path."""
-    from vladva import gradcache
+    from vladva.train import grad_cache
 
     options = {"contrastive": contrastive_of(config.loss), "next_token_weight": config.loss.next_token_weight}
     if config.caches_gradients:
-        return partial(gradcache.cached, **options, dropout=config.model.lora_dropout > 0)
-    return partial(gradcache.single_pass, **options)
+        return partial(grad_cache.cached, **options, dropout=config.model.lora_dropout > 0)
+    return partial(grad_cache.single_pass, **options)
 
 
 def contrastive_of(loss: LossConfig) -> Contrastive:
@@ -341,8 +343,8 @@ def save_checkpoint(
     engine: Engine, saver: checkpoint.AsyncSaver | None, config: RunConfig, step: int, scores: dict[str, float]
 ) -> None:
     """Save after `step` steps. Every rank gathers, rank 0 (with the saver) writes; the upload goes on in training."""
-    from vladva.adapter import save_adapter
-    from vladva.chunks import SampleFinder
+    from vladva.data.sampler import SampleFinder
+    from vladva.models.adapter import save_adapter
 
     optimizer = engine.optimizer_state()
     with engine.gathered(), tempfile.TemporaryDirectory() as folder:

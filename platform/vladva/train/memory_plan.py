@@ -81,8 +81,8 @@ def _advice(config: RunConfig, limit: float) -> str:
 
 def plan_memory(config: RunConfig) -> MemoryPlan:
     """Expected sizes of a run, from its configuration alone."""
-    from vladva.gradcache import KEPT_FEATURES
-    from vladva.training_forward import why_plain
+    from vladva.models.packed.training import why_plain
+    from vladva.train.grad_cache import KEPT_FEATURES
 
     settings = settings_of(config.model.checkpoint)
     text_settings = settings.get_text_config()
@@ -91,7 +91,7 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
     tokens_per_pair = image + text * (1 + config.data.hard_negatives)
     chunks = 1 if config.caches_gradients else config.chunks_per_worker
     kept = tokens_per_pair * config.train.chunk_size * chunks
-    plain = why_plain(import_module(f"vladva.backbones.{settings.model_type}"), text_settings, config)
+    plain = why_plain(import_module(f"vladva.models.backbones.{settings.model_type}"), text_settings, config)
 
     device, host = states(config, parameters, trainable), {}
     if config.train.offload:
@@ -116,7 +116,7 @@ def settings_of(checkpoint: str) -> PreTrainedConfig:
     """The checkpoint's configuration: the package's copy of the published one, else that of the folder or the hub."""
     from transformers import AutoConfig
 
-    from vladva.backbones import backbone_of, real_config, resolve
+    from vladva.models.backbones import backbone_of, real_config, resolve
 
     try:
         return real_config(checkpoint)
@@ -129,9 +129,9 @@ def count_parameters(settings: PreTrainedConfig, config: RunConfig) -> tuple[int
     """Parameters of the base model, and those that are trained: LoRA's rank x (inputs + outputs), and soft prompts."""
     from torch import nn
 
-    from vladva.backbones import without_weights
+    from vladva.models.backbones import without_weights
 
-    targets = import_module(f"vladva.backbones.{settings.model_type}").LORA_TARGETS
+    targets = import_module(f"vladva.models.backbones.{settings.model_type}").LORA_TARGETS
     model = without_weights(settings)
     linears = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(targets, name)]
     trainable = sum(config.model.lora_rank * (m.in_features + m.out_features) for m in linears)
@@ -151,7 +151,7 @@ def side_tokens(settings: PreTrainedConfig, config: RunConfig) -> tuple[int, int
     text = PROMPT_TOKENS + min(data.max_text_tokens or data.short_below, data.short_below)
     if data.texts_only:
         return text, text
-    backbone = import_module(f"vladva.backbones.{settings.model_type}")
+    backbone = import_module(f"vladva.models.backbones.{settings.model_type}")
     processor = getattr(transformers, IMAGE_PROCESSOR_MAPPING_NAMES[settings.model_type]["pil"])()
     if config.model.max_image_tokens is not None:
         backbone.limit_image_tokens(settings, processor, config.model.max_image_tokens)
@@ -211,7 +211,7 @@ def layer_bytes(text_settings: PreTrainedConfig, config: RunConfig, longest: int
     Frozen linear layers keep nothing; a LoRA keeps its `rank` numbers. Transformers' own layer keeps the norms' input
     in float32 and the gate after SiLU, too; dropout copies each LoRA's input, and its mask.
     """
-    from vladva.training_forward import SHORT
+    from vladva.models.packed.training import SHORT
 
     s, width, rank = text_settings, element_bytes(config), config.model.lora_rank
     head = getattr(s, "head_dim", None) or s.hidden_size // s.num_attention_heads

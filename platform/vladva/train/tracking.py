@@ -21,8 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from vladva import storage
-from vladva.progress import Progress
+from vladva.core import storage
+from vladva.core.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vladva.audit_log import AuditLog
-from vladva.checkpoint import AsyncSaver
 from vladva.config import RunConfig
-from vladva.tracking import Tracker
+from vladva.models.checkpoint import AsyncSaver
+from vladva.train.audit_log import AuditLog
+from vladva.train.tracking import Tracker
 
 if TYPE_CHECKING:
-    from vladva.batches import Batch
-    from vladva.gradcache import StepLoss
+    from vladva.models.batch import Batch
+    from vladva.train.grad_cache import StepLoss
 
 
 class TrainingLog:

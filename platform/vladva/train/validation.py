@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from vladva.benchmarks import Task, find
-from vladva.embedding_model import as_tensors
-from vladva.examples import decode_image
-from vladva.gradcache import gather, world
+from vladva.benchmarks.benchmark import Task, find
+from vladva.core.images import decode_image
+from vladva.models.batch import as_tensors
+from vladva.train.grad_cache import gather, world
 
 if TYPE_CHECKING:
-    from vladva.benchmarks.readers.images import ImageRef
     from vladva.config import RunConfig
-    from vladva.engine import Engine
+    from vladva.data.image_refs import ImageRef
+    from vladva.train.engine import Engine
 
 Item = TypeVar("Item")
 
@@ -67,7 +67,7 @@ class Validation:
 
     def images(self, engine: Engine, refs: list[ImageRef]) -> Tensor:
         """Embeddings of pictures."""
-        from vladva.benchmarks.readers.images import read_images
+        from vladva.data.image_refs import read_images
 
         preprocessor = engine.model.preprocessor
         pictures = [decode_image(data) for data in read_images(refs)]

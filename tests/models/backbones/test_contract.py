@@ -9,32 +9,33 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import families
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import families
 from torch import nn
 from torch.nn.functional import normalize
 
-from vladva import backbones
-from vladva.adapter import add_adapter, save_adapter
-from vladva.batches import Preprocessor
-from vladva.config import ModelConfig
-from vladva.embedder import Embedder, load_embedder
-from vladva.embedding_model import EmbeddingModel, as_tensors, caption_labels, checkpoint_activations
-from vladva.layers import embed_layers
-from vladva.prompts import IMAGE_PROMPT, TEXT_PROMPT
-from vladva.scenes import captions, scenes
+from vladva.config import IMAGE_PROMPT, TEXT_PROMPT, ModelConfig
+from vladva.data.scenes.captions import captions
+from vladva.data.scenes.corpus import scenes
+from vladva.embed.layers_actor import embed_layers
+from vladva.models import backbones
+from vladva.models.adapter import add_adapter, save_adapter
+from vladva.models.batch import as_tensors
+from vladva.models.embedder import Embedder, load_embedder
+from vladva.models.embedding_model import EmbeddingModel, caption_labels, checkpoint_activations
+from vladva.models.preprocessor import Preprocessor
 
 SIZES = [(64, 64), (100, 40), (40, 150), (333, 17)]  # (width, height)
 
 
 def test_every_lvlm_has_a_checkpoint_here() -> None:
     files = {path.stem for path in Path(backbones.__file__).parent.glob("[a-z]*.py")}
-    assert {name for name in files if hasattr(import_module(f"vladva.backbones.{name}"), "hidden_states")} == set(
-        families.BUILDERS
-    )
+    assert {
+        name for name in files if hasattr(import_module(f"vladva.models.backbones.{name}"), "hidden_states")
+    } == set(families.BUILDERS)
 
 
 @pytest.fixture(scope="module", params=list(families.BUILDERS))

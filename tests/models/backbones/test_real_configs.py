@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 
-from vladva.backbones import real_config, without_weights
+from vladva.models.backbones import real_config, without_weights
 
 # Table 2 of the paper (and the model cards of those that are not in it), in billions.
 PUBLISHED = {
@@ -50,7 +50,7 @@ def test_an_adapter_trains_lora_and_soft_tokens_only(checkpoint: str) -> None:
     from peft import LoraConfig, get_peft_model
 
     config = real_config(checkpoint)
-    backbone = import_module(f"vladva.backbones.{config.model_type}")
+    backbone = import_module(f"vladva.models.backbones.{config.model_type}")
     rows = config.get_text_config().vocab_size
     lora = LoraConfig(
         r=RANK,

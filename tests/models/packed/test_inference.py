@@ -4,60 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from itertools import islice
 from pathlib import Path
 
-import families
 import numpy as np
 import pytest
 import torch
+from support import families
+from support.packed_inputs import FAST, TEXTS, inputs, load
 from torch.nn.functional import cosine_similarity
 
-from vladva import fast_forward
-from vladva.adapter import add_adapter
-from vladva.batches import Preprocessor
-from vladva.config import ModelConfig
-from vladva.embedding_model import EmbeddingModel, as_tensors
-from vladva.fast_forward import FastForward, Layer, embedding_forward
-from vladva.fast_tower import FastTower
-from vladva.packing import full, groups, pack
-from vladva.products import added, in_threads, product
-from vladva.scenes import captions, render, scenes
+from vladva.models.packed import inference
+from vladva.models.packed.clip_tower import FastTower
+from vladva.models.packed.cpu_linear import added, in_threads, product
+from vladva.models.packed.inference import FastForward, Layer, embedding_forward
+from vladva.models.packed.packing import full, groups, pack
 
-FAST = [name for name in families.BUILDERS if name != "qwen3_vl"]
-WORDED = [text for scene, random in islice(scenes("train"), 8) for text in captions(scene, random)[:3]]
-TEXTS = [*WORDED, WORDED[0], f"{WORDED[0]} once more", "x"]  # one is there twice, one begins with another
 IMAGE_TOKEN = 9
 
 
 @pytest.fixture(scope="module", params=FAST)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     return families.build(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def load(folder: str, dtype: str = "float32", layer: int | None = None, *, adapter: bool = False) -> EmbeddingModel:
-    """A model, with biases and norms that are not as they begin; with an adapter, LoRA is not merged."""
-    config = ModelConfig(checkpoint=folder, dtype=dtype, layer=layer, lora_rank=4)  # type: ignore[arg-type]
-    model = EmbeddingModel(config, Preprocessor(folder, soft_prompts=adapter)).eval()
-    if adapter:
-        add_adapter(model, config)
-    torch.manual_seed(1)
-    for name, parameter in model.lvlm.named_parameters():
-        if "lora_B" in name or name.endswith((".bias", "norm.weight")):
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-def inputs(model: EmbeddingModel, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
-    """Texts of many lengths; pictures of several sizes, two of them the same, with captions that are not to be seen."""
-    preprocessor = model.preprocessor
-    if kind == "text":
-        return as_tensors(preprocessor.texts(TEXTS), "cpu"), None
-    pictures = [render(scene) for scene, _ in islice(scenes("train"), 5)]
-    pictures = [*pictures, pictures[1].resize((90, 40)), pictures[0]]
-    long = [None, *TEXTS[: len(pictures) - 1]]
-    tokens = preprocessor.images([picture.size for picture in pictures], long)
-    return as_tensors(tokens, "cpu"), as_tensors(preprocessor.pixels(pictures), "cpu")
 
 
 @torch.inference_mode()
@@ -84,8 +51,8 @@ def test_small_groups_and_fused_attention_change_nothing(
     model = load(folder)
     tokens, pixels = inputs(model, kind)
     plain = model(tokens, pixels)[0]
-    monkeypatch.setattr(fast_forward, "CPU_TOKENS", 1)
-    monkeypatch.setattr(fast_forward, "SHORT", 0)
+    monkeypatch.setattr(inference, "CPU_TOKENS", 1)
+    monkeypatch.setattr(inference, "SHORT", 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # each of which has groups of its own
     found = FastForward(model)(tokens, pixels)
@@ -107,7 +74,7 @@ def test_with_bfloat16_the_direction_is_the_same(folder: str, kind: str) -> None
 
 @torch.inference_mode()
 def test_what_an_embedding_does_not_need_is_not_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_forward, "CPU_TOKENS", 10_000)  # one group
+    monkeypatch.setattr(inference, "CPU_TOKENS", 10_000)  # one group
     model = load(families.build("llava", tmp_path), layer=2)
     tokens, _ = inputs(model, "text")
     rows: dict[str, list[int]] = {}

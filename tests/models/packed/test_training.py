@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
 import torch
-from test_fast_forward import FAST, TEXTS, inputs, load
+from support import families
+from support.packed_inputs import FAST, TEXTS, inputs, load
 
-from vladva import gradcache, operations, training_forward
-from vladva.embedding_model import EmbeddingModel, checkpoint_activations
-from vladva.training_forward import TrainingForward
+from vladva.models.embedding_model import EmbeddingModel, checkpoint_activations
+from vladva.models.packed import autograd_ops, training
+from vladva.models.packed.training import TrainingForward
+from vladva.train import grad_cache
 
 
 @pytest.fixture(scope="module", params=FAST)
@@ -51,7 +52,7 @@ def test_gradients_are_those_of_the_plain_forward(
     group: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(training_forward.GROUP_TOKENS, "cpu", group)
+    monkeypatch.setitem(training.GROUP_TOKENS, "cpu", group)
     model = load(folder, layer=layer, adapter=True)
     tokens, pixels = pairs(model, kind)
     expected, plain = gradients(model, tokens, pixels, caption_tokens=captions)
@@ -97,10 +98,10 @@ def test_what_is_not_needed_is_not_computed(tmp_path: Path, monkeypatch: pytest.
     def counted(x: torch.Tensor, *modules: torch.nn.Module) -> torch.Tensor:
         for module in modules:
             rows.setdefault(names[module], []).append(len(x))
-        return operations.products(x, *modules)
+        return autograd_ops.products(x, *modules)
 
-    monkeypatch.setattr(training_forward, "products", counted)
-    monkeypatch.setitem(training_forward.GROUP_TOKENS, "cpu", 10_000)  # one group
+    monkeypatch.setattr(training, "products", counted)
+    monkeypatch.setitem(training.GROUP_TOKENS, "cpu", 10_000)  # one group
     TrainingForward(model)(tokens)
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
         assert rows[f"layers.2.{name}"] == [len(TEXTS)]
@@ -109,7 +110,7 @@ def test_what_is_not_needed_is_not_computed(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_features_of_pictures_are_kept_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradcache, "KEPT_FEATURES", 100)
+    monkeypatch.setattr(grad_cache, "KEPT_FEATURES", 100)
     chunks = [
         {"features": torch.zeros(10)},
         {"features": torch.zeros(12)},
@@ -117,6 +118,6 @@ def test_features_of_pictures_are_kept_as_long_as_there_is_room(monkeypatch: pyt
     ]  # 4 bytes each
     kept: list[dict[str, torch.Tensor] | None] = []
     for chunk in (*chunks, None, {"values": torch.zeros(1)}):
-        kept.append(gradcache.keep(chunk, kept))
+        kept.append(grad_cache.keep(chunk, kept))
     assert [each is not None for each in kept] == [True, True, True, False, False]
-    assert gradcache.keep({"features": torch.zeros(3)}, kept) is None
+    assert grad_cache.keep({"features": torch.zeros(3)}, kept) is None

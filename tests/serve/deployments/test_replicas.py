@@ -8,8 +8,7 @@ import time
 import httpx
 import numpy as np
 import ray
-
-from tests.serve.wire import error_of
+from support.wire import error_of
 
 
 def replica_of(deployment: str) -> ray.actor.ActorHandle:

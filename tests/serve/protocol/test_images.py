@@ -10,9 +10,9 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from support.wire import data_uri, encode, error_of, picture
 
-from serve.images import MAX_RATIO, image_size, parse_data_uri
-from tests.serve.wire import data_uri, encode, error_of, picture
+from serve.protocol.images import MAX_RATIO, image_size, parse_data_uri
 
 
 def claiming(width: int, height: int) -> bytes:

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-
-from tests.serve.wire import ADAPTER, data_uri, error_of, picture
+from support.wire import ADAPTER, data_uri, error_of, picture
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-    from vladva.embedder import Embedder
+    from vladva.models.embedder import Embedder
 
 QUESTION = "Describe the image in detail."
 IMAGE_PART = {"type": "image_url", "image_url": {"url": data_uri(picture(3))}}

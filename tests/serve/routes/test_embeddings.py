@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 import pytest
-
-from tests.serve.wire import ADAPTER, data_uri, error_of, picture
+from support.wire import ADAPTER, data_uri, error_of, picture
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-    from vladva.embedder import Embedder
+    from vladva.models.embedder import Embedder
 
 TEXTS = ["a red circle above a blue square", "two small green stars"]
 

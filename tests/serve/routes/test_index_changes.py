@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-
-from tests.serve.wire import CAPTIONS, data_uri, error_of, picture
+from support.wire import CAPTIONS, data_uri, error_of, picture
 
 if TYPE_CHECKING:
-    from vladva.embedder import Embedder
+    from vladva.models.embedder import Embedder
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +112,7 @@ def test_an_index_of_another_model_is_not_written_to(strict: httpx.Client) -> No
 
 def test_a_pinned_replica_stays_and_another_follows(index: str, embedder: Embedder, tmp_path: Path) -> None:
     from serve.config import ServeArgs
-    from serve.index import Entry, ServedIndex
+    from serve.deployments.served_index import Entry, ServedIndex
 
     uri = shutil.copytree(index, tmp_path / "gallery")
     pinned, follower, writer = (

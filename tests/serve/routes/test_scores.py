@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 import pytest
-
-from tests.serve.wire import data_uri, error_of, picture
+from support.wire import data_uri, error_of, picture
 
 if TYPE_CHECKING:
-    from vladva.embedder import Embedder
+    from vladva.models.embedder import Embedder
 
 QUERY = "a red circle"
 DOCUMENTS: list[Any] = ["a blue square", "a red circle", {"image": data_uri(picture(5))}]

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 import pytest
-
-from tests.serve.wire import ADAPTER, CAPTIONS, data_uri, error_of, picture
+from support.wire import ADAPTER, CAPTIONS, data_uri, error_of, picture
 
 if TYPE_CHECKING:
-    from vladva.embedder import Embedder
+    from vladva.models.embedder import Embedder
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from vladva.benchmarks import Result, summarise
-from vladva.benchmarks.kinds.samples import Unique, clean
-from vladva.benchmarks.kinds.subsets import Subset, read_subsets
-from vladva.benchmarks.readers.images import ImageRef, pick_images
+from vladva.benchmarks.benchmark import Result, summarise
+from vladva.benchmarks.metrics import Outcomes, Ties, all_above, cosines, unit_rows
+from vladva.benchmarks.protocols.subsets import Subset, read_subsets
+from vladva.benchmarks.protocols.unique_items import Unique, clean
+from vladva.benchmarks.readers.images import pick_images
 from vladva.benchmarks.readers.sugar_crepe import Row
-from vladva.metrics import Outcomes, Ties, all_above, cosines, unit_rows
+from vladva.data.image_refs import ImageRef
 
 
 @dataclass(frozen=True, kw_only=True)

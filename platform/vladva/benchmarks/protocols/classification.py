@@ -12,11 +12,11 @@ from importlib import resources
 import numpy as np
 import pyarrow as pa
 
-from vladva.benchmarks import Result, check, summarise
-from vladva.benchmarks.kinds.samples import Unique, in_lists
-from vladva.benchmarks.readers.images import ImageRef
+from vladva.benchmarks.benchmark import Result, check, summarise
+from vladva.benchmarks.metrics import Outcomes, Ties, class_embeddings, hits_at, rank, unit_rows
+from vladva.benchmarks.protocols.unique_items import Unique, in_lists
 from vladva.benchmarks.readers.labels import read_labelled
-from vladva.metrics import Outcomes, Ties, class_embeddings, hits_at, rank, unit_rows
+from vladva.data.image_refs import ImageRef
 
 CUTOFFS = (1, 5)
 
@@ -37,7 +37,7 @@ class Classification:
         """See `Benchmark.read`."""
         labelled = read_labelled(data_uri, self.images, self.title)
         check(self.title, "pictures", self.num_images, len(labelled.images))
-        file = resources.files("vladva.benchmarks").joinpath(self.prompts).read_bytes()
+        file = resources.files("vladva.benchmarks.tasks").joinpath(self.prompts).read_bytes()
         words = json.loads(file)
         names = words["class_names"]
         if labelled.num_folders:

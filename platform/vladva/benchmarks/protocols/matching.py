@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from vladva.benchmarks import Result, check, summarise
-from vladva.benchmarks.kinds.samples import Unique, clean
+from vladva.benchmarks.benchmark import Result, check, summarise
+from vladva.benchmarks.metrics import Ties, cosines, unit_rows, winoground
+from vladva.benchmarks.protocols.unique_items import Unique, clean
 from vladva.benchmarks.readers.files import read_first
-from vladva.benchmarks.readers.images import ImageRef, parquet_images, pick_images
+from vladva.benchmarks.readers.images import parquet_images, pick_images
 from vladva.benchmarks.readers.winoground import IMAGE_COLUMNS, Example, read_examples
-from vladva.metrics import Ties, cosines, unit_rows, winoground
+from vladva.data.image_refs import ImageRef
 
 
 @dataclass(frozen=True, kw_only=True)

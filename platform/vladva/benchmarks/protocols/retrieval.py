@@ -13,12 +13,13 @@ from hashlib import sha256
 import numpy as np
 import pyarrow as pa
 
-from vladva.benchmarks import Result, check, summarise
-from vladva.benchmarks.kinds.samples import Unique, clean, in_lists
+from vladva.benchmarks.benchmark import Result, check, summarise
+from vladva.benchmarks.metrics import Outcomes, Ranks, Ties, hits_at, rank, unit_rows
+from vladva.benchmarks.protocols.unique_items import Unique, clean, in_lists
 from vladva.benchmarks.readers.captions import read_caption_tables, read_captions
 from vladva.benchmarks.readers.files import AnnotationFile, read_first
-from vladva.benchmarks.readers.images import ImageRef, pick_images
-from vladva.metrics import Outcomes, Ranks, Ties, hits_at, rank, unit_rows
+from vladva.benchmarks.readers.images import pick_images
+from vladva.data.image_refs import ImageRef
 
 CUTOFFS = (1, 5, 10)
 NEAREST = 10  # neighbours kept per query in the outcomes, for looking at

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from vladva.benchmarks import check
+from vladva.benchmarks.benchmark import check
 from vladva.benchmarks.readers.files import check_hash, read_first
 from vladva.benchmarks.readers.sugar_crepe import Row, read_rows
 

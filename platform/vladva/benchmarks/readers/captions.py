@@ -21,8 +21,9 @@ from typing import NamedTuple
 import pyarrow.parquet as pq
 
 from vladva.benchmarks.readers.files import parse_json
-from vladva.benchmarks.readers.images import ImageRef, parquet_images
-from vladva.storage import absolute, join, list_files, open_storage
+from vladva.benchmarks.readers.images import parquet_images
+from vladva.core.storage import absolute, join, list_files, open_storage
+from vladva.data.image_refs import ImageRef
 
 CAPTION_COLUMNS = ("text", "annotations_captions", "captions", "caption")
 

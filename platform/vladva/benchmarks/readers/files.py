@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
 
-from vladva.storage import exists, join, read_bytes
+from vladva.core.storage import exists, join, read_bytes
 
 
 class AnnotationFile(NamedTuple):

@@ -9,25 +9,12 @@ import tarfile
 from collections.abc import Iterable, Sequence
 from hashlib import sha1
 from pathlib import PurePosixPath
-from typing import NamedTuple
 
-import pyarrow.parquet as pq
-
-from vladva.storage import ByteRange, FileInfo, RangedFile, absolute, join, list_infos, open_storage, read_ranges
+from vladva.core.storage import FileInfo, RangedFile, absolute, join, list_infos
+from vladva.data.image_refs import ImageRef
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif"}
 READ_AHEAD = 1 << 20  # bytes; headers of small tar members then cost one request for many
-
-
-class ImageRef(NamedTuple):
-    """Where the bytes of one picture are."""
-
-    id: str  # names the picture and the version of the file that holds it, so that a changed file is a new picture
-    name: str  # the name annotations use
-    uri: str  # of the file that holds it, absolute
-    offset: int  # first byte; with `column`, the row
-    length: int  # bytes; with `column`, 0
-    column: str = ""  # of a Parquet file whose cells hold bytes or a {bytes, path} struct
 
 
 def find_images(data_uri: str, folders: Sequence[str]) -> dict[str, ImageRef]:
@@ -77,38 +64,6 @@ def parquet_images(data_uri: str, path: str, column: str, names: Sequence[str]) 
     return [
         ImageRef(f"image/{path}#{column}/{row}@{version}", name, file, row, 0, column) for row, name in enumerate(names)
     ]
-
-
-def read_images(refs: Sequence[ImageRef]) -> list[bytes]:
-    """Encoded bytes of the pictures, in order; neighbours in one file cost one request."""
-    files = [number for number, ref in enumerate(refs) if not ref.column]
-    ranges = [ByteRange(refs[number].uri, refs[number].offset, refs[number].length) for number in files]
-    bodies = dict(zip(files, read_ranges(ranges), strict=True))
-    tables: dict[tuple[str, str], list[int]] = {}
-    for number, ref in enumerate(refs):
-        if ref.column:
-            tables.setdefault((ref.uri, ref.column), []).append(number)
-    for (uri, column), numbers in tables.items():
-        bodies |= zip(numbers, _read_cells(uri, column, [refs[number].offset for number in numbers]), strict=True)
-    return [bodies[number] for number in range(len(refs))]
-
-
-def _read_cells(uri: str, column: str, rows: Sequence[int]) -> list[bytes]:
-    """The cells of a Parquet column in those rows; only the row groups that hold them are read, each once."""
-    filesystem, path = open_storage(uri)
-    cells: dict[int, bytes | dict] = {}
-    with filesystem.open_input_file(path) as file:
-        parquet = pq.ParquetFile(file)
-        first = 0
-        for group in range(parquet.num_row_groups):
-            after = first + parquet.metadata.row_group(group).num_rows
-            wanted = [row for row in rows if first <= row < after]
-            if wanted:
-                values = parquet.read_row_group(group, columns=[column])[column]
-                cells |= {row: values[row - first].as_py() for row in wanted}
-            first = after
-    found = [cells[row] for row in rows]
-    return [cell["bytes"] if isinstance(cell, dict) else cell for cell in found]
 
 
 def _members(uri: str) -> list[tuple[str, int, int]]:

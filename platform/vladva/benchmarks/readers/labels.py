@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
-from vladva.benchmarks.readers.images import READ_AHEAD, ImageRef, find_images, parquet_images
-from vladva.storage import RangedFile, absolute, join, list_files, open_storage
+from vladva.benchmarks.readers.images import READ_AHEAD, find_images, parquet_images
+from vladva.core.storage import RangedFile, absolute, join, list_files, open_storage
+from vladva.data.image_refs import ImageRef
 
 
 class Labelled(NamedTuple):

@@ -4,7 +4,7 @@
 accepted, and the number found is in the scores.
 """
 
-from vladva.benchmarks.kinds.retrieval import Retrieval
+from vladva.benchmarks.protocols.retrieval import Retrieval
 
 BENCHMARK = Retrieval(
     title="COCO",

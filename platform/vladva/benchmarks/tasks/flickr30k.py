@@ -1,6 +1,6 @@
 """Flickr30K retrieval, Karpathy's test split: 1,000 pictures with 5 captions each (Young et al. 2014)."""
 
-from vladva.benchmarks.kinds.retrieval import Retrieval
+from vladva.benchmarks.protocols.retrieval import Retrieval
 
 BENCHMARK = Retrieval(
     title="Flickr30K",

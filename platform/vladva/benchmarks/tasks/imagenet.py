@@ -5,7 +5,7 @@
 Two names stand for two classes each (missile, sunglasses), so that 200 pictures tie.
 """
 
-from vladva.benchmarks.kinds.classification import Classification
+from vladva.benchmarks.protocols.classification import Classification
 
 BENCHMARK = Classification(
     title="ImageNet-1k",

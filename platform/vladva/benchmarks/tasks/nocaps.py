@@ -3,7 +3,7 @@
 The test split has no public captions. Text retrieval is easier than on COCO, as ten captions are right instead of five.
 """
 
-from vladva.benchmarks.kinds.retrieval import Retrieval
+from vladva.benchmarks.protocols.retrieval import Retrieval
 
 BENCHMARK = Retrieval(
     title="nocaps",

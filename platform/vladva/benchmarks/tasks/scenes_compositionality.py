@@ -1,7 +1,7 @@
 """The project's own scenes, compositionality: the seven kinds of hard negatives, in SugarCrepe's own form."""
 
-from vladva.benchmarks.kinds.caption_choice import CaptionChoice
-from vladva.benchmarks.kinds.subsets import Subset
+from vladva.benchmarks.protocols.caption_choice import CaptionChoice
+from vladva.benchmarks.protocols.subsets import Subset
 
 BENCHMARK = CaptionChoice(
     title="Scenes compositionality",

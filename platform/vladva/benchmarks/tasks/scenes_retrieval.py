@@ -1,6 +1,6 @@
 """The project's own scenes, retrieval: 1,000 held-out pictures and 1,000 different captions (`vladva.scenes`)."""
 
-from vladva.benchmarks.kinds.retrieval import Retrieval
+from vladva.benchmarks.protocols.retrieval import Retrieval
 
 BENCHMARK = Retrieval(
     title="Scenes retrieval",

@@ -4,8 +4,8 @@ swap_obj has 245 rows since its row "108" was taken out (2023-11-18); the paper'
 pictures 1,200 are in Karpathy's COCO training split: models fine-tuned on COCO have seen the true captions.
 """
 
-from vladva.benchmarks.kinds.caption_choice import CaptionChoice
-from vladva.benchmarks.kinds.subsets import Subset
+from vladva.benchmarks.protocols.caption_choice import CaptionChoice
+from vladva.benchmarks.protocols.subsets import Subset
 
 BENCHMARK = CaptionChoice(
     title="SugarCrepe",

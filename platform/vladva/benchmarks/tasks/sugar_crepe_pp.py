@@ -4,8 +4,8 @@ There is no Add subset. swap_obj has two rows whose caption equals its negative:
 Parquet names are those of Hugging Face's configurations, one of which it misspells.
 """
 
-from vladva.benchmarks.kinds.subsets import Subset
-from vladva.benchmarks.kinds.two_captions import TwoCaptions
+from vladva.benchmarks.protocols.subsets import Subset
+from vladva.benchmarks.protocols.two_captions import TwoCaptions
 
 BENCHMARK = TwoCaptions(
     title="SugarCrepe++",

@@ -1,6 +1,6 @@
 """Winoground (Thrush et al., CVPR 2022): 400 pairs of pictures and captions made of the same words in another order."""
 
-from vladva.benchmarks.kinds.matching import Matching
+from vladva.benchmarks.protocols.matching import Matching
 
 BENCHMARK = Matching(
     title="Winoground",

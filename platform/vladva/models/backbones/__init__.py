@@ -29,13 +29,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 CONFIGS = Path(__file__).parent / "configs"
+TINY = Path(__file__).parents[1] / "tiny/weights"  # the packaged checkpoint
 
 
 def resolve(checkpoint: str) -> str:
     """The name or folder to load: `tiny` stands for the checkpoint that ships with the package."""
     if checkpoint == "tiny":
-        from vladva.tiny import TINY
-
         return str(TINY)
     return checkpoint
 
@@ -75,4 +74,4 @@ def backbone_of(checkpoint: str) -> ModuleType:
     known = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
     if model_type not in known:
         raise ValueError(f"{checkpoint} is a {model_type!r} model; vladva has backbones for {', '.join(known)}")
-    return import_module(f"vladva.backbones.{model_type}")
+    return import_module(f"vladva.models.backbones.{model_type}")

@@ -8,7 +8,7 @@ import torch
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers.image_processing_utils import select_best_resolution
 
-from vladva.backbones.llava import EMBED_TOKENS, FAST_DECODERS, LORA_TARGETS, hidden_states, limit_image_tokens
+from vladva.models.backbones.llava import EMBED_TOKENS, FAST_DECODERS, LORA_TARGETS, hidden_states, limit_image_tokens
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from vladva.backbones.qwen2_vl import (
+from vladva.models.backbones.qwen2_vl import (
     EMBED_TOKENS,
     LORA_TARGETS,
     hidden_states,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from vladva.backbones.llava import EMBED_TOKENS, LORA_TARGETS, hidden_states
+from vladva.models.backbones.llava import EMBED_TOKENS, LORA_TARGETS, hidden_states
 
 if TYPE_CHECKING:
     import numpy as np

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vladva.backbones import resolve
+from vladva.models.backbones import resolve
 
 OPEN_CLIP = "open_clip:"  # checkpoints `open_clip:MODEL:WEIGHTS`, which Hugging Face's classes cannot load
 OWN_CODE = {"EvaCLIPModel": "eva_clip"}  # architectures that call themselves CLIP and are not

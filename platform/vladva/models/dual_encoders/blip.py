@@ -7,7 +7,7 @@ import re
 import torch
 from transformers import BlipConfig, BlipForImageTextRetrieval, PreTrainedTokenizerBase
 
-from vladva.dual_encoders import pretrained_tools as tools
+from vladva.models.dual_encoders import pretrained_tools as tools
 
 __all__ = ["clean", "image_vectors", "load", "shape", "text_vectors", "token_ids", "tools"]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from transformers import Blip2Config, Blip2ForImageTextRetrieval, PreTrainedTokenizerBase
 
-from vladva.dual_encoders import pretrained_tools as tools
-from vladva.dual_encoders.blip import MAX_TOKENS, clean
+from vladva.models.dual_encoders import pretrained_tools as tools
+from vladva.models.dual_encoders.blip import MAX_TOKENS, clean
 
 __all__ = ["image_vectors", "load", "shape", "text_vectors", "token_ids", "tools"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
-from vladva.dual_encoders import pretrained_tools as tools
+from vladva.models.dual_encoders import pretrained_tools as tools
 
 __all__ = ["image_vectors", "load", "shape", "text_vectors", "token_ids", "tools"]
 

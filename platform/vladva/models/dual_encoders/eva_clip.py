@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vladva.dual_encoders.clip import token_ids
+from vladva.models.dual_encoders.clip import token_ids
 
 __all__ = ["image_vectors", "load", "shape", "text_vectors", "token_ids", "tools"]
 

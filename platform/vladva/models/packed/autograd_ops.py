@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from vladva.packing import Packed
+from vladva.models.packed.packing import Packed
 
 # --------------------------------------------------------------------------------------------------------- products
 

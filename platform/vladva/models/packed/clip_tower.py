@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vladva.products import CPU_TOKENS, activated, added, in_threads, product
+from vladva.models.packed.cpu_linear import CPU_TOKENS, activated, added, in_threads, product
 
 
 def with_fast_tower(model: nn.Module) -> nn.Module:

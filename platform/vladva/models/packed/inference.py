@@ -27,14 +27,14 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
-from vladva.fast_tower import with_fast_tower
-from vladva.packing import Packed, groups, pack
-from vladva.products import CPU_TOKENS, Product, added, gated, in_threads, keep_freed_memory, normed
+from vladva.models.packed.clip_tower import with_fast_tower
+from vladva.models.packed.cpu_linear import CPU_TOKENS, Product, added, gated, in_threads, keep_freed_memory, normed
+from vladva.models.packed.packing import Packed, groups, pack
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from vladva.embedding_model import EmbeddingModel
+    from vladva.models.embedding_model import EmbeddingModel
 
 GPU_TOKENS = 32_768  # in a group
 SHORT = 128  # tokens up to which a CPU computes attention as products and softmax, not by a fused kernel

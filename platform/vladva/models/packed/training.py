@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from vladva.fast_tower import with_fast_tower
-from vladva.operations import Shared, Turn, attend, embedded, gated, norm, padded, products
-from vladva.packing import Packed, full, groups, pack
+from vladva.losses.next_token import cross_entropy_sum, mean_share
+from vladva.models.packed.autograd_ops import Shared, Table, Turn, attend, embedded, gated, norm, padded, products
+from vladva.models.packed.clip_tower import with_fast_tower
+from vladva.models.packed.packing import Packed, full, groups, pack
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from vladva.config import RunConfig
-    from vladva.embedding_model import EmbeddingModel
+    from vladva.models.embedding_model import EmbeddingModel
 
 GROUP_TOKENS = {"cpu": 1024, "cuda": 32_768}
 SHORT = 256  # tokens up to which a CPU computes attention as products and softmax, not by a fused kernel
@@ -87,9 +88,23 @@ class TrainingForward:
         self.layers = [Layer(layer) for layer in self.language.layers]
         self.last = LastLayer(self.language.layers[self.depth - 1])
 
-    def __call__(self, tokens: dict[str, Tensor], pixels: dict[str, Tensor] | None = None) -> Tensor:
-        """Embeddings [B, D] (float32, unit norm) of the prompts; captions after them are left out."""
-        return self.run(tokens | {"lengths": tokens["prompt_lengths"]}, pixels, captions=False)[0]
+    def __call__(
+        self, tokens: dict[str, Tensor], pixels: dict[str, Tensor] | None = None, caption_tokens: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, D] (float32, unit norm) of the prompts, and the next-token loss of the captions after them.
+
+        `caption_tokens` is the number of caption tokens in the global batch, over which the loss is a mean; with None
+        the captions are left out, and the loss is 0.
+        """
+        if caption_tokens is None:
+            prompts = tokens | {"lengths": tokens["prompt_lengths"]}
+            embeddings_BD = self.run(prompts, pixels, captions=False)[0]
+            return embeddings_BD, embeddings_BD.new_zeros(())
+        embeddings_BD, before_KD, targets_K = self.with_captions(tokens, pixels)
+        head = Table.of(self.model.base.lm_head)
+        replaced = None if head.rows is None else (head.soft, head.rows)
+        total = cross_entropy_sum(before_KD, head.base.weight, targets_K, replaced=replaced)
+        return embeddings_BD, mean_share(total, caption_tokens)
 
     def with_captions(
         self, tokens: dict[str, Tensor], pixels: dict[str, Tensor] | None
@@ -219,3 +234,11 @@ class LastLayer(Layer):
             enable_gqa=True,
         )
         return self.output(hidden_ND[last_B], attended_BH1d.flatten(1))
+
+
+def pack_training(model: EmbeddingModel, config: RunConfig) -> str | None:
+    """Train on packed tokens from now on; returns the reason where that cannot be."""
+    reason = why_plain(model.backbone, model.base.config.get_text_config(), config)
+    if reason is None:
+        model.packed = TrainingForward(model)
+    return reason

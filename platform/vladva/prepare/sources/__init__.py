@@ -22,11 +22,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from vladva import storage
-from vladva.storage import FileInfo
-from vladva.tars import BadDataError
+from vladva.core import storage
+from vladva.core.errors import BadDataError
+from vladva.core.storage import FileInfo
 
-PICTURE = re.compile(r"\.(jpe?g|png|webp|gif)$", re.IGNORECASE)
 PATH_COLUMNS = ("path", "filepath", "file_path", "image_path", "file_name", "filename", "file", "image", "img")
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "sentence", "raw")
 READS_AHEAD = 8

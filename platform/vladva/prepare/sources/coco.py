@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from vladva.sources import Entry, FileSet, LeftOut, Rejected, Source
-from vladva.sources.karpathy import entry_of, read_document
+from vladva.prepare.sources import Entry, FileSet, LeftOut, Rejected, Source
+from vladva.prepare.sources.karpathy import entry_of, read_document
 
 TITLE = "COCO captions JSON (images and annotations) and the folder of its pictures"
 PRIORITY = 3

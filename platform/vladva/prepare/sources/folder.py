@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vladva.sources import PICTURE, Entry, FileSet, LeftOut, Rejected, Source
+from vladva.core.images import PICTURE
+from vladva.prepare.sources import Entry, FileSet, LeftOut, Rejected, Source
 
 TITLE = "folders of pictures: the folder's name is the caption, or KEY.txt beside KEY.jpg holds them"
 PRIORITY = 5

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from vladva import storage
-from vladva.sources import Entry, FileSet, LeftOut, Rejected, Source, texts_of
-from vladva.tars import BadDataError
+from vladva.core import storage
+from vladva.core.errors import BadDataError
+from vladva.prepare.sources import Entry, FileSet, LeftOut, Rejected, Source, texts_of
 
 TITLE = "Karpathy JSON (dataset_coco.json) and the folder of its pictures; --split picks"
 PRIORITY = 2

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vladva import storage
-from vladva.sources import (
+from vladva.core import storage
+from vladva.core.errors import BadDataError
+from vladva.core.object_store import PassingFaultError
+from vladva.prepare.sources import (
     CAPTION_COLUMNS,
     PATH_COLUMNS,
     Entry,
@@ -22,8 +24,6 @@ from vladva.sources import (
     refuse_urls,
     texts_of,
 )
-from vladva.stores import PassingFaultError
-from vladva.tars import BadDataError
 
 TITLE = "Parquet with a column of pictures (bytes or {bytes, path}) or of their paths"
 PRIORITY = 1

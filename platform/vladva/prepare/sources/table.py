@@ -8,10 +8,20 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from vladva import storage
-from vladva.sources import PATH_COLUMNS, Entry, FileSet, LeftOut, Rejected, Source, first_column, refuse_urls, texts_of
-from vladva.sources.parquet import caption_columns, one_text
-from vladva.tars import BadDataError
+from vladva.core import storage
+from vladva.core.errors import BadDataError
+from vladva.prepare.sources import (
+    PATH_COLUMNS,
+    Entry,
+    FileSet,
+    LeftOut,
+    Rejected,
+    Source,
+    first_column,
+    refuse_urls,
+    texts_of,
+)
+from vladva.prepare.sources.parquet import caption_columns, one_text
 
 TITLE = "CSV or TSV with a header line, a column of paths and one or more of captions"
 PRIORITY = 4

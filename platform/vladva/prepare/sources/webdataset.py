@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pyarrow.parquet as pq
 
-from vladva import storage
-from vladva.sources import Entry, FileSet, LeftOut, Rejected, Source
+from vladva.core import storage
+from vladva.prepare.sources import Entry, FileSet, LeftOut, Rejected, Source
 
 TITLE = "tar shards as img2dataset writes them: KEY.jpg with KEY.txt or KEY.json"
 PRIORITY = 0
@@ -27,7 +27,8 @@ def match(files: FileSet) -> list[str]:
 
 def entries(source: Source) -> Iterator[Entry | Rejected | LeftOut]:
     """The samples that a scan finds, and its quarantine table. Of their other members nothing is taken along."""
-    from vladva.shards import ShardIndex, scan
+    from vladva.data.scan import scan
+    from vladva.data.shard_index import ShardIndex
 
     index_uri = storage.join(source.work_uri, "source")
     scan(source.uri, no_tokens, index_uri, max_bad_fraction=1.0)

@@ -1,0 +1,19 @@
+"""Errors that more than one room raises or catches."""
+
+from __future__ import annotations
+
+
+class FingerprintMismatch(ValueError):  # noqa: N818
+    """Embeddings of one model meet those of another."""
+
+    def __init__(self, place: str, found: str, wanted: str, hint: str) -> None:
+        super().__init__(f"{place} holds embeddings of model {found}, not of model {wanted}; {hint}")
+
+
+class BadDataError(Exception):
+    """What is wrong with a picture, a caption or a tar: a reason out of a small set, and the details."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail[:200]

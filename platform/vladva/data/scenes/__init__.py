@@ -1,0 +1,4 @@
+"""Generated images of objects with captions that are true, and hard negatives that are not.
+
+In: a seed. Out: shards and benchmark files. Read first: `scene.py`.
+"""

@@ -1,0 +1,132 @@
+"""Build: embeddings table -> a new index."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import pyarrow as pa
+
+from vladva.core import storage
+from vladva.core.storage import join
+from vladva.embed.table import TableNote, open_table, sample_rows, stream_rows
+from vladva.index.ivf import IndexType
+from vladva.index.searcher import EXACT_BELOW, SearchSettings
+from vladva.index.tuning import EFFORTS, NUM_QUERIES, WANTED, fit, queries_of
+from vladva.index.vector_index import VectorIndex, _options, open_index, planned
+
+if TYPE_CHECKING:
+    import lance
+
+
+PARALLEL_FROM = 1_000_000  # rows from which on the whole cluster builds
+MAX_WORKERS = 8  # each adds a little to the time of a search
+
+
+@dataclass(frozen=True)
+class IndexSummary:
+    """A built index; `settings` say what recall was measured."""
+
+    uri: str
+    version: int
+    tag: str
+    fingerprint: str
+    num_rows: int
+    dimension: int
+    settings: SearchSettings
+    index_bytes: int  # beside the vectors
+    seconds: float
+
+
+def build_index(
+    table_uri: str,
+    index_uri: str,
+    *,
+    kind: Literal["image", "text", "all"] = "image",
+    index_type: IndexType = "IVF_SQ",
+    exact_below: int = EXACT_BELOW,
+    filter_columns: Sequence[str] = (),
+    tag: str | None = None,
+    replace: bool = False,
+    workers: int | None = None,
+    recall: float = WANTED,
+) -> IndexSummary:
+    """Index the rows of one kind of a complete embeddings table; an index of the same model is built anew.
+
+    exact_below: rows below which there is nothing but an exact search.
+    filter_columns: carried columns that are often used in conditions.
+    tag: name of this version; `v<version>` by default.
+    replace: also in place of an index of another model.
+    workers: Ray workers that build, each with all cores of its machine, at most MAX_WORKERS; by default one for each
+        node of the cluster from PARALLEL_FROM rows on, else none.
+
+    Raises FingerprintMismatch, and ValueError for a table without rows of the kind or with unknown columns.
+    """
+    began = time.monotonic()
+    if index_type not in ("exact", *EFFORTS):
+        raise ValueError(f"index_type is {index_type!r}; use one of exact, {', '.join(EFFORTS)}")
+    note = open_table(table_uri)
+    if storage.exists(join(index_uri, "_versions")) and not replace:
+        open_index(index_uri, fingerprint=note.fingerprint)
+    if workers is None:
+        workers = cluster_nodes() if note.num_rows >= PARALLEL_FROM else 1
+    workers = max(1, min(workers, MAX_WORKERS))
+    dataset = _write(note, table_uri, index_uri, kind, filter_columns, -(-note.num_rows // workers))
+    rows = dataset.count_rows()
+    settings = planned(dataset, SearchSettings(planned=index_type, exact_below=exact_below), workers)
+    dataset.create_scalar_index("kind", "BITMAP")
+    for column in dict.fromkeys(["id", *filter_columns]):
+        dataset.create_scalar_index(column, "BTREE")
+    # Texts are what pictures will be asked for with, so both are tried, whichever are in the index.
+    queries = queries_of(sample_rows(table_uri, 2 * NUM_QUERIES, seed=0))
+    kinds = {None: rows} | {f"kind = '{one}'": dataset.count_rows(f"kind = '{one}'") for one in ("image", "text")}
+    wheres = [where for where, count in kinds.items() if count and (where is None or count < rows)]
+    settings = fit(dataset, settings, queries, wheres, recall)
+    settings.keep(dataset)
+    index = VectorIndex(dataset)
+    return IndexSummary(
+        uri=index_uri,
+        version=index.version,
+        tag=index.tag(tag or f"v{index.version}"),
+        fingerprint=note.fingerprint,
+        num_rows=rows,
+        dimension=note.dimension,
+        settings=settings,
+        index_bytes=sum(one.total_size_bytes for one in dataset.describe_indices()),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _write(
+    note: TableNote, table_uri: str, index_uri: str, kind: str, filter_columns: Sequence[str], rows_per_file: int
+) -> lance.LanceDataset:
+    """The rows of the kind as a new version of the index; each worker will index a file."""
+    import lance
+
+    rows = stream_rows(table_uri, kind)
+    if unknown := set(filter_columns) - set(rows.schema.names):
+        names = ", ".join(rows.schema.names)
+        raise ValueError(f"filter_columns: {', '.join(sorted(unknown))} is not in the table; it has {names}")
+    first = next((batch for batch in rows if len(batch)), None)
+    if first is None:
+        raise ValueError(f"the table {table_uri} has no rows of kind {kind}")
+    schema = rows.schema.with_metadata({"vladva": json.dumps(note.model), "vladva.corpus": note.corpus})
+    batches = (batch.cast(schema) for batch in itertools.chain([first], rows))
+    return lance.write_dataset(
+        pa.RecordBatchReader.from_batches(schema, batches),
+        index_uri,
+        mode="overwrite",
+        max_rows_per_file=rows_per_file,
+        storage_options=_options(),
+    )
+
+
+def cluster_nodes() -> int:
+    """Nodes of the Ray cluster that this process has joined; 1 without one."""
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes()) if ray.is_initialized() else 1

@@ -1,0 +1,45 @@
+"""Fingerprint: 16 hex digits that change with whatever changes an embedding."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from vladva.config import ModelConfig
+from vladva.models.backbones import resolve
+from vladva.models.preprocessor import Preprocessor
+
+
+def fingerprint_of(
+    config: ModelConfig, adapter: Path | None, layer: int, dimension: int, preprocessor: Preprocessor
+) -> str:
+    """16 hex digits that change with base model, adapter, prompts, layer, dimension or preprocessing."""
+    parts = {
+        "base": base_revision(resolve(config.checkpoint)),
+        "adapter": hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+        if adapter
+        else None,
+        "prompts": [config.image_prompt, config.text_prompt, config.soft_prompts],
+        "layer": layer,
+        "dimension": dimension,
+        "pixels": json.loads(preprocessor.image_processor.to_json_string()),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def base_revision(checkpoint: str) -> str:
+    """The commit of a model from the hub; of a local folder, a hash of its configuration and samples of its weights."""
+    from transformers import AutoConfig
+
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return str(AutoConfig.from_pretrained(checkpoint)._commit_hash)
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            for offset in range(0, path.stat().st_size, max(1 << 20, path.stat().st_size // 64)):
+                file.seek(offset)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()

@@ -1,0 +1,193 @@
+"""Preprocessor: images and texts -> token ids and pixels, as the checkpoint's own processor gives them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from vladva.config import IMAGE_PROMPT, TEXT_PROMPT
+from vladva.core.hashing import key_of
+from vladva.data.examples import Example
+from vladva.models.backbones import backbone_of, resolve
+from vladva.models.batch import Batch, Pixels, Tokens
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+Side = Literal["image", "text"]
+
+
+class Preprocessor:
+    """Makes the inputs of one model from pictures and texts. Loads tokenizer and image processor, never weights."""
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        image_prompt: str = IMAGE_PROMPT,
+        text_prompt: str = TEXT_PROMPT,
+        soft_prompts: bool = False,
+        max_image_tokens: int | None = None,
+    ) -> None:
+        """Raises ValueError where the family, or the checkpoint, has no such limit on a picture's tokens."""
+        from transformers import AutoConfig, AutoTokenizer
+
+        # By its short name, older versions give it only where torchvision is installed.
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+        from transformers.utils import cached_file
+
+        folder = resolve(checkpoint)
+        self.backbone = backbone_of(checkpoint)
+        self.config = AutoConfig.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        template = cached_file(folder, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+        if template:  # where older checkpoints keep the template with pictures; the tokenizer's own has none
+            self.tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]
+        # The same pixels everywhere: torchvision's resizing, the default where it is installed, differs from Pillow's.
+        self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        if max_image_tokens is not None:
+            self.backbone.limit_image_tokens(self.config, self.image_processor, max_image_tokens)
+        self.image_token: str = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
+        self.prompts = {"image": image_prompt, "text": text_prompt}
+        self.image_prompts: dict[int, list[int]] = {}  # by number of image tokens
+        self.soft_ids: dict[str, list[int]] = {"image": [], "text": []}
+        self.prompt_ids: dict[str, list[int]] = {side: self._prompt_in_context(side) for side in ("image", "text")}
+        if soft_prompts:
+            for side in ("image", "text"):
+                names = soft_tokens(side, len(self.prompt_ids[side]))
+                self.tokenizer.add_tokens(names, special_tokens=True)
+                self.soft_ids[side] = self.tokenizer.convert_tokens_to_ids(names)
+                self.prompts[side] = "".join(names)
+
+    def _prompt_in_context(self, side: Side) -> list[int]:
+        """Token ids of the hand-written prompt in its place in the conversation, where no space may precede it."""
+
+        def rendered(prompt: str) -> list[int]:
+            if side == "image":
+                content = [{"type": "image"}, {"type": "text", "text": prompt}]
+                return self.render([{"role": "user", "content": content}], [(64, 64)])
+            return self.render([{"role": "user", "content": [{"type": "text", "text": f"x\n{prompt}"}]}])
+
+        whole, bare = rendered(self.prompts[side]), rendered("")
+        before = next(i for i, (a, b) in enumerate(zip(whole, bare, strict=False)) if a != b)
+        return whole[before : len(whole) - (len(bare) - before)]
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def render(self, messages: list[dict[str, Any]], sizes: Sequence[tuple[int, int]] = ()) -> list[int]:
+        """Token ids of a conversation up to the assistant's turn; `sizes`: (width, height) of its pictures."""
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        pieces = text.split(self.image_token)
+        assert len(pieces) == len(sizes) + 1, (len(pieces) - 1, len(sizes))
+        expanded = pieces[0]
+        for piece, size in zip(pieces[1:], sizes, strict=True):
+            expanded += self.image_token * self.num_image_tokens(size) + piece
+        # A template that writes the beginning-of-sequence token itself must not get a second one.
+        bos = self.tokenizer.bos_token
+        return self.tokenizer(expanded, add_special_tokens=bos is None or not expanded.startswith(bos)).input_ids
+
+    def num_image_tokens(self, size: tuple[int, int]) -> int:
+        """Image tokens of a picture of (width, height). Raises ValueError for a shape that the model does not take."""
+        return self.backbone.num_image_tokens(self.config, self.image_processor, size)
+
+    def image_prompt(self, size: tuple[int, int]) -> list[int]:
+        """Token ids that ask for the summary of a picture of (width, height)."""
+        count = self.num_image_tokens(size)
+        if count not in self.image_prompts:
+            content = [{"type": "image"}, {"type": "text", "text": self.prompts["image"]}]
+            self.image_prompts[count] = self.render([{"role": "user", "content": content}], [size])
+        return self.image_prompts[count]
+
+    def text_prompt(self, text: str) -> list[int]:
+        """Token ids that ask for the summary of a text."""
+        if self.image_token in text:
+            raise ValueError(f"the text contains the image token {self.image_token!r}")
+        content = [{"type": "text", "text": f"{text.strip()}\n{self.prompts['text']}"}]
+        return self.render([{"role": "user", "content": content}])
+
+    def pixels(self, images: Sequence[Image.Image]) -> Pixels:
+        """Pictures resized and cut up as the model wants them."""
+        return Pixels.concatenate(self.pixel_parts(images))
+
+    def pixel_parts(self, images: Sequence[Image.Image]) -> list[Pixels]:
+        """The same, one by one."""
+        parts = []
+        for image in images:
+            values, size = self.backbone.pixels(self.image_processor, image)
+            if values.dtype != np.uint8:
+                values = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+            parts.append(Pixels(values, np.array([size], np.int64)))
+        return parts
+
+    def pixel_statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation per channel, on the scale of 0 to 255."""
+        factor = self.image_processor.rescale_factor
+        return [m / factor for m in self.image_processor.image_mean], [
+            s / factor for s in self.image_processor.image_std
+        ]
+
+    def texts(self, texts: Sequence[str]) -> Tokens:
+        """Texts with their prompt, padded together."""
+        return self.pad([(self.text_prompt(text), []) for text in texts])
+
+    def images(self, sizes: Sequence[tuple[int, int]], captions: Sequence[str | None]) -> Tokens:
+        """Prompts for pictures of (width, height), each followed by its long caption and an end token if it has one."""
+        rows = []
+        for size, caption in zip(sizes, captions, strict=True):
+            following = [] if caption is None else [*self._encode(caption), self.tokenizer.eos_token_id]
+            rows.append((self.image_prompt(size), following))
+        return self.pad(rows)
+
+    def pad(self, rows: Sequence[tuple[list[int], list[int]]]) -> Tokens:
+        """Right-pad (prompt, caption) pairs of token ids to the longest."""
+        lengths = np.array([len(prompt) + len(caption) for prompt, caption in rows], np.int64)
+        padding = self.tokenizer.pad_token_id
+        ids = np.full((len(rows), int(lengths.max())), 0 if padding is None else padding, np.int64)
+        for i, (prompt, caption) in enumerate(rows):
+            ids[i, : lengths[i]] = prompt + caption
+        return Tokens(ids, np.array([len(prompt) for prompt, _ in rows], np.int64), lengths)
+
+    def first_tokens(self, text: str, count: int) -> str:
+        """The text of the first `count` tokens."""
+        ids = self._encode(text)
+        return text if len(ids) <= count else self.tokenizer.decode(ids[:count]).strip()
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text by itself, without prompt."""
+        return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False).input_ids] if texts else []
+
+    def collate(self, number: int, examples: Sequence[Example]) -> Batch:
+        """The chunk `number` from its examples, which all have a picture, or all a text in its stead."""
+        anchors = [example.image for example in examples]
+        texts = [anchor for anchor in anchors if isinstance(anchor, str)]
+        assert len(texts) in (0, len(anchors)), examples[0].id
+        parts = [] if texts else self.pixel_parts(anchors)
+        if texts:
+            image = self.texts(texts)
+        else:
+            image = self.images([picture.size for picture in anchors], [example.long for example in examples])
+        negatives = [(owner, text) for owner, example in enumerate(examples) for text in example.negatives]
+        captions = [example.short or "" for example in examples] + [text for _, text in negatives]
+        named = [example.short or example.id for example in examples] + [text for _, text in negatives]
+        return Batch(
+            number=number,
+            ids=[example.id for example in examples],
+            pixels=Pixels.concatenate(parts) if parts else None,
+            image=image,
+            text=self.texts(captions),
+            text_owners=np.array([*range(len(examples)), *(owner for owner, _ in negatives)], np.int64),
+            has_short=np.array([example.short is not None for example in examples]),
+            image_keys=np.array([key_of(text.encode()) for text in texts] or [part.key() for part in parts], np.int64),
+            caption_keys=np.array([key_of(text.encode()) for text in named], np.int64),
+        )
+
+
+def soft_tokens(side: Literal["image", "text"], count: int) -> list[str]:
+    """Names of the `count` soft-prompt tokens of a side."""
+    return [f"<|vladva_{side}_{i}|>" for i in range(count)]

@@ -1,0 +1,77 @@
+"""Dialogues about scenes: what the tiny LVLM is trained to say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from typing import TYPE_CHECKING
+
+from vladva.data.scenes.captions import NUMBER_WORDS, OPPOSITE, RELATION_WORDS, claim_of, long_caption, short_caption
+from vladva.data.scenes.scene import COLOURS, Scene, relation, render
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DETAILED = ("Give a detailed description of the image.", "Describe the image in detail.")
+BRIEF = ("Describe the image briefly.", "Provide a concise description of this image.")
+VERY_BRIEF = ("Describe the image very briefly.", "List the objects in the image.")
+Turn = tuple[str, str]  # what the user says, what the assistant answers
+Dialogue = tuple["Image.Image | None", list[Turn]]
+
+
+def questions(scene: Scene, random: Random) -> list[Turn]:
+    """Three questions about a scene, with answers of a few words."""
+    a, b = random.sample(scene.objects, 2)
+    named = f"the {a.colour} {a.shape}"
+    stated = relation(a, b)
+    asked = random.choice((stated, OPPOSITE[stated]))
+    other = random.choice([c for c in COLOURS if c != a.colour])
+    present = any((o.colour, o.shape) == (other, a.shape) for o in scene.objects)
+    turns = [
+        ("How many objects are there?", NUMBER_WORDS[len(scene.objects)]),
+        (f"How large is {named}?", a.size),
+        (
+            f"Is {named} {random.choice(RELATION_WORDS[asked])} the {b.colour} {b.shape}?",
+            "yes" if asked == stated else "no",
+        ),
+        (f"Is there a {other} {a.shape}?", "yes" if present else "no"),
+        (f"Where is {named}, seen from the {b.colour} {b.shape}?", RELATION_WORDS[stated][0]),
+    ]
+    if sum(o.shape == a.shape for o in scene.objects) == 1:
+        turns.append((f"What color is the {a.shape}?", a.colour))
+    if sum(o.colour == b.colour for o in scene.objects) == 1:
+        turns.append((f"What shape is the {b.colour} object?", b.shape))
+    return random.sample(turns, 3)
+
+
+def picture_questions(scene: Scene, random: Random) -> Dialogue:
+    """Questions about a picture."""
+    return render(scene), questions(scene, random)
+
+
+def caption_questions(scene: Scene, random: Random) -> Dialogue:
+    """The same questions about a complete short caption: reading, without a picture."""
+    caption = short_caption(claim_of(scene, random), random)
+    (first, answer), *rest = (turn for turn in questions(scene, random))
+    return None, [(f"{caption}. {first}", answer), *rest]
+
+
+def detailed_caption(scene: Scene, random: Random) -> Dialogue:
+    """A long caption."""
+    return render(scene), [(random.choice(DETAILED), long_caption(scene, random))]
+
+
+def brief_caption(scene: Scene, random: Random) -> Dialogue:
+    """A short caption, with or without relations as the prompt asks."""
+    brief = random.random() < 0.7
+    claim = claim_of(scene, random, sizes=brief, relations=brief)
+    return render(scene), [(random.choice(BRIEF if brief else VERY_BRIEF), short_caption(claim, random))]
+
+
+# Kinds of dialogue and how many of each make one optimizer step.
+MIXTURE: tuple[tuple[Callable[[Scene, Random], Dialogue], int], ...] = (
+    (detailed_caption, 22),
+    (brief_caption, 8),
+    (picture_questions, 10),
+    (caption_questions, 8),
+)
