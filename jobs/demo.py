@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """The whole chain on this machine: a generative vision-language model becomes a retriever, and stays a generator.
 
-Draws a corpus of pictures, trains an adapter on the tiny LVLM that ships with vladva, embeds and indexes the held-out
-pictures, scores it against the untouched model, serves both modes over HTTP, and writes report.html. Run again, it goes
+Draws a corpus of images, trains an adapter on the tiny LVLM that ships with vladva, embeds and indexes the held-out
+images, scores it against the untouched model, serves both modes over HTTP, and writes report.html. Run again, it goes
 on where it was; what is complete is not done twice. The last line is one JSON object with every figure.
 """
 
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # serve/ is beside
 
 PROMPTS = ("Give a detailed description of the image.", "Describe the image briefly.")
 SCORES = {"scenes_retrieval": ("t2i_r1", "t2i_r10", "i2t_r1", "i2t_r10"), "scenes_compositionality": ()}
-PICTURES = 4  # captioned in the report
+IMAGES = 4  # captioned in the report
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -35,8 +35,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         prog="jobs/demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--storage", type=Path, default=Path(".vladva"), help="folder for everything the demo makes")
-    parser.add_argument("--train-pictures", type=int, default=20_000)
-    parser.add_argument("--test-pictures", type=int, default=1_000)
+    parser.add_argument("--train-images", type=int, default=20_000)
+    parser.add_argument("--test-images", type=int, default=1_000)
     parser.add_argument("--negatives", type=int, default=250, help="hard negatives of each of the seven kinds")
     parser.add_argument("--steps", type=int, default=None, help="training steps; default: the recipe's")
     parser.add_argument("--port", type=int, default=8000, help="of the HTTP server, on 127.0.0.1")
@@ -83,8 +83,8 @@ def make_scenes(uri: str, options: argparse.Namespace) -> dict[str, Any]:
     from vladva.data.scenes.corpus import write_scenes
     from vladva.models.preprocessor import Preprocessor
 
-    counts = {"train": options.train_pictures, "test": options.test_pictures, "negatives": options.negatives}
-    with Progress("drawing", options.train_pictures + options.test_pictures) as progress:
+    counts = {"train": options.train_images, "test": options.test_images, "negatives": options.negatives}
+    with Progress("drawing", options.train_images + options.test_images) as progress:
         write_scenes(uri, **counts, progress=lambda _: progress.advance(1))
     count_tokens = Preprocessor("tiny").count_tokens
     for split in ("train", "test"):
@@ -99,8 +99,8 @@ def train_adapter(config: RunConfig) -> dict[str, Any]:
     return train(config)
 
 
-def index_pictures(scenes: str, run: str) -> dict[str, Any]:
-    """Embed the held-out pictures and their captions, and index the pictures."""
+def index_images(scenes: str, run: str) -> dict[str, Any]:
+    """Embed the held-out images and their captions, and index the images."""
     from vladva.embed.corpus import open_corpus
     from vladva.embed.pipeline import encode
     from vladva.index.build import build_index
@@ -128,7 +128,7 @@ def score(scenes: str, run: str, out: str, command: str) -> dict[str, Any]:
 
 
 def check_adapter(run: str) -> dict[str, Any]:
-    """Adapter off against the base model's logits, merged against unmerged embeddings, on held-out pictures."""
+    """Adapter off against the base model's logits, merged against unmerged embeddings, on held-out images."""
     import numpy as np
     import torch
 
@@ -162,7 +162,7 @@ def serve_and_call(run: str, options: argparse.Namespace) -> dict[str, Any]:
     from vladva.models.embedder import load_embedder
 
     url = start(ServeArgs(model=run, index=f"{run}/index", num_cpus=0.5), port=options.port)
-    held_out = list(held_out_scenes(PICTURES))
+    held_out = list(held_out_scenes(IMAGES))
     texts = [worded[0] for _, worded, _ in held_out]
     answer = post(f"{url}/v1/embeddings", {"input": texts})
     served = np.array([row["embedding"] for row in answer["data"]])
@@ -174,12 +174,12 @@ def serve_and_call(run: str, options: argparse.Namespace) -> dict[str, Any]:
     captions = []
     for number, (scene, _, _) in enumerate(held_out):
         prompt = PROMPTS[number % len(PROMPTS)]
-        picture = png(render(scene))
+        image = png(render(scene))
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
         written = {"base model": "".join(base.generate(messages, [render(scene)], max_tokens=96))}
         for label, name in zip(("served, adapter on", "served, adapter off"), names, strict=True):
-            written[label] = caption(url, name, picture, prompt)
+            written[label] = caption(url, name, image, prompt)
         captions.append({"number": number, "prompt": prompt, "captions": written})
     if options.keep_serving:
         print(f"serving at {url} until Ctrl-C")
@@ -197,9 +197,9 @@ def serve_and_call(run: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def caption(url: str, model: str, picture: bytes, prompt: str) -> str:
-    """What the chat endpoint answers about a picture."""
-    data = "data:image/png;base64," + base64.b64encode(picture).decode()
+def caption(url: str, model: str, image: bytes, prompt: str) -> str:
+    """What the chat endpoint answers about an image."""
+    data = "data:image/png;base64," + base64.b64encode(image).decode()
     content = [{"type": "image_url", "image_url": {"url": data}}, {"type": "text", "text": prompt}]
     body = {"model": model, "max_tokens": 96, "messages": [{"role": "user", "content": content}]}
     return post(f"{url}/v1/chat/completions", body)["choices"][0]["message"]["content"]
@@ -227,7 +227,7 @@ def report(scenes: str, run: str, out: str, stages: Stages, command: str) -> str
     from vladva.train.tracking import read_metrics
 
     scores, served, figures = stages.done["evaluate"], stages.done["serve"], summary(stages)
-    pictures = [png(render(scene)) for scene, _, _ in held_out_scenes(PICTURES)]
+    pictures = [png(render(scene)) for scene, _, _ in held_out_scenes(IMAGES)]
     tasks = read_benchmarks(list(SCORES), scenes)
     uri = f"{out}/report.html"
     write_report(
@@ -288,7 +288,7 @@ def run_demo(options: argparse.Namespace) -> dict[str, Any]:
     connect()
     stages.run("scenes", "1 of 7  drawing scenes", lambda: make_scenes(scenes, options))
     stages.run("train", f"2 of 7  training an adapter, {train.steps} steps", lambda: train_adapter(config))
-    stages.run("index", "3 of 7  embedding and indexing held-out pictures", lambda: index_pictures(scenes, config.uri))
+    stages.run("index", "3 of 7  embedding and indexing held-out images", lambda: index_images(scenes, config.uri))
     scores = stages.run(
         "evaluate", "4 of 7  scoring, zero-shot and trained", lambda: score(scenes, config.uri, out, command)
     )

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Embed a corpus: `jobs/embed.py RUN_OR_MODEL --data URI --out URI`.
 
-The corpus is a folder of WebDataset shards, of Parquet files or of pictures, or a text file with one text a line. The
+The corpus is a folder of WebDataset shards, of Parquet files or of images, or a text file with one text a line. The
 same command goes on with a table that was interrupted, and embeds what is new in a corpus that has grown.
 """
 
@@ -55,9 +55,7 @@ def main() -> None:
 
     config, description = describe(options.model, adapter=not options.no_adapter, dtype=options.dtype)
     if description.get("vectors_per_image", 1) > 1:
-        raise ValueError(
-            f"{options.model} gives a picture several vectors, which no index takes; jobs/evaluate.py does"
-        )
+        raise ValueError(f"{options.model} gives an image several vectors, which no index takes; jobs/evaluate.py does")
     ray_tasks.connect()
     corpus = open_corpus(options.data, options.kinds, count_tokens=preprocessor_of(config).count_tokens)
     summary = encode(

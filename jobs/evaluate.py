@@ -32,7 +32,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--benchmarks",
         default="all",
-        help="names with commas between (coco:5 for 5 captions a picture), or `all` that --data holds",
+        help="names with commas between (coco:5 for 5 captions an image), or `all` that --data holds",
     )
     parser.add_argument("--data", default=".vladva/scenes", help="folder or s3://... with the benchmarks' files")
     parser.add_argument("--out", default=".vladva/evaluation", help="folder or s3://... for scores and embeddings")
@@ -45,14 +45,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--bootstrap", type=int, default=0, metavar="N", help="resamples for 95%% intervals; 1000 is usual"
     )
     parser.add_argument(
-        "--captions", type=int, default=0, metavar="N", help="caption N pictures with each model (figure 1)"
+        "--captions", type=int, default=0, metavar="N", help="caption N images with each model (figure 1)"
     )
-    parser.add_argument("--pictures", default="", help="folder of the pictures to caption, instead of the benchmarks'")
+    parser.add_argument("--images", default="", help="folder of the images to caption, instead of the benchmarks'")
     options = parser.parse_args(arguments)
     options.models = distinct(map(labelled, options.models))
     options.layers = whole_numbers(options.layers)
-    if options.captions < 0 or (options.pictures and not options.captions):
-        raise ValueError(f"--captions is {options.captions}; say how many pictures to caption, e.g. 16")
+    if options.captions < 0 or (options.images and not options.captions):
+        raise ValueError(f"--captions is {options.captions}; say how many images to caption, e.g. 16")
     if options.bootstrap < 0:
         raise ValueError(f"--bootstrap is {options.bootstrap}; give a number of resamples, e.g. 1000, or 0 for none")
     return options
@@ -122,7 +122,7 @@ def main() -> None:
     from rich.console import Console
 
     from vladva.core import ray_tasks, storage
-    from vladva.evaluate.captioning import find_pictures, write_captions, writers
+    from vladva.evaluate.captioning import find_images, write_captions, writers
     from vladva.evaluate.mteb_adapter import write_results
     from vladva.report.comparison_tables import comparison_tables, layer_tables
     from vladva.report.evaluation_page import headline_highlights, write_report
@@ -130,7 +130,7 @@ def main() -> None:
     from vladva.report.tables import as_rich, score_tables, statistics_table
 
     check_models(options)
-    pictures = find_pictures(tasks, options.pictures, options.captions) if options.captions else []
+    images = find_images(tasks, options.images, options.captions) if options.captions else []
     systems = writers(options.models) if options.captions else {}
     ray_tasks.connect()
     resources = {"actors": options.actors, "gpus_per_actor": options.gpus_per_actor, "dtype": options.dtype}
@@ -150,12 +150,12 @@ def main() -> None:
         f"{stage}, {name}": of["seconds"][stage] for name, of in scores["models"].items() for stage in of["seconds"]
     }
     captioned: dict[str, Any] = {}
-    if pictures:
+    if images:
         began = time.monotonic()
-        captions = write_captions(systems, pictures, options.out, **resources)
+        captions = write_captions(systems, images, options.out, **resources)
         timings["captions"] = time.monotonic() - began
         captioned["caption_table"] = statistics_table(captions)
-        captioned["captions"] = caption_comparisons(captions, [picture.image for picture in pictures])
+        captioned["captions"] = caption_comparisons(captions, [picture.image for picture in images])
         tables.append(captioned["caption_table"])
     write_results(scores, options.out)
     console = Console()

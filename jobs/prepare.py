@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Make pictures with captions ready for training: `jobs/prepare.py SOURCE [--out URI]`.
+"""Make images with captions ready for training: `jobs/prepare.py SOURCE [--out URI]`.
 
 Tar shards (as img2dataset writes them) are used where they are, and only scanned. Anything else is written as tar
-shards to --out, the pictures byte for byte as they were, and then scanned:
+shards to --out, the images byte for byte as they were, and then scanned:
 
 {formats}
 
 The scan leaves an index in _index/ beside the shards; what cannot be used is not lost from sight but listed, with the
-reason, in a table that the job names. A page with counts, histograms and pictures is written too.
+reason, in a table that the job names. A page with counts, histograms and images is written too.
 
     jobs/prepare.py /data/cc3m                                                  # tars, in place
     jobs/prepare.py s3://lake/hf --out s3://lake/shards --caption-column text   # Parquet
@@ -35,20 +35,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description=__doc__.format(formats=formats),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="SOURCE", help="folder, file or s3://... with pictures and captions")
+    parser.add_argument("source", metavar="SOURCE", help="folder, file or s3://... with images and captions")
     parser.add_argument(
         "--out", default="", help="folder or s3://... for the shards; without it tars are used in place"
     )
     form = parser.add_argument_group("what the source is, where it is not found out")
     form.add_argument("--format", default="", help=f"one of {', '.join(sources.names())}")
-    form.add_argument(
-        "--images", default="", help="folder that relative paths of pictures start from (default: SOURCE)"
-    )
+    form.add_argument("--images", default="", help="folder that relative paths of images start from (default: SOURCE)")
     form.add_argument("--split", default="", help="Karpathy JSON: only these splits, commas between")
-    form.add_argument("--image-column", default="", help="column of pictures or of their paths")
+    form.add_argument("--image-column", default="", help="column of images or of their paths")
     form.add_argument("--caption-column", action="append", default=[], help="column of captions; may be repeated")
     form.add_argument("--id-column", default="", help="column or field with ids (default: path, or file and row)")
-    join = parser.add_argument_group("more captions for the same pictures, from a table (pictures captioned again)")
+    join = parser.add_argument_group("more captions for the same images, from a table (images captioned again)")
     join.add_argument("--captions-from", metavar="TABLE", default="", help=".parquet, .csv, .tsv or .jsonl")
     join.add_argument(
         "--join-on",
@@ -66,8 +64,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="decode every picture, reading all of its data (a JPEG at an eighth of its size, which is a third of the "
-        "time). With --no-verify only headers are read; training then scans again, since it wants pictures decoded",
+        help="decode every image, reading all of its data (a JPEG at an eighth of its size, which is a third of the "
+        "time). With --no-verify only headers are read; training then scans again, since it wants images decoded",
     )
     parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="stop when more of the samples are bad")
     parser.add_argument("--overwrite", action="store_true", help="replace the shards of another source in --out")

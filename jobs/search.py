@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Search an index: `jobs/search.py INDEX "a red circle" --model RUN_OR_MODEL`, or `--image PICTURE` in place of a text.
+"""Search an index: `jobs/search.py INDEX "a red circle" --model RUN_OR_MODEL`, or `--image IMAGE` in place of a text.
 
-Prints the hits with their scores and captions; --html writes a page that also shows the pictures.
+Prints the hits with their scores and captions; --html writes a page that also shows the images.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("index", metavar="INDEX", help="folder or s3://... of the index")
     parser.add_argument("query", nargs="?", help="a text")
-    parser.add_argument("--image", help="a picture to search with: path or s3://...")
+    parser.add_argument("--image", help="an image to search with: path or s3://...")
     parser.add_argument("--model", required=True, metavar="RUN_OR_MODEL", help="the model that made the index")
     parser.add_argument("--no-adapter", action="store_true", help="the base model, zero-shot")
     parser.add_argument("-k", "--k", type=int, default=5, help="hits")
     parser.add_argument("--filter", help="SQL condition on the columns: \"kind = 'image' AND length < 5000\"")
     parser.add_argument("--version", help="tag or number of the version; the newest by default")
-    parser.add_argument("--html", help="page to write, with pictures")
+    parser.add_argument("--html", help="page to write, with images")
     options = parser.parse_intermixed_args(arguments)
     if (options.query is None) == (options.image is None):
-        raise ValueError("give one query: a text, or --image PICTURE")
+        raise ValueError("give one query: a text, or --image IMAGE")
     return options
 
 
@@ -83,7 +83,7 @@ def main() -> None:
 
         query = options.query or options.image
         storage.write_bytes_atomically(options.html, hits_page(query, hits, index.corpus).encode())
-        print(f"pictures: {options.html}")
+        print(f"images: {options.html}")
 
 
 if __name__ == "__main__":

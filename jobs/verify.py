@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Prove that embeddings are the same everywhere: `jobs/verify.py RUN_OR_MODEL --data URI [--url http://...]`.
 
-The same pictures and captions are embedded as training does, as jobs/embed.py does and, with --url, by a running
+The same images and captions are embedded as training does, as jobs/embed.py does and, with --url, by a running
 server. Prints the largest difference of each two; the exit status is 1 if one is above the tolerance.
 """
 
@@ -24,7 +24,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("model", metavar="RUN_OR_MODEL", help="run or checkpoint folder, `tiny` or Hugging Face name")
     parser.add_argument("--data", required=True, help="folder or s3://... of the shards that training reads")
     parser.add_argument("--url", default="", help="of a server, e.g. http://127.0.0.1:8000; its key in VLADVA_API_KEY")
-    parser.add_argument("--samples", type=int, default=32, help="pictures, and as many captions")
+    parser.add_argument("--samples", type=int, default=32, help="images, and as many captions")
     parser.add_argument("--dtype", default="float32", choices=list(TOLERANCE), help="of the model here")
     parser.add_argument("--tolerance", type=float, help="that passes (float32: 1e-5, bfloat16: 0.02)")
     options = parser.parse_args(arguments)

@@ -33,7 +33,7 @@ def tiny() -> str:
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small corpus: 256 training and 64 test pictures, 16 hard negatives of each kind, scanned."""
+    """A small corpus: 256 training and 64 test images, 16 hard negatives of each kind, scanned."""
     from vladva.data.scenes.corpus import write_scenes
 
     folder = tmp_path_factory.mktemp("scenes")

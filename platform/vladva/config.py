@@ -29,7 +29,7 @@ class ModelConfig:
     lora_alpha: int = 16
     lora_dropout: float = 0.0
     max_image_tokens: int | None = None
-    """Larger pictures are made smaller (Qwen families); None: as the checkpoint's own files say."""
+    """Larger images are made smaller (Qwen families); None: as the checkpoint's own files say."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class DataConfig:
     long_below: int = 500
     """Longer captions are not used; they are counted by the scan."""
     texts_only: bool = False
-    """The samples are texts without pictures (NLI triplets); the model is used on pictures all the same."""
+    """The samples are texts without images (NLI triplets); the model is used on images all the same."""
     hard_negatives: int = 0
     """Hard-negative captions ("negatives" in a sample's JSON) used of each pair, at most."""
     max_text_tokens: int | None = None
-    """Short captions, hard negatives and texts in the stead of pictures are cut to so many tokens."""
+    """Short captions, hard negatives and texts in the stead of images are cut to so many tokens."""
     validation_uri: str = ""
     """Folder of the benchmark that `train.validate_on` names."""
     max_bad_fraction: float = 0.05
@@ -77,7 +77,7 @@ class LossConfig:
 
     contrastive: Literal["info_nce", "sigmoid"] = "info_nce"
     directions: Literal["symmetric", "one-way"] = "symmetric"
-    """InfoNCE of pictures to texts and texts to pictures, or of the former only."""
+    """InfoNCE of images to texts and texts to images, or of the former only."""
     temperature: float = 0.07
     learn_temperature: bool = True
     bias: float = -10.0
@@ -89,7 +89,7 @@ class LossConfig:
     next_token_every: int = 1
     """Take the caption loss at every n-th step only: the captions are most of a step's tokens."""
     mask_duplicates: bool = True
-    """Pairs with the same picture or the same caption are not negatives of each other."""
+    """Pairs with the same image or the same caption are not negatives of each other."""
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:

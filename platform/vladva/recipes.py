@@ -26,7 +26,7 @@ def tiny() -> RunConfig:
 
 
 def tiny_e5_v() -> RunConfig:
-    """E5-V's way on the tiny LVLM: sentences only (`vladva.scenes.write_triplets`), then used on pictures."""
+    """E5-V's way on the tiny LVLM: sentences only (`vladva.scenes.write_triplets`), then used on images."""
     return replace(
         tiny(),
         name="tiny-e5-v",
@@ -71,13 +71,13 @@ def qwen2_vl_2b() -> RunConfig:
     return replace(
         seven,
         name="qwen2-vl-2b",
-        # The published files allow 16,384 tokens a picture.
+        # The published files allow 16,384 tokens an image.
         model=replace(seven.model, checkpoint="Qwen/Qwen2-VL-2B-Instruct", max_image_tokens=1280),
         train=replace(seven.train, activation_checkpointing=False),
     )
 
 
-# --- E5-V (arXiv 2407.12580): trained on texts alone, used on pictures
+# --- E5-V (arXiv 2407.12580): trained on texts alone, used on images
 
 
 E5_V_MODEL = ModelConfig(
@@ -124,7 +124,7 @@ def e5_v_llava_1_5_7b() -> RunConfig:
 
 
 def vlm2vec_qwen2_vl_2b() -> RunConfig:
-    """InfoNCE alone on Qwen2-VL-2B, after VLM2Vec: pictures to texts, temperature 0.02, global batch 1024, LoRA 16."""
+    """InfoNCE alone on Qwen2-VL-2B, after VLM2Vec: images to texts, temperature 0.02, global batch 1024, LoRA 16."""
     vladva = qwen2_vl_2b()
     return replace(
         vladva,

@@ -1,7 +1,7 @@
 """Discriminative: the deployment that embeds (adapter on), and searches and changes the index of the same model.
 
 Items of all waiting requests share batches. A batch is full by cost, not by count: an item costs its tokens, and at
-least its pixels / PIXELS_PER_TOKEN, because a model that makes 16 tokens of every picture still holds it decoded.
+least its pixels / PIXELS_PER_TOKEN, because a model that makes 16 tokens of every image still holds it decoded.
 """
 
 import asyncio
@@ -49,7 +49,7 @@ def batch_cost(work: Sequence[Work]) -> int:
 
 @serve.deployment
 class Discriminative:
-    """Embeds texts and pictures, and searches. Methods return a `Failure` for what they refuse."""
+    """Embeds texts and images, and searches. Methods return a `Failure` for what they refuse."""
 
     def __init__(self, args: ServeArgs) -> None:
         from vladva.models.embedder import load_embedder

@@ -1,4 +1,4 @@
-"""Generative: the deployment that answers conversations about pictures, by default with the adapter off."""
+"""Generative: the deployment that answers conversations about images, by default with the adapter off."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -17,7 +17,7 @@ from serve.protocol.errors import Failure
 
 @dataclass(frozen=True)
 class Conversation:
-    """What to answer: messages in Hugging Face's chat form, and the encoded pictures and their sizes, in order."""
+    """What to answer: messages in Hugging Face's chat form, and the encoded images and their sizes, in order."""
 
     messages: list[dict[str, Any]]
     images: list[bytes]
@@ -131,7 +131,7 @@ class Generative:
         return prompt_tokens, max_tokens
 
     def decode(self, images: Sequence[bytes]) -> list[Image.Image] | Failure:
-        """The pictures, decoded."""
+        """The images, decoded."""
         from vladva.core.images import decode_image
 
         try:

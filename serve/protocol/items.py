@@ -1,4 +1,4 @@
-"""Items: the things to embed, text or picture, taken out of the forms in which clients send them.
+"""Items: the things to embed, text or image, taken out of the forms in which clients send them.
 
 A bad item is a `Failure` in its place, so that a caller who asked for `partial` still gets the others.
 """
@@ -27,7 +27,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Item:
-    """One text, or the encoded bytes and the (width, height) of one picture."""
+    """One text, or the encoded bytes and the (width, height) of one image."""
 
     text: str | None = None
     image: bytes | None = None
@@ -35,7 +35,7 @@ class Item:
 
     @property
     def pixels(self) -> int:
-        """Pixels of the picture, 0 for a text."""
+        """Pixels of the image, 0 for a text."""
         return self.size[0] * self.size[1]
 
 
@@ -59,7 +59,7 @@ def parse_item(value: JsonValue, field: str, limits: Limits, modality: Modality 
 
 
 def parse_conversations(conversations: Sequence[list[Message]], limits: Limits) -> list[Item | Failure]:
-    """One item for every conversation: its picture, or its text."""
+    """One item for every conversation: its image, or its text."""
     values: list[JsonValue] = []
     for conversation in conversations:
         parts = [part for message in conversation for part in message.parts()]
@@ -95,12 +95,12 @@ def _parse(value: JsonValue, field: str, limits: Limits, modality: Modality) -> 
         case {"image": str(uri)} if len(value) == 1:
             return parse_image(uri, field, limits)
         case {"text": _, "image": _}:
-            return _refused(field, "the model embeds a text or a picture, not both at once; send two items")
+            return _refused(field, "the model embeds a text or an image, not both at once; send two items")
     return _refused(field, 'send a string, {"text": "..."} or {"image": "data:image/png;base64,..."}')
 
 
 def parse_image(uri: str, field: str, limits: Limits) -> Item | Failure:
-    """The picture in a data: URI."""
+    """The image in a data: URI."""
     try:
         data = parse_data_uri(uri, limits.image_bytes)
         return Item(image=data, size=image_size(data, limits.image_pixels))

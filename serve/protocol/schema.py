@@ -20,7 +20,7 @@ class Body(BaseModel):
 
 
 class ImageUrl(BaseModel):
-    """Where the picture is: a data: URI."""
+    """Where the image is: a data: URI."""
 
     url: str
 
@@ -91,7 +91,7 @@ class SearchRequest(Body):
 
 
 class UpsertItem(Body):
-    """A text or a picture to write, under an id, with values for the columns that the index carries."""
+    """A text or an image to write, under an id, with values for the columns that the index carries."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -98,9 +98,9 @@ def usage(started: Started, finished: Finished) -> dict[str, int]:
 
 
 def parse_conversation(messages: list[Message], limits: Limits) -> Conversation:
-    """The conversation in Hugging Face's form. Raises ApiError for a bad picture, naming its part."""
+    """The conversation in Hugging Face's form. Raises ApiError for a bad image, naming its part."""
     turns: list[dict[str, Any]] = []
-    pictures: list[Item] = []
+    images: list[Item] = []
     for i, message in enumerate(messages):
         content = []
         for j, part in enumerate(message.parts()):
@@ -111,9 +111,9 @@ def parse_conversation(messages: list[Message], limits: Limits) -> Conversation:
             if isinstance(picture, Failure):
                 raise ApiError.of(picture)
             content.append({"type": "image"})
-            pictures.append(picture)
+            images.append(picture)
         turns.append({"role": "system" if message.role == "developer" else message.role, "content": content})
-    if sum(picture.pixels for picture in pictures) > limits.image_pixels:
-        text = f"messages: the pictures have more than {limits.image_pixels:,} pixels together"
+    if sum(picture.pixels for picture in images) > limits.image_pixels:
+        text = f"messages: the images have more than {limits.image_pixels:,} pixels together"
         raise ApiError(422, text, "invalid_image", "messages")
-    return Conversation(turns, [picture.image for picture in pictures], [picture.size for picture in pictures])
+    return Conversation(turns, [picture.image for picture in images], [picture.size for picture in images])

@@ -14,7 +14,7 @@ from serve.protocol.schema import EmbeddingRequest
 
 
 def routes(backend: Backend) -> APIRouter:
-    """The route that embeds texts and pictures."""
+    """The route that embeds texts and images."""
     router = APIRouter()
 
     @router.post("/v1/embeddings")

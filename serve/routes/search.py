@@ -48,7 +48,7 @@ def check_index(backend: Backend, asked: str | None) -> str:
 
 
 def parse_query(value: JsonValue, limits: Limits, modality: str) -> Item | np.ndarray:
-    """A text, a picture, or a vector [D], which is given unit norm."""
+    """A text, an image, or a vector [D], which is given unit norm."""
     if not isinstance(value, list):
         return parse_item(value, "query", limits, modality)
     numbers = value if all(isinstance(x, int | float) and not isinstance(x, bool) for x in value) else []

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How fast pictures and captions become batches, beside webdataset, Ray Data's reader and a bare loop; their memory.
+"""How fast images and captions become batches, beside webdataset, Ray Data's reader and a bare loop; their memory.
 
     pip install -c constraints.txt -e '.[bench,test]'
     tests/bench/data.py                          everything, some 5 minutes on two cores
@@ -12,7 +12,7 @@
   processes run beside all of them.
 - s3: the chunk stream from SeaweedFS, every request 30 ms late, over that from the local disk.
 - memory: the most that one of the tasks' processes and the object store take for 50,000 samples, over that for 2,000;
-  pictures of 336 x 336, so that 2,000 of them are more than the object store of 512 MiB could hold, and taken more
+  images of 336 x 336, so that 2,000 of them are more than the object store of 512 MiB could hold, and taken more
   slowly than they come, as training does: all that may be in flight is then in flight, in both.
 - index: seconds and memory of a new process from the index of 100 million samples to the first chunk's samples.
 
@@ -177,12 +177,12 @@ def memory(folder: Path, sizes: tuple[int, int]) -> dict[str, float]:
 
     found, model = [], feeds.build_model(folder / "model of memory")
     for size in sizes:
-        uri = str(folder / f"pictures-{size}")
-        pictures = [feeds.photo(seed) for seed in range(4)]
-        small = [shrunk(picture) for picture in pictures]
+        uri = str(folder / f"images-{size}")
+        images = [feeds.photo(seed) for seed in range(4)]
+        small = [shrunk(image) for image in images]
         with ShardWriter(uri, 500) as shards:
             for number in range(size):
-                meta = {"captions": [f"a picture with the number {number}", "a long caption " * 16]}
+                meta = {"captions": [f"an image with the number {number}", "a long caption " * 16]}
                 shards.write(f"{number:06d}", {"jpg": small[number % 4], "json": json.dumps(meta).encode()})
         start_ray(object_store_memory=STORE)
         scanned(uri, model)
@@ -202,13 +202,13 @@ def memory(folder: Path, sizes: tuple[int, int]) -> dict[str, float]:
     }
 
 
-def shrunk(picture: bytes) -> bytes:
+def shrunk(image: bytes) -> bytes:
     import io
 
     from PIL import Image
 
     body = io.BytesIO()
-    Image.open(io.BytesIO(picture)).resize((16, 16)).save(body, "JPEG")
+    Image.open(io.BytesIO(image)).resize((16, 16)).save(body, "JPEG")
     return body.getvalue()
 
 

@@ -1,19 +1,19 @@
 #!/usr/bin/env python
-"""How fast texts and pictures are embedded, beside transformers, sentence-transformers and the machine's products.
+"""How fast texts and images are embedded, beside transformers, sentence-transformers and the machine's products.
 
     pip install -c constraints.txt -e '.[bench]'
     tests/bench/embed.py                          throughput, and the whole job beside the bare forward
     tests/bench/embed.py --sizes 1000,10000,100000    time per item of the job with the tiny model
 
 A random LLaVA of 186M parameters (random_llava.py) in bfloat16, two threads. Every contender has a process of its own,
-makes its inputs from the same texts and pictures and embeds them; they take turns, three times, and medians count.
+makes its inputs from the same texts and images and embeds them; they take turns, three times, and medians count.
 
 - `e5v`: transformers as E5-V and VLM2Vec call it: batches padded on the left, all hidden states kept, the LM head on.
 - `sentence_transformers`: what `SentenceTransformer(checkpoint).encode` does with the same prompts, sent as messages.
 - utilisation: operations of the plain model without the LM head (products of the layers for every token, causal
   attention; nothing less for what is left out) per second, over the rate of the best of four bfloat16 products, timed
   in the same turns: 4096 x 4096 x 4096, and this model's three widths with 4,096 rows.
-- `job_efficiency`: seconds that the bare forward takes for texts and pictures that are preprocessed already, over what
+- `job_efficiency`: seconds that the bare forward takes for texts and images that are preprocessed already, over what
   the job (shards to Parquet, one actor of two threads) takes for the same: reading, decoding, tokenising, handing over
   and writing, on the same two cores. It counts from the moment that the job's first batch is written, to the complete
   table; before that Ray and the model have to start, which takes `job_startup_s`, however many items there are.
@@ -237,13 +237,13 @@ def job(model: str, data: str, out: str, kinds: list[str], dtype: str) -> dict[s
 
     from vladva.embed.corpus import open_corpus
     from vladva.embed.pipeline import encode
-    from vladva.embed.table_writer import TableInProgress
+    from vladva.embed.table_writer import TableWriter
     from vladva.models.preprocessor import Preprocessor
 
     written: list[tuple[float, Counter[str]]] = []
-    commit = TableInProgress.commit
+    commit = TableWriter.commit
 
-    def note(table: TableInProgress, bad: list[dict[str, Any]]) -> Any:
+    def note(table: TableWriter, bad: list[dict[str, Any]]) -> Any:
         import pyarrow.parquet as pq
 
         parts = Path(out, "_parts").glob("*.parquet")
@@ -255,7 +255,7 @@ def job(model: str, data: str, out: str, kinds: list[str], dtype: str) -> dict[s
         written.append((last + time.time() - began, Counter()))  # what completing the table takes
         return result
 
-    TableInProgress.commit = note  # type: ignore[method-assign]
+    TableWriter.commit = note  # type: ignore[method-assign]
     started = time.time()
     ray.init("local", num_cpus=THREADS + 1, include_dashboard=False, logging_level="ERROR")
     corpus = open_corpus(data, kinds, count_tokens=Preprocessor(model).count_tokens)
@@ -272,7 +272,7 @@ def job(model: str, data: str, out: str, kinds: list[str], dtype: str) -> dict[s
         total=corpus.num_items,
     )
     ray.shutdown()
-    TableInProgress.commit = commit  # type: ignore[method-assign]
+    TableWriter.commit = commit  # type: ignore[method-assign]
     (first, _), *others = sorted(written, key=lambda one: one[0])
     return {
         "startup_s": first - started,
@@ -282,7 +282,7 @@ def job(model: str, data: str, out: str, kinds: list[str], dtype: str) -> dict[s
 
 
 def write_shards(folder: Path, count: int) -> tuple[list[str], list[Any]]:
-    """A shard of pictures with two captions each, which are returned."""
+    """A shard of images with two captions each, which are returned."""
     import io
     import tarfile
 
@@ -353,7 +353,7 @@ def growth(sizes: list[int], folder: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", help="numbers of items, by which the job's time per item is measured")
-    parser.add_argument("--job-items", type=int, default=320, help="pictures, and twice as many texts, of the job")
+    parser.add_argument("--job-items", type=int, default=320, help="images, and twice as many texts, of the job")
     parser.add_argument("--skip-job", action="store_true", help="throughput alone")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

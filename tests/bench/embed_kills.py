@@ -4,7 +4,7 @@
     tests/bench/embed_kills.py                    20,000 items
     tests/bench/embed_kills.py --items 2000       a try
 
-Half of the items are small pictures, half are captions, of WebDataset shards; the model is `tiny`, with two actors.
+Half of the items are small images, half are captions, of WebDataset shards; the model is `tiny`, with two actors.
 Every 20 seconds one of the processes that hold the model gets SIGKILL, the one that has lived longest, if anything was
 written since the last time (on a busy machine an actor may take longer than that to start). When a third of the items
 is embedded, and again when two thirds are, the driver gets SIGKILL, and Ray goes down with it; then the same command
@@ -36,14 +36,14 @@ EVERY_S = 20.0
 PER_SHARD = 1000
 
 
-def write_shards(folder: Path, pictures: int) -> None:
-    """Different pictures of 40 x 40 random pixels, each with a caption of its own."""
+def write_shards(folder: Path, images: int) -> None:
+    """Different images of 40 x 40 random pixels, each with a caption of its own."""
     folder.mkdir()
     random = np.random.default_rng(0)
-    captions = random_llava.texts(pictures)
-    for first in range(0, pictures, PER_SHARD):
+    captions = random_llava.texts(images)
+    for first in range(0, images, PER_SHARD):
         with tarfile.open(folder / f"shard-{first // PER_SHARD:06d}.tar", "w") as tar:
-            for i in range(first, min(first + PER_SHARD, pictures)):
+            for i in range(first, min(first + PER_SHARD, images)):
                 body = io.BytesIO()
                 Image.fromarray(random.integers(0, 256, (40, 40, 3), np.uint8)).save(body, "PNG")
                 for name, data in ((f"{i:06d}.png", body.getvalue()), (f"{i:06d}.txt", f"{i} {captions[i]}".encode())):
@@ -75,7 +75,7 @@ def encoders(job: psutil.Popen) -> list[psutil.Process]:
     found = []
     for process in job.children(recursive=True):
         try:
-            if "MapBatches(Encoder)" in " ".join(process.cmdline()):
+            if "MapBatches(EmbeddingActor)" in " ".join(process.cmdline()):
                 found.append((process.create_time(), process.pid, process))
         except psutil.NoSuchProcess:
             continue

@@ -57,7 +57,7 @@ WORDS = [
 
 
 def build_model(folder: Path) -> str:
-    """Tokenizer and image processor of the tiny model, for pictures of 336 x 336 as LLaVA-1.5 takes; no weights."""
+    """Tokenizer and image processor of the tiny model, for images of 336 x 336 as LLaVA-1.5 takes; no weights."""
     from vladva.models.backbones import TINY
 
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -143,7 +143,7 @@ def _bare(config: RunConfig, numbers: range, pipe: Connection) -> None:
         pipe.send("done")
 
 
-# --- the streams: number of pictures in each batch, as it comes ------------------------------------------------------
+# --- the streams: number of images in each batch, as it comes ------------------------------------------------------
 
 
 def vladva_stream(config: RunConfig) -> Iterator[int]:
@@ -164,13 +164,13 @@ def preprocessor(model: str) -> Preprocessor:
     return Preprocessor(model, soft_prompts=True)
 
 
-def example(name: str, picture: bytes, meta: bytes) -> Example:
+def example(name: str, image: bytes, meta: bytes) -> Example:
     """A member of a tar, decoded."""
     from vladva.core.images import decode_image
     from vladva.data.examples import Example
 
     short, long = json.loads(meta)["captions"]
-    return Example(name, decode_image(picture), short, long)
+    return Example(name, decode_image(image), short, long)
 
 
 class WebDatasetCollate:

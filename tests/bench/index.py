@@ -34,7 +34,7 @@ import numpy as np
 import pyarrow as pa
 
 from vladva.core.hashing import digest
-from vladva.embed.table_writer import TableInProgress, write_part
+from vladva.embed.table_writer import TableWriter, write_part
 from vladva.index.build import build_index
 from vladva.index.vector_index import open_index
 
@@ -47,7 +47,7 @@ Search = Callable[[np.ndarray], list[int]]
 
 
 def embeddings(rows: int, dimension: int, seed: int) -> np.ndarray:
-    """Unit vectors [rows, dimension], clustered as embeddings of pictures and captions are.
+    """Unit vectors [rows, dimension], clustered as embeddings of images and captions are.
 
     They lie in a cone (two at random have a cosine of about 0.4), in topics that differ in size (Zipf) and in width and
     that overlap; the variance falls with the direction by a power law (15 of 512 carry most of it), and within a topic
@@ -76,13 +76,13 @@ def items_of(first: int, count: int) -> pa.Table:
     """Items with the ids `first`, `first + 1`, ..."""
     ids = [str(number) for number in range(first, first + count)]
     contents = pa.array([digest(one) for one in ids], pa.binary(16))
-    captions = [f"the caption of picture {one}" for one in ids]
+    captions = [f"the caption of image {one}" for one in ids]
     return pa.table({"id": ids, "kind": ["image"] * count, "content": contents, "caption": captions})
 
 
 def write_table(uri: str, vectors_ND: np.ndarray, model: dict[str, Any]) -> None:
     """A complete embeddings table, as the embedding job leaves it."""
-    table = TableInProgress(uri, model, "")
+    table = TableWriter(uri, model, "")
     for first in range(0, len(vectors_ND), 10_000):
         block_ND = vectors_ND[first : first + 10_000]
         write_part(uri, items_of(first, len(block_ND)), block_ND, model)

@@ -1,4 +1,4 @@
-"""A LLaVA of 186M parameters with random weights, and texts and pictures for it: what the throughput benchmarks share.
+"""A LLaVA of 186M parameters with random weights, and texts and images for it: what the throughput benchmarks share.
 
 A ViT of 12 x 384 (patch 28 on 224 pixels: 64 image tokens), a Llama of 30 x 576 with a vocabulary of 49,152: large
 enough that matrix products are most of the time, small enough for two cores.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 NUM_TEXTS, NUM_IMAGES = 128, 32
-PICTURE_SIZE, PATCH_SIZE = 224, 28
+IMAGE_SIZE, PATCH_SIZE = 224, 28
 SHORT, LONG = (6, 18), (40, 120)  # fewest and most words of a caption; each word is a token, the prompt is 15
 
 
@@ -37,7 +37,7 @@ def build_random_llava(folder: Path, *, seed: int = 0) -> str:
         intermediate_size=1536,
         num_hidden_layers=12,
         num_attention_heads=6,
-        image_size=PICTURE_SIZE,
+        image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
         projection_dim=384,
     )
@@ -57,7 +57,7 @@ def build_random_llava(folder: Path, *, seed: int = 0) -> str:
         vision_config=vision,
         text_config=text,
         image_token_index=3,
-        image_seq_length=(PICTURE_SIZE // PATCH_SIZE) ** 2,
+        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         pad_token_id=0,
@@ -68,7 +68,7 @@ def build_random_llava(folder: Path, *, seed: int = 0) -> str:
     model = LlavaForConditionalGeneration(config)
     save_checkpoint(model, AutoTokenizer.from_pretrained(TINY), folder)
     model.to(torch.bfloat16).save_pretrained(folder)
-    size = {"size": {"shortest_edge": PICTURE_SIZE}, "crop_size": {"height": PICTURE_SIZE, "width": PICTURE_SIZE}}
+    size = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
     for name, changes in (("preprocessor_config", size), ("processor_config", {"patch_size": PATCH_SIZE})):
         path = folder / f"{name}.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2) + "\n")
@@ -83,10 +83,10 @@ def texts(count: int = NUM_TEXTS, length: tuple[int, int] = SHORT, *, seed: int 
 
 
 def images(count: int = NUM_IMAGES, *, seed: int = 0) -> list[Image.Image]:
-    """Different pictures of 224 x 224 random pixels."""
+    """Different images of 224 x 224 random pixels."""
     import numpy as np
     from PIL import Image
 
     generator = np.random.default_rng(seed)
-    pixels = generator.integers(0, 256, (count, PICTURE_SIZE, PICTURE_SIZE, 3), np.uint8)
-    return [Image.fromarray(picture) for picture in pixels]
+    pixels = generator.integers(0, 256, (count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    return [Image.fromarray(image) for image in pixels]

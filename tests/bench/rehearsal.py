@@ -3,8 +3,8 @@
 
     tests/bench/rehearsal.py [--width 1024]
 
-Random embeddings through a benchmark's own `score`: COCO's form (5,000 pictures with 5 captions each) and ImageNet's
-(50,000 pictures against 1,000 classes in 80, 7 and 1 templates). The last line is JSON: the seconds of each, the
+Random embeddings through a benchmark's own `score`: COCO's form (5,000 images with 5 captions each) and ImageNet's
+(50,000 images against 1,000 classes in 80, 7 and 1 templates). The last line is JSON: the seconds of each, the
 highest resident memory of the process so far in MB, the embeddings included, and how far the scores are from chance in
 standard errors (random embeddings know nothing).
 """
@@ -31,12 +31,12 @@ def peak_mb() -> float:
 
 
 def refs(count: int) -> list[ImageRef]:
-    """Pictures that nobody will read."""
+    """Images that nobody will read."""
     return [ImageRef(f"image/{number}", f"{number}.jpg", "", 0, 0) for number in range(count)]
 
 
 def coco() -> RetrievalTask:
-    """5,000 pictures with 5 captions each, all different."""
+    """5,000 images with 5 captions each, all different."""
     owners = np.repeat(np.arange(5000), 5)
     captions = tuple(f"caption {number}" for number in range(len(owners)))
     numbers, groups = np.arange(len(owners)), np.repeat("", 5000)
@@ -44,7 +44,7 @@ def coco() -> RetrievalTask:
 
 
 def imagenet() -> ClassificationTask:
-    """50 pictures of each of the 1,000 classes, and the published names in all three sets of templates."""
+    """50 images of each of the 1,000 classes, and the published names in all three sets of templates."""
     words = json.loads(resources.files("vladva.benchmarks.tasks").joinpath("imagenet_prompts.json").read_bytes())
     texts = Unique()
     prompts = {
@@ -56,7 +56,7 @@ def imagenet() -> ClassificationTask:
 
 
 def rehearse(name: str, task: RetrievalTask | ClassificationTask, width: int) -> dict[str, float]:
-    """Score random embeddings of a task's texts and pictures."""
+    """Score random embeddings of a task's texts and images."""
     rng = np.random.default_rng(0)
     texts = rng.standard_normal((len(task.texts), width), dtype=np.float32)
     images = rng.standard_normal((len(task.images), width), dtype=np.float32)
@@ -66,7 +66,7 @@ def rehearse(name: str, task: RetrievalTask | ClassificationTask, width: int) ->
     queries = {"t2i": len(task.texts), "i2t": len(task.images), "top": len(task.images)}
     errors = {m: (p * (1 - p) / queries[m[:3]]) ** 0.5 for m, p in task.chance.items()}
     off = max(abs(scores[metric] - chance) / errors[metric] for metric, chance in task.chance.items())
-    print(f"{name}: {len(texts):,} texts, {len(images):,} pictures, {seconds:.1f} s, peak {peak_mb():,.0f} MB")
+    print(f"{name}: {len(texts):,} texts, {len(images):,} images, {seconds:.1f} s, peak {peak_mb():,.0f} MB")
     return {f"{name}_s": seconds, f"{name}_peak_mb": peak_mb(), f"{name}_from_chance": off}
 
 

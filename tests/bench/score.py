@@ -38,7 +38,7 @@ def timed(work: Callable[[], T]) -> tuple[T, float]:
 
 
 def coco(width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """25,010 captions of 5,000 pictures: the first ten pictures have six."""
+    """25,010 captions of 5,000 images: the first ten images have six."""
     rng = np.random.default_rng(0)
     owners = np.repeat(np.arange(5000), [6] * 10 + [5] * 4990)
     images = rng.standard_normal((5000, width)).astype(np.float32)

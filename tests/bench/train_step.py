@@ -48,7 +48,7 @@ from torch.nn.functional import cross_entropy, normalize
 from vladva.config import DataConfig, LossConfig, ModelConfig, RunConfig, TrainConfig
 from vladva.data.examples import Example
 from vladva.models.adapter import add_adapter
-from vladva.models.batch import Batch, as_tensors
+from vladva.models.batch import MicroBatch, as_tensors
 from vladva.models.embedding_model import EmbeddingModel, caption_labels
 from vladva.models.packed.packing import pack
 from vladva.models.preprocessor import Preprocessor
@@ -72,7 +72,7 @@ def config_of(checkpoint: str, pairs: int, chunk: int, next_token_weight: float)
     )
 
 
-def chunks_of(preprocessor: Preprocessor, pairs: int, chunk: int, *, long: bool) -> list[Batch]:
+def chunks_of(preprocessor: Preprocessor, pairs: int, chunk: int, *, long: bool) -> list[MicroBatch]:
     """Random pairs, collated."""
     pictures = images(min(pairs, 32))
     shorts, longs = texts(pairs), texts(pairs, LONG, seed=1) if long else [None] * pairs
@@ -165,7 +165,7 @@ def sentence_transformers_step(checkpoint: str, pairs: int, chunk: int) -> Calla
     return step
 
 
-def useful_flop(engine: Engine, batches: list[Batch]) -> float:
+def useful_flop(engine: Engine, batches: list[MicroBatch]) -> float:
     """FLOP that the two losses of a step, and their gradients, cannot do without.
 
     No padding, no recomputation, no gradients of frozen weights; beginnings that prompts share once; in the last layer
@@ -199,7 +199,7 @@ def useful_flop(engine: Engine, batches: list[Batch]) -> float:
     return flop + 2 * pictures * patches * seen
 
 
-def padding(batch: Batch, *names: str) -> float:
+def padding(batch: MicroBatch, *names: str) -> float:
     """Share of padding in the token ids of these sides, as the peers take them."""
     sides = [getattr(batch, name) for name in names]
     return 1 - sum(int(side.lengths.sum()) for side in sides) / sum(side.ids.size for side in sides)

@@ -51,16 +51,16 @@ def test_all_benchmarks_of_a_folder(
     for model in scores["models"].values():
         for name, about in scores["benchmarks"].items():
             assert set(model["scores"][name]) == set(about["chance"])
-        # 1,000 pictures, 125 of each kind: one in 125 of the captions whose kind of picture is the nearest.
+        # 1,000 images, 125 of each kind: one in 125 of the captions whose kind of image is the nearest.
         found = model["scores"]["flickr30k"]["t2i_r1"]
         assert found == pytest.approx(model["tie_rates"]["flickr30k"]["t2i_r1"] / 125)
         assert found > 0
         assert model["num_embedded"] <= 64 + 64 + 9
 
-    # The score of pictures with several vectors by another route: the embedder itself, and a loop.
+    # The score of images with several vectors by another route: the embedder itself, and a loop.
     embedder = DualEncoder(blip_2)
     texts = dict(zip(captions, embedder.embed_texts(captions), strict=True))
-    images = embedder.embed_images([decode_image(picture) for picture in pictures])
+    images = embedder.embed_images([decode_image(image) for image in pictures])
     rows = read_outcomes(str(out), "blip-2", "winoground").to_pylist()
     for n, row in enumerate(rows[:20]):
         for side in (0, 1):

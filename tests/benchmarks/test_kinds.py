@@ -69,14 +69,14 @@ def test_retrieval_counts_strips_and_joins(tmp_path: Path) -> None:
     assert task.caption_text[5] == task.caption_text[11]
 
 
-def test_perfect_retrieval_but_for_the_caption_two_pictures_share(tmp_path: Path) -> None:
+def test_perfect_retrieval_but_for_the_caption_two_images_share(tmp_path: Path) -> None:
     retrieval_files(tmp_path, (5, 6, 7, 2))
     task = RETRIEVAL.read(str(tmp_path))
     images = vectors(4, 1)
     texts = np.stack([images[task.caption_image[list(task.caption_text).index(n)]] for n in range(len(task.texts))])
     result = task.score(texts, images)
     assert set(result.scores) == {f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)}
-    # Picture 2's copy of the shared caption is embedded as picture 1: 19 of 20 right.
+    # Image 2's copy of the shared caption is embedded as image 1: 19 of 20 right.
     assert result.scores["t2i_r1"] == pytest.approx(19 / 20)
     assert result.scores["t2i_r5"] == 1.0
     assert result.scores["i2t_r1"] == pytest.approx((1 + 6 / 7 + 1 + 1) / 4)
@@ -113,9 +113,9 @@ def test_constant_model_retrieves_at_chance(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("declared", "message"),
     [
-        ({"num_images": 5}, r"expected 5 pictures in test\.json, found 4"),
+        ({"num_images": 5}, r"expected 5 images in test\.json, found 4"),
         ({"num_captions": (19, 21)}, r"expected 19 or 21 captions in test\.json, found 20"),
-        ({"min_captions_per_image": 5}, "expected 0 pictures with fewer than 5 captions, found 1"),
+        ({"min_captions_per_image": 5}, "expected 0 images with fewer than 5 captions, found 1"),
     ],
 )
 def test_wrong_counts_say_expected_and_found(tmp_path: Path, declared: dict, message: str) -> None:
@@ -144,20 +144,20 @@ def test_groups_restrict_the_queries_and_not_the_gallery(tmp_path: Path) -> None
     task = benchmark.read(str(tmp_path))
     images = np.eye(4, WIDTH, dtype=np.float32)
     texts = images[task.caption_image].copy()
-    texts[:3] = images[1]  # the captions of picture 0 say picture 1, which is in another group
+    texts[:3] = images[1]  # the captions of image 0 say image 1, which is in another group
     result = task.score(texts, images)
     scores = {name: result.scores[f"t2i_r1{name}"] for name in ("", "_in_domain", "_out_domain", "_near_domain")}
     assert scores == {"": 3 / 4, "_in_domain": 1 / 2, "_out_domain": 1.0, "_near_domain": 1.0}
-    # Picture 1's own captions tie with picture 0's: the gallery is that of all groups.
+    # Image 1's own captions tie with image 0's: the gallery is that of all groups.
     assert result.tie_rates["i2t_r1_out_domain"] == 1.0
     assert set(task.chance) == set(result.scores)
     assert task.score(*constant(task)).scores == pytest.approx(task.chance)
     wrong = Retrieval(title="N", annotations=("val.json",), images=("images",), groups={"in-domain": 3}, **ABOUT)
-    with pytest.raises(ValueError, match=r"expected 3 in-domain pictures in val\.json, found 2"):
+    with pytest.raises(ValueError, match=r"expected 3 in-domain images in val\.json, found 2"):
         wrong.read(str(tmp_path))
 
 
-def test_the_numbers_of_the_pictures_are_known(tmp_path: Path) -> None:
+def test_the_numbers_of_the_images_are_known(tmp_path: Path) -> None:
     names = [f"COCO_val2014_{number:012}.png" for number in (42, 1042, 7)]
     write(tmp_path, "test.json", [{"image": name, "caption": ["c"]} for name in names])
     draw(tmp_path / "images", names)
@@ -255,7 +255,7 @@ def test_two_captions_against_one(tmp_path: Path) -> None:
     assert result.scores["swap_object_itt"] == pytest.approx(2 / 3)
     assert result.scores["swap_object_tot"] == pytest.approx(2 / 3)
     assert result.scores["swap_object_p1"] == pytest.approx(2 / 3)
-    # Row 1: the second caption is as near to the picture as the negative is, mirrored; a tie fails.
+    # Row 1: the second caption is as near to the image as the negative is, mirrored; a tie fails.
     assert result.scores["swap_object_p2"] == pytest.approx(2 / 3)
     assert result.scores["itt_macro"] == result.scores["swap_object_itt"]
     assert means(result.samples, result.averages) == pytest.approx(result.scores)
@@ -280,7 +280,7 @@ def test_matching_tells_text_from_image(tmp_path: Path) -> None:
     assert [image.name for image in task.images] == [
         "ex_0_img_0.png", "ex_1_img_0.png", "ex_0_img_1.png", "ex_1_img_1.png"
     ]  # fmt: skip
-    # Pictures are the axes, so that a caption's first two coordinates are its cosines with them.
+    # Images are the axes, so that a caption's first two coordinates are its cosines with them.
     images = np.eye(2, 3)[[0, 0, 1, 1]]
 
     def score(cosines: dict[str, tuple[float, float]]) -> dict[str, float]:
@@ -319,7 +319,7 @@ def test_classification_with_two_classes_of_one_name(tmp_path: Path) -> None:
     images = np.stack([unique[name] for name in names])
     result = task.score(texts, images)
     assert means(result.samples, result.averages) == pytest.approx(result.scores)
-    # missile (657, 744) and sunglasses (836, 837): half of four pictures.
+    # missile (657, 744) and sunglasses (836, 837): half of four images.
     assert {name for name in names if names.count(name) == 2} == {"missile", "sunglasses"}
     for suffix in ("", "_seven", "_single"):
         assert result.scores[f"top1{suffix}"] == pytest.approx(0.998)

@@ -187,7 +187,7 @@ def test_winoground_by_hand(scores: list, expected: tuple[int, int, int]) -> Non
 
 
 def test_two_classes_of_the_same_name() -> None:
-    """One picture of each of three classes, the first two with the same prompts, the model otherwise perfect."""
+    """One image of each of three classes, the first two with the same prompts, the model otherwise perfect."""
     prompts = np.array([[0, 1, 2], [0, 1, 2], [3, 4, 5]])
     classes = class_embeddings(gaussian(6), prompts)
     ranks = rank(classes, classes, np.arange(3), np.arange(3))
@@ -262,7 +262,7 @@ def test_almost_constant_model_is_at_chance() -> None:
 
 
 def test_embeddings_that_are_almost_constant_are_at_chance() -> None:
-    """Every picture the same vector and every text another, up to a millionth: what is measured is that noise."""
+    """Every image the same vector and every text another, up to a millionth: what is measured is that noise."""
     rng = np.random.default_rng(1)
     base = rng.standard_normal((2, 1, 64))
     images = unit_rows(base[0] + 1e-6 * rng.standard_normal((20_000, 64)))
@@ -270,7 +270,7 @@ def test_embeddings_that_are_almost_constant_are_at_chance() -> None:
     scores = np.stack([cosines(images, texts) for texts in (first, second, third)], axis=1)
     assert all_above(scores[:, :1], scores[:, 1:2]).mean("expected") == pytest.approx(1 / 2, abs=0.015)
     assert all_above(scores[:, :2], scores[:, 2:]).mean("expected") == pytest.approx(1 / 3, abs=0.015)
-    # Not Winoground: this noise belongs to a text or a picture, not to a pair, so its four scores are not independent.
+    # Not Winoground: this noise belongs to a text or an image, not to a pair, so its four scores are not independent.
     owners, numbers = np.repeat(np.arange(400), 5), np.arange(400)
     assert hits_at(rank(first[:2000], images[:400], owners, numbers), 10).mean("expected") == pytest.approx(
         10 / 400, abs=0.012

@@ -50,7 +50,7 @@ def test_retrieval(captions: str, k: int) -> None:
 
 @pytest.mark.parametrize("captions", ["ragged", "ten"])
 def test_retrieval_end_to_end(captions: str) -> None:
-    """Its whole evaluation, with pictures and texts that already are their embeddings."""
+    """Its whole evaluation, with images and texts that already are their embeddings."""
     texts, images, owners = pairs(captions)
     words = Words([str(number) for number in range(len(texts))], 32)
     words.table = torch.from_numpy(texts)
@@ -79,7 +79,7 @@ def test_hit_rate() -> None:
 
 
 class Identity:
-    """A model whose pictures and texts already are embeddings."""
+    """A model whose images and texts already are embeddings."""
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         return images.flatten(1)

@@ -41,7 +41,7 @@ def test_unknown_name_lists_the_known() -> None:
 
 @pytest.fixture
 def official(tmp_path: Path) -> Path:
-    """SugarCrepe as published, with pictures of the right names."""
+    """SugarCrepe as published, with images of the right names."""
     shutil.copytree(OFFICIAL, tmp_path / "sugar_crepe")
     (tmp_path / "coco/val2017").mkdir(parents=True)
     rows = [row for path in OFFICIAL.glob("*.json") for row in json.loads(path.read_text()).values()]
@@ -73,9 +73,9 @@ def test_sugar_crepe_with_the_row_taken_out_later(official: Path) -> None:
     assert sugar_crepe.BENCHMARK.read(str(official)).counts["swap_object"] == 246
 
 
-def test_missing_pictures_are_an_error_not_an_absence(official: Path) -> None:
+def test_missing_images_are_an_error_not_an_absence(official: Path) -> None:
     shutil.rmtree(official / "coco")
-    with pytest.raises(ValueError, match=r"expected 1560 pictures .* found 0; missing"):
+    with pytest.raises(ValueError, match=r"expected 1560 images .* found 0; missing"):
         sugar_crepe.BENCHMARK.read(str(official))
 
 

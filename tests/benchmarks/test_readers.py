@@ -95,7 +95,7 @@ def test_csv_with_a_json_list_in_a_cell() -> None:
 
 
 @pytest.mark.parametrize("column", ["text", "annotations_captions"])
-def test_parquet_with_pictures_and_lists_of_captions(column: str, tmp_path: Path) -> None:
+def test_parquet_with_images_and_lists_of_captions(column: str, tmp_path: Path) -> None:
     (tmp_path / "set/data").mkdir(parents=True)
     for part in (0, 1):
         rows = [
@@ -181,7 +181,7 @@ def test_winoground_lines_and_pngs(tmp_path: Path) -> None:
     assert examples[2].images == ("ex_2_img_0.png", "ex_2_img_1.png")
 
 
-def test_winoground_parquet_with_a_transparent_picture(tmp_path: Path) -> None:
+def test_winoground_parquet_with_a_transparent_image(tmp_path: Path) -> None:
     rows = [
         row
         | {"image_0": {"bytes": picture((row["id"], 0, 0, 128), mode="RGBA"), "path": None}}
@@ -196,14 +196,14 @@ def test_winoground_parquet_with_a_transparent_picture(tmp_path: Path) -> None:
     assert read_images([refs[2], refs[0]]) == [rows[2]["image_0"]["bytes"], rows[0]["image_0"]["bytes"]]
 
 
-# Pictures and labels --------------------------------------------------------------------------------------------------
+# Images and labels --------------------------------------------------------------------------------------------------
 
 
-def test_pictures_in_folders_and_tars(tmp_path: Path) -> None:
+def test_images_in_folders_and_tars(tmp_path: Path) -> None:
     red, blue, green = picture((255, 0, 0)), picture((0, 0, 255)), picture((0, 255, 0), form="JPEG")
     (tmp_path / "set/images/val").mkdir(parents=True)
     (tmp_path / "set/images/val/red.PNG").write_bytes(red)
-    (tmp_path / "set/images/notes.txt").write_text("not a picture")
+    (tmp_path / "set/images/notes.txt").write_text("not an image")
     members = [("b.png", blue), ("b.json", b"{}"), ("g.jpeg", green)]
     write_tar(tmp_path / "set/images/000000.tar", members)
     refs = pick_images(str(tmp_path), ("absent", "set/images"), ["g.jpeg", "elsewhere/red.PNG", "b.png"], "Set")
@@ -212,7 +212,7 @@ def test_pictures_in_folders_and_tars(tmp_path: Path) -> None:
     assert len(find_images(str(tmp_path), ("set/images",))) == 3
 
 
-def test_a_changed_file_is_a_new_picture(tmp_path: Path) -> None:
+def test_a_changed_file_is_a_new_image(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     file = tmp_path / "images/1.png"
     ids = set()
@@ -222,10 +222,10 @@ def test_a_changed_file_is_a_new_picture(tmp_path: Path) -> None:
     assert len(ids) == 3
 
 
-def test_missing_pictures_are_counted_and_named(tmp_path: Path) -> None:
+def test_missing_images_are_counted_and_named(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images/1.png").write_bytes(picture((0, 0, 0)))
-    with pytest.raises(ValueError, match=r"Set: expected 3 pictures .* found 1; missing 2.png, 3.png"):
+    with pytest.raises(ValueError, match=r"Set: expected 3 images .* found 1; missing 2.png, 3.png"):
         pick_images(str(tmp_path), ("images",), ["1.png", "2.png", "3.png"], "Set")
 
 
@@ -249,7 +249,7 @@ def test_labels_of_webdataset_shards(tmp_path: Path) -> None:
     found = read_labelled(str(tmp_path), ("val",), "ImageNet")
     assert dict(zip([ref.name for ref in found.images], found.labels, strict=True)) == {"a.jpg": 7, "b.jpg": 3}
     write_tar(tmp_path / "val/000001.tar", [("c.jpg", b"x")])
-    with pytest.raises(ValueError, match=r"1 pictures have no \.cls member, the first is c\.jpg"):
+    with pytest.raises(ValueError, match=r"1 images have no \.cls member, the first is c\.jpg"):
         read_labelled(str(tmp_path), ("val",), "ImageNet")
 
 

@@ -183,7 +183,7 @@ def test_neighbours_share_a_request(proxy: FaultyProxy, monkeypatch: pytest.Monk
 @pytest.fixture
 def impatient(proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """The proxy, to clients that take a second without a byte for a stall, during one test."""
-    monkeypatch.setattr(object_store, "STALL", 1.0)
+    monkeypatch.setattr(object_store, "REQUEST_TIMEOUT_S", 1.0)
     storage._s3.cache_clear()
     yield proxy
     storage._s3.cache_clear()

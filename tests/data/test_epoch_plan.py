@@ -10,15 +10,15 @@ from itertools import combinations, permutations
 
 import pytest
 
-from vladva.data.epoch_plan import Permutation, Plan
+from vladva.data.epoch_plan import EpochPlan, Permutation
 
 # (num_samples, chunk_size, run_length, chunks_per_batch): no remainder, some, 1, the largest, one batch, runs of 1
 SIZES = [(960, 16, 4, 4), (1000, 16, 8, 4), (961, 16, 16, 4), (1023, 16, 4, 4), (64, 16, 8, 4), (77, 8, 1, 2)]
 
 
-def plan(size: tuple[int, int, int, int], seed: int = 0, epoch: int = 0) -> Plan:
+def plan(size: tuple[int, int, int, int], seed: int = 0, epoch: int = 0) -> EpochPlan:
     num_samples, chunk_size, run_length, chunks_per_batch = size
-    return Plan(num_samples, seed, epoch, chunk_size, run_length, chunks_per_batch)
+    return EpochPlan(num_samples, seed, epoch, chunk_size, run_length, chunks_per_batch)
 
 
 def expand(runs: list[tuple[int, int]]) -> list[int]:
@@ -61,7 +61,7 @@ def flat(parts: Iterable[list[int]]) -> list[int]:
     return [sample for part in parts for sample in part]
 
 
-def batches(made: Plan) -> list[list[int]]:
+def batches(made: EpochPlan) -> list[list[int]]:
     """The samples of each global batch, in order."""
     per_batch = made.chunks_per_batch
     chunks = [expand(made.chunk(number)) for number in range(made.num_chunks)]
@@ -105,7 +105,7 @@ def test_runs_come_from_all_over_the_data_set() -> None:
 def test_a_hundred_million_samples_cost_no_memory() -> None:
     tracemalloc.start()
     started = time.perf_counter()
-    made = Plan(100_000_000, seed=1, epoch=3, chunk_size=64, run_length=16, chunks_per_batch=16)
+    made = EpochPlan(100_000_000, seed=1, epoch=3, chunk_size=64, run_length=16, chunks_per_batch=16)
     samples = expand(made.chunk(0)) + expand(made.chunk(made.num_chunks - 1))
     seconds, (_, peak) = time.perf_counter() - started, tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -8,29 +8,27 @@ from fractions import Fraction
 import pytest
 
 from vladva.config import DataConfig
-from vladva.data.epoch_plan import Plan
-from vladva.data.sampler import Run, Schedule
+from vladva.data.epoch_plan import EpochPlan
+from vladva.data.sampler import Sampler, SampleRange
 
 # Runs of the first epoch's chunks 0, 1 and of the second and third one's, from before data sets could be mixed.
 RECORDED = [[(660, 8), (956, 4), (0, 4)], [(636, 8), (308, 8)], [(788, 8), (852, 8)], [(771, 8), (379, 8)]]
 SHARES = [(1, 1), (7, 3), (1, 2, 4), (5, 5, 5, 1), (1, 1, 1, 1, 1, 95), (97, 2, 1), (13, 11, 7, 5, 3, 2, 2)]
 
 
-def mixed(
-    shares: tuple[int, ...], sizes: tuple[int, ...] | None = None, run_length: int = 4, seed: int = 3
-) -> Schedule:
-    return Schedule(
+def mixed(shares: tuple[int, ...], sizes: tuple[int, ...] | None = None, run_length: int = 4, seed: int = 3) -> Sampler:
+    return Sampler(
         sizes or (1_000,) * len(shares), shares, seed, chunk_size=16, run_length=run_length, chunks_per_batch=4
     )
 
 
 def test_one_data_set_is_laid_out_as_its_plan_says() -> None:
     """Chunk contents written down when there was no mixing: runs must go on over an update."""
-    alone = Schedule((1_000,), (1,), seed=3, chunk_size=16, run_length=8, chunks_per_batch=4)
-    plans = [Plan(1_000, 3, epoch, 16, 8, 4) for epoch in range(3)]
+    alone = Sampler((1_000,), (1,), seed=3, chunk_size=16, run_length=8, chunks_per_batch=4)
+    plans = [EpochPlan(1_000, 3, epoch, 16, 8, 4) for epoch in range(3)]
     for number in range(3 * plans[0].num_chunks):
         epoch, within = divmod(number, plans[0].num_chunks)
-        assert alone.chunk(number) == [Run(0, epoch, *run) for run in plans[epoch].chunk(within)]
+        assert alone.chunk(number) == [SampleRange(0, epoch, *run) for run in plans[epoch].chunk(within)]
     assert [[run[2:] for run in alone.chunk(number)] for number in (0, 1, 60, 121)] == RECORDED
 
 
@@ -54,7 +52,7 @@ def test_proportions_are_exact_on_every_prefix(shares: tuple[int, ...]) -> None:
         assert worst_deviation(sorted(sources), shares) > 1  # one after the other: the proportions of the whole only
 
 
-def deliveries(schedule: Schedule, chunks: range) -> list[tuple[int, int, int]]:
+def deliveries(schedule: Sampler, chunks: range) -> list[tuple[int, int, int]]:
     """(data set, epoch, sample) in order."""
     return [
         (run.source, run.epoch, run.first + i)

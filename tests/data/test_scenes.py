@@ -120,7 +120,7 @@ def test_short_captions_are_short_and_long_ones_long(sampled: list, tiny: str) -
     assert tokenizer.decode(tokenizer("any Text, größer").input_ids).strip() == "any text, größer"
 
 
-def test_a_thousand_test_captions_are_different_and_true_of_one_picture_only() -> None:
+def test_a_thousand_test_captions_are_different_and_true_of_one_image_only() -> None:
     held_out = list(corpus.held_out_scenes(1000))
     assert len({worded[0] for _, worded, _ in held_out}) == 1000
     for i, (_, worded, _) in enumerate(held_out[:100]):
@@ -139,7 +139,7 @@ def test_the_corpus_follows_from_the_seed(tmp_path: Path) -> None:
     assert set(rows["0"]) == {"filename", "caption", "negative_caption"}
 
 
-def test_the_picture_shows_the_objects_in_their_colours(sampled: list) -> None:
+def test_the_image_shows_the_objects_in_their_colours(sampled: list) -> None:
     for scene, _ in sampled[:50]:
         pixels = np.asarray(render(scene))
         for thing in scene.objects:

@@ -33,8 +33,8 @@ from vladva.data.sidecar import SCHEMA, SampleRef, Scanner, scan_shard
 Members = list[tuple[str, bytes]]
 
 
-def picture(kind: str = "PNG", size: tuple[int, int] = (12, 8), seed: int = 0, mode: str = "RGB") -> bytes:
-    """A picture of noise, as a file."""
+def image(kind: str = "PNG", size: tuple[int, int] = (12, 8), seed: int = 0, mode: str = "RGB") -> bytes:
+    """An image of noise, as a file."""
     body = io.BytesIO()
     noise = Random(seed).randbytes(size[0] * size[1] * 4)
     Image.frombytes("RGBA", size, noise).convert(mode).save(body, kind)
@@ -68,10 +68,10 @@ def scanned(folder: Path, content: bytes, **options: Any) -> tuple[list[dict[str
 
 
 def write_shards(uri: str, num_samples: int, samples_per_shard: int, size: tuple[int, int] = (12, 8)) -> list[bytes]:
-    pictures = [picture(size=size, seed=number) for number in range(num_samples)]
+    pictures = [image(size=size, seed=number) for number in range(num_samples)]
     with ShardWriter(uri, samples_per_shard) as writer:
         for number, data in enumerate(pictures):
-            meta = {"captions": [f"picture {number}", f"this one has number {number} of {num_samples}"]}
+            meta = {"captions": [f"image {number}", f"this one has number {number} of {num_samples}"]}
             writer.write(f"{number:04d}", {"png": data, "json": json.dumps(meta).encode()})
     return pictures
 
@@ -86,7 +86,7 @@ def test_shards_are_tars_of_the_given_size(tmp_path: Path) -> None:
             found.append({member.name: tar.extractfile(member).read() for member in tar})  # type: ignore[union-attr]
     assert [len(shard) for shard in found] == [8, 8, 4]
     assert found[1]["0004.png"] == pictures[4]
-    assert json.loads(found[2]["0009.json"])["captions"][0] == "picture 9"
+    assert json.loads(found[2]["0009.json"])["captions"][0] == "image 9"
 
 
 def test_the_same_samples_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_a_key_that_would_be_cut_is_refused(tmp_path: Path, key: str) -> None:
 
 
 def test_rows_say_where_the_bytes_are(tmp_path: Path) -> None:
-    pictures = {"jpg": picture("JPEG"), "webp": picture("WEBP"), "gif": picture("GIF", mode="P"), "PNG": picture("PNG")}
+    pictures = {"jpg": image("JPEG"), "webp": image("WEBP"), "gif": image("GIF", mode="P"), "PNG": image("PNG")}
     members = [("./folder/", b"")]
     for number, (ending, data) in enumerate(pictures.items()):
         members += [(f"folder/{number}.{ending}", data), (f"folder/{number}.txt", b" two words \n")]
@@ -137,7 +137,7 @@ def captions_of(folder: Path, *members: tuple[str, Any]) -> list[str]:
     contents = [
         (f"k.{kind}", value if isinstance(value, bytes) else json.dumps(value).encode()) for kind, value in members
     ]
-    rows, quarantined = scanned(folder, tar_of([("k.png", picture()), *contents]))
+    rows, quarantined = scanned(folder, tar_of([("k.png", image()), *contents]))
     assert quarantined == {}
     assert rows[0]["caption_tokens"] == count_words(rows[0]["captions"])
     return rows[0]["captions"]
@@ -158,7 +158,7 @@ def test_captions_come_from_json_then_text_each_once(tmp_path: Path) -> None:
 
 
 def test_members_of_a_sample_need_not_be_neighbours(tmp_path: Path) -> None:
-    members = [("a.txt", b"of a"), ("b.txt", b"of b"), ("b.png", picture(seed=1)), ("a.png", picture(seed=2))]
+    members = [("a.txt", b"of a"), ("b.txt", b"of b"), ("b.png", image(seed=1)), ("a.png", image(seed=2))]
     rows, quarantined = scanned(tmp_path, tar_of(members))
     assert quarantined == {}
     assert [(row["key"], row["captions"]) for row in rows] == [("b", ["of b"]), ("a", ["of a"])]  # by offset
@@ -177,13 +177,13 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-JPEG = picture("JPEG", (200, 200))
-PNG = picture("PNG", (60, 60))
-WEBP = picture("WEBP", (60, 60))
-BAD_PICTURES = {
+JPEG = image("JPEG", (200, 200))
+PNG = image("PNG", (60, 60))
+WEBP = image("WEBP", (60, 60))
+BAD_IMAGES = {
     "zero bytes": b"",
-    "not a picture": b"<html>404 not found</html>",
-    "corrupt picture": JPEG[: len(JPEG) // 2],
+    "not an image": b"<html>404 not found</html>",
+    "corrupt image": JPEG[: len(JPEG) // 2],
     "too many pixels": bomb(20_000, 20_000),
 }
 BAD_CAPTIONS = {
@@ -194,11 +194,11 @@ BAD_CAPTIONS = {
 }
 
 
-@pytest.mark.parametrize("reason", [*BAD_PICTURES, *BAD_CAPTIONS, "no picture", "duplicate key"])
+@pytest.mark.parametrize("reason", [*BAD_IMAGES, *BAD_CAPTIONS, "no image", "duplicate key"])
 def test_a_bad_sample_is_named_and_its_neighbours_are_kept(tmp_path: Path, reason: str) -> None:
     bad: Members = []
-    if reason != "no picture":
-        bad.append(("bad.jpg", BAD_PICTURES.get(reason, JPEG)))
+    if reason != "no image":
+        bad.append(("bad.jpg", BAD_IMAGES.get(reason, JPEG)))
     bad += [(f"bad.{kind}", content) for kind, content in BAD_CAPTIONS.get(reason, [("txt", b"caption")])]
     if reason == "duplicate key":
         bad += [("bad.jpg", PNG), ("bad.txt", b"caption of the second")]
@@ -213,13 +213,13 @@ def test_a_bad_sample_is_named_and_its_neighbours_are_kept(tmp_path: Path, reaso
 
 
 def test_samples_of_text_alone_and_hard_negatives(tmp_path: Path) -> None:
-    """A text in the JSON stands for a picture that is not there; beside a picture it is another program's field."""
+    """A text in the JSON stands for an image that is not there; beside an image it is another program's field."""
     alone = {"text": " two dogs run ", "captions": ["dogs are running"], "negatives": ["a cat sleeps", " "]}
     beside = {"text": 7, "caption": "a dog", "negatives": ["a cat"]}
     members = [("a.json", json.dumps(alone).encode()), ("b.png", PNG), ("b.json", json.dumps(beside).encode())]
     nothing = [("c.json", b'{"text": "  ", "caption": "no text"}'), ("d.json", b'{"text": "x", "negatives": [1]}')]
     rows, quarantined = scanned(tmp_path, tar_of([*members, *nothing]))
-    assert quarantined == {"#c": "no picture", "#d": "caption is not text"}
+    assert quarantined == {"#c": "no image", "#d": "caption is not text"}
     assert [(row["key"], row["captions"], row["negatives"]) for row in rows] == [
         ("a", ["dogs are running"], ["a cat sleeps"]),
         ("b", ["a dog"], ["a cat"]),
@@ -232,31 +232,31 @@ def test_samples_of_text_alone_and_hard_negatives(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "reason", "without_verify"),
     [
-        pytest.param(JPEG[:-50], "corrupt picture", None, id="JPEG cut at the end"),
-        pytest.param(JPEG[:20], "corrupt picture", "corrupt picture", id="JPEG cut in its header"),
-        pytest.param(PNG[: len(PNG) // 2], "corrupt picture", None, id="PNG cut"),
-        pytest.param(PNG[:500] + bytes(40) + PNG[540:], "corrupt picture", None, id="PNG with a hole"),
-        pytest.param(WEBP[: len(WEBP) // 2], "corrupt picture", "corrupt picture", id="WebP cut"),
-        pytest.param(b"GIF89a", "corrupt picture", "corrupt picture", id="GIF cut"),
-        pytest.param(picture("BMP"), "not a picture", "not a picture", id="BMP"),
-        pytest.param(picture("TIFF"), "not a picture", "not a picture", id="TIFF"),
+        pytest.param(JPEG[:-50], "corrupt image", None, id="JPEG cut at the end"),
+        pytest.param(JPEG[:20], "corrupt image", "corrupt image", id="JPEG cut in its header"),
+        pytest.param(PNG[: len(PNG) // 2], "corrupt image", None, id="PNG cut"),
+        pytest.param(PNG[:500] + bytes(40) + PNG[540:], "corrupt image", None, id="PNG with a hole"),
+        pytest.param(WEBP[: len(WEBP) // 2], "corrupt image", "corrupt image", id="WebP cut"),
+        pytest.param(b"GIF89a", "corrupt image", "corrupt image", id="GIF cut"),
+        pytest.param(image("BMP"), "not an image", "not an image", id="BMP"),
+        pytest.param(image("TIFF"), "not an image", "not an image", id="TIFF"),
         pytest.param(bomb(20_000, 20_000), "too many pixels", "too many pixels", id="bomb"),
         pytest.param(bomb(1, 50_000_001), "too many pixels", "too many pixels", id="one pixel too many"),
-        pytest.param(bomb(0, 10), "corrupt picture", "corrupt picture", id="no pixels"),
-        pytest.param(picture("JPEG", mode="CMYK"), None, None, id="CMYK JPEG"),
-        pytest.param(picture("JPEG", mode="L"), None, None, id="grey JPEG"),
-        pytest.param(picture("JPEG", (1, 1)), None, None, id="tiny JPEG"),
-        pytest.param(picture("PNG", mode="RGBA"), None, None, id="transparent PNG"),
-        pytest.param(picture("PNG", mode="1"), None, None, id="black and white PNG"),
-        pytest.param(picture("GIF", mode="P"), None, None, id="GIF"),
-        pytest.param(picture("WEBP"), None, None, id="WebP"),
+        pytest.param(bomb(0, 10), "corrupt image", "corrupt image", id="no pixels"),
+        pytest.param(image("JPEG", mode="CMYK"), None, None, id="CMYK JPEG"),
+        pytest.param(image("JPEG", mode="L"), None, None, id="grey JPEG"),
+        pytest.param(image("JPEG", (1, 1)), None, None, id="tiny JPEG"),
+        pytest.param(image("PNG", mode="RGBA"), None, None, id="transparent PNG"),
+        pytest.param(image("PNG", mode="1"), None, None, id="black and white PNG"),
+        pytest.param(image("GIF", mode="P"), None, None, id="GIF"),
+        pytest.param(image("WEBP"), None, None, id="WebP"),
     ],
 )
 def test_the_scan_accepts_what_training_can_decode(data: bytes, reason: str | None, without_verify: str | None) -> None:
     def verdict(verify: bool) -> str | None:
         try:
-            images.check_picture(data, verify=verify, max_pixels=shard_index.MAX_PIXELS)
-        except errors.BadDataError as problem:
+            images.check_image(data, verify=verify, max_pixels=shard_index.MAX_PIXELS)
+        except errors.InvalidSampleError as problem:
             return problem.reason
         return None
 
@@ -272,10 +272,10 @@ def test_the_scan_accepts_what_training_can_decode(data: bytes, reason: str | No
 def test_ids_are_text_whatever_the_names_are(tmp_path: Path) -> None:
     latin = "gr\udcfcn"  # how tarfile shows a byte that is not UTF-8
     long = "x" * 150
-    members = [("苹果.png", picture()), ("苹果.txt", b"a"), (f"{latin}.png", picture()), (f"{latin}.txt", b"b")]
+    members = [("苹果.png", image()), ("苹果.txt", b"a"), (f"{latin}.png", image()), (f"{latin}.txt", b"b")]
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as tar:
-        for name, data in [*members, (f"{long}.png", picture()), (f"{long}.txt", b"c")]:
+        for name, data in [*members, (f"{long}.png", image()), (f"{long}.txt", b"c")]:
             header = tarfile.TarInfo(name)
             header.size = len(data)
             tar.addfile(header, io.BytesIO(data))
@@ -285,7 +285,7 @@ def test_ids_are_text_whatever_the_names_are(tmp_path: Path) -> None:
 
 
 def test_captions_that_no_utf8_can_hold_are_named(tmp_path: Path) -> None:
-    content = tar_of([("a.png", picture()), ("a.json", b'{"caption": "half a character: \\ud83d"}')])
+    content = tar_of([("a.png", image()), ("a.json", b'{"caption": "half a character: \\ud83d"}')])
     assert scanned(tmp_path, content)[1] == {"#a": "caption is not UTF-8"}
 
 
@@ -297,7 +297,7 @@ def test_captions_that_no_utf8_can_hold_are_named(tmp_path: Path) -> None:
     [
         (b"", "empty tar"),
         (bytes(10_240), "empty tar"),
-        (gzip.compress(tar_of([("a.png", picture()), ("a.txt", b"a")])), "compressed tar"),
+        (gzip.compress(tar_of([("a.png", image()), ("a.txt", b"a")])), "compressed tar"),
         (b"this is no archive, whatever its name says. " * 50, "not a tar"),
     ],
 )
@@ -306,7 +306,7 @@ def test_a_file_that_is_no_shard_is_named(tmp_path: Path, content: bytes, reason
 
 
 def test_a_tar_cut_anywhere_keeps_what_came_before(tmp_path: Path) -> None:
-    pictures = [picture(seed=number) for number in range(3)]
+    pictures = [image(seed=number) for number in range(3)]
     content = tar_of([(f"{i}.{end}", data) for i in range(3) for end, data in (("png", pictures[i]), ("txt", b"text"))])
     whole, _ = scanned(tmp_path, content)
     mark = len(content.rstrip(b"\0"))  # the text ends here; from the next full block on nothing but zeros follows
@@ -321,9 +321,9 @@ def test_a_tar_cut_anywhere_keeps_what_came_before(tmp_path: Path) -> None:
 
 
 def test_a_damaged_header_is_seen(tmp_path: Path) -> None:
-    content = bytearray(tar_of([("a.png", picture()), ("a.txt", b"a"), ("b.png", picture()), ("b.txt", b"b")]))
+    content = bytearray(tar_of([("a.png", image()), ("a.txt", b"a"), ("b.png", image()), ("b.txt", b"b")]))
     rows, _ = scanned(tmp_path, bytes(content))
-    content[rows[1]["offset"] - 512 + 100] ^= 0xFF  # a byte of the second picture's header
+    content[rows[1]["offset"] - 512 + 100] ^= 0xFF  # a byte of the second image's header
     kept, quarantined = scanned(tmp_path, bytes(content))
     assert kept == rows[:1]
     assert quarantined == {"": "damaged tar"}
@@ -345,7 +345,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[bytes]]:
-    """A scanned data set of 1,200 pictures in shards of 530, 530 and 140, and the pictures."""
+    """A scanned data set of 1,200 images in shards of 530, 530 and 140, and the images."""
     uri = str(tmp_path_factory.mktemp("corpus"))
     pictures = write_shards(uri, num_samples=1_200, samples_per_shard=530, size=(2, 2))
     with pytest.MonkeyPatch.context() as patch:
@@ -376,7 +376,7 @@ def test_samples_come_back_byte_for_byte(corpus: tuple[str, list[bytes]]) -> Non
     index = ShardIndex.open(uri)
     refs = [*index.samples(525, 10), *index.samples(3, 4), *index.samples(1_199, 1)]
     assert read_samples(uri, refs) == [*pictures[525:535], *pictures[3:7], pictures[1_199]]
-    assert refs[0].captions == ["picture 525", "this one has number 525 of 1200"]
+    assert refs[0].captions == ["image 525", "this one has number 525 of 1200"]
     assert refs[0].caption_tokens == [2, 7]
 
 
@@ -437,7 +437,7 @@ def test_only_what_changed_is_scanned_again(tmp_path: Path, without_ray: None) -
     recounted = scan(uri, lambda texts: [len(text) for text in texts])  # another tokenizer
     assert recounted.num_scanned == 2
     assert ShardIndex.open(uri).samples(0, 1)[0].caption_tokens == [
-        len("picture 0"),
+        len("image 0"),
         len("this one has number 0 of 12"),
     ]
 
@@ -445,7 +445,7 @@ def test_only_what_changed_is_scanned_again(tmp_path: Path, without_ray: None) -
 def bad_corpus(folder: Path) -> tuple[set[str], dict[str, str]]:
     """Write 200 samples in 10 shards, 3% of the members bad; ids of the good, id -> reason of the bad."""
     random = Random(0)
-    kinds = {**BAD_PICTURES, **dict.fromkeys(BAD_CAPTIONS, JPEG)}
+    kinds = {**BAD_IMAGES, **dict.fromkeys(BAD_CAPTIONS, JPEG)}
     chosen = dict(zip(random.sample(range(200), len(kinds)), kinds, strict=True))
     good, bad = set(), {}
     for shard in range(10):

@@ -25,7 +25,7 @@ def in_one_pass(embedder: Embedder, kind: str) -> np.ndarray:
     tokens = preprocessor.texts(TEXTS)
     if kind == "image":
         pictures = [render(scene) for scene, _, _ in held_out_scenes(3)]
-        tokens = preprocessor.images([picture.size for picture in pictures], [None] * 3)
+        tokens = preprocessor.images([image.size for image in pictures], [None] * 3)
         pixels = as_tensors(preprocessor.pixels(pictures), "cpu")
     with torch.inference_mode():
         return embed_layers(embedder.model, as_tensors(tokens, "cpu"), pixels, LAYERS).numpy()

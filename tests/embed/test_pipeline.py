@@ -24,13 +24,13 @@ from PIL import Image
 from vladva.core.errors import FingerprintMismatch
 from vladva.core.hashing import digest
 from vladva.core.progress import Progress
-from vladva.embed.actor import Encoder
-from vladva.embed.batching import Owners, Prepared
-from vladva.embed.corpus import open_corpus, read_pictures
-from vladva.embed.layers_actor import LayersEncoder
+from vladva.embed.actor import EmbeddingActor
+from vladva.embed.batching import ContentDeduplicator, PreparedBatch
+from vladva.embed.corpus import open_corpus, read_images
+from vladva.embed.layers_actor import LayersEmbeddingActor
 from vladva.embed.pipeline import encode, read_embeddings
-from vladva.embed.table import find_note, keys_of, matrix_of, open_table
-from vladva.embed.table_writer import TableInProgress, contains, write_part, write_repeats
+from vladva.embed.table import embedding_matrix, find_note, keys_of, open_table
+from vladva.embed.table_writer import TableWriter, contains, write_part, write_repeats
 from vladva.models.batch import BATCH_TOKENS, cut
 from vladva.models.embedder import load_embedder
 from vladva.models.resolve import describe
@@ -40,8 +40,8 @@ MODEL = {"fingerprint": "0123456789abcdef", "dimension": 4}
 WORDS = "red green blue yellow big small circle square triangle star above below left right of the a and".split()  # noqa: SIM905
 
 
-def picture(number: int, size: tuple[int, int] = (64, 64)) -> bytes:
-    """A picture of noise, PNG."""
+def image(number: int, size: tuple[int, int] = (64, 64)) -> bytes:
+    """An image of noise, PNG."""
     pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     body = io.BytesIO()
     Image.fromarray(pixels).save(body, "PNG")
@@ -85,8 +85,8 @@ def test_the_table_holds_what_the_embedder_gives(tmp_path: Path, ray_cluster: No
     small = Image.new("RGB", (1, 1), "red")
     body = io.BytesIO()
     small.save(body, "PNG")
-    images = [picture(i, (60 + i, 64)) for i in range(30)]
-    images += [images[3], body.getvalue(), b"no picture", images[0][:500], b"no picture", None]
+    images = [image(i, (60 + i, 64)) for i in range(30)]
+    images += [images[3], body.getvalue(), b"no image", images[0][:500], b"no image", None]
     items = item_table(texts, images)
     summary = encode(ray.data.from_arrow(items), tiny, str(tmp_path / "table"), batch_size=16, actors=1)
 
@@ -105,7 +105,7 @@ def test_the_table_holds_what_the_embedder_gives(tmp_path: Path, ray_cluster: No
     assert json.loads(table.schema.metadata[b"vladva"]) == embedder.description()
     assert open_table(str(tmp_path / "table")).fingerprint == embedder.fingerprint == summary.fingerprint
     row = {one: i for i, one in enumerate(table["id"].to_pylist())}
-    embeddings_ND = matrix_of(table)
+    embeddings_ND = embedding_matrix(table)
     np.testing.assert_allclose(np.linalg.norm(embeddings_ND, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(
         embeddings_ND[[row[f"t{i}"] for i in range(170)]], embedder.embed_texts(texts[:170]), atol=1e-5
@@ -178,7 +178,7 @@ def test_kills_of_driver_and_actors_cost_nothing_but_time(tmp_path: Path, ray_cl
     assert sorted(table["id"].to_pylist()) == sorted(items["id"].to_pylist())
     row = {one: i for i, one in enumerate(table["id"].to_pylist())}
     undisturbed = load_embedder(tiny).embed_texts(texts)
-    np.testing.assert_allclose(matrix_of(table)[[row[f"t{i}"] for i in range(700)]], undisturbed, atol=1e-5)
+    np.testing.assert_allclose(embedding_matrix(table)[[row[f"t{i}"] for i in range(700)]], undisturbed, atol=1e-5)
 
 
 def num_parts(uri: Path) -> int:
@@ -203,7 +203,7 @@ def kill_an_actor(when: Callable[[], bool], killed: list[int]) -> None:
     def is_ours(pid: int) -> bool:
         return pid == os.getpid() or (pid in processes and is_ours(processes[pid][0]))
 
-    pid = next(pid for pid, (_, args) in processes.items() if "MapBatches(Encoder)" in args and is_ours(pid))
+    pid = next(pid for pid, (_, args) in processes.items() if "MapBatches(EmbeddingActor)" in args and is_ours(pid))
     os.kill(pid, signal.SIGKILL)
     killed.append(pid)
 
@@ -229,9 +229,9 @@ def test_the_description_needs_no_weights(tiny: str) -> None:
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "at_once"), [(Encoder, 2), (LayersEncoder, 1)])
+@pytest.mark.parametrize(("kind", "at_once"), [(EmbeddingActor, 2), (LayersEmbeddingActor, 1)])
 def test_batches_are_written_while_others_are_computed(
-    tmp_path: Path, tiny: str, kind: type[Encoder], at_once: int
+    tmp_path: Path, tiny: str, kind: type[EmbeddingActor], at_once: int
 ) -> None:
     lock, inside, most = threading.Lock(), 0, 0
     computed, together = threading.Barrier(3, timeout=60), threading.Barrier(at_once, timeout=60)
@@ -257,15 +257,17 @@ def test_batches_are_written_while_others_are_computed(
             super().write(items, embeddings)
 
     one = (str(tmp_path / "table"), describe(tiny, adapter=True, dtype="float32", layer=2)[1])
-    encoder = Watched({"model": tiny, "layer": 2}, *one) if kind is Encoder else Watched({"model": tiny}, {2: one})
+    encoder = (
+        Watched({"model": tiny, "layer": 2}, *one) if kind is EmbeddingActor else Watched({"model": tiny}, {2: one})
+    )
     assert encoder.computed_at_once() == at_once
-    table = TableInProgress(*one, "")
+    table = TableWriter(*one, "")
     preprocessor, batches = encoder.embedder.preprocessor, []
     for number in range(3):
         texts = [f"{number} {text}" for text in sentences(40, number)]
         items = item_table(texts, []).append_column("content", [[digest("text", text) for text in texts]])
         items = items.set_column(0, "id", [texts]).drop_columns(["image"])
-        batches.append(Prepared(items, [preprocessor.text_prompt(text) for text in texts], None))
+        batches.append(PreparedBatch(items, [preprocessor.text_prompt(text) for text in texts], None))
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(lambda batch: encoder.encode(batch, {}), batches))
     assert most == at_once
@@ -273,20 +275,20 @@ def test_batches_are_written_while_others_are_computed(
     found = read_embeddings(one[0])
     alone = load_embedder(tiny, layer=2).embed_texts(found["text"].to_pylist())
     assert len(found) == 120
-    np.testing.assert_allclose(matrix_of(found), alone, atol=1e-5)
-    assert np.abs(matrix_of(found) - np.roll(alone, 1, axis=0)).max(axis=1).min() > 1e-2
+    np.testing.assert_allclose(embedding_matrix(found), alone, atol=1e-5)
+    assert np.abs(embedding_matrix(found) - np.roll(alone, 1, axis=0)).max(axis=1).min() > 1e-2
 
 
 def test_an_item_that_the_model_fails_on_costs_no_other_of_its_batch(tmp_path: Path, tiny: str) -> None:
     description = describe(tiny, adapter=True, dtype="float32")[1]
-    encoder = Encoder({"model": tiny}, str(tmp_path), description)
-    table = TableInProgress(str(tmp_path), description, "")
+    encoder = EmbeddingActor({"model": tiny}, str(tmp_path), description)
+    table = TableWriter(str(tmp_path), description, "")
     texts = sentences(5)
     items = item_table(texts, []).append_column("content", [[digest("text", text) for text in texts]])
     prompts = [encoder.embedder.preprocessor.text_prompt(text) for text in texts]
     prompts[3] = [*prompts[3], 10**6]  # there is no such token
     report: dict = {}
-    encoder.encode(Prepared(items.drop_columns(["image"]), prompts, None), report)
+    encoder.encode(PreparedBatch(items.drop_columns(["image"]), prompts, None), report)
     assert report["embedded"] == 4
     (bad,) = report["bad"]
     assert bad["id"] == "t3"
@@ -295,7 +297,7 @@ def test_an_item_that_the_model_fails_on_costs_no_other_of_its_batch(tmp_path: P
     found = read_embeddings(str(tmp_path))
     assert found["id"].to_pylist() == ["t0", "t1", "t2", "t4"]
     alone = encoder.embedder.embed_texts(found["text"].to_pylist())
-    np.testing.assert_allclose(matrix_of(found), alone, atol=1e-5)
+    np.testing.assert_allclose(embedding_matrix(found), alone, atol=1e-5)
 
 
 def test_batches_hold_like_lengths_and_everything_once() -> None:
@@ -314,7 +316,7 @@ def test_long_items_come_in_small_batches() -> None:
 
 
 def test_one_item_owns_a_content_whoever_asks_how_often() -> None:
-    owners = Owners()
+    owners = ContentDeduplicator()
     assert owners.claim([b"x", b"y", b"x"], [b"1", b"2", b"3"]) == [True, True, False]
     assert owners.claim([b"x", b"y", b"x"], [b"1", b"2", b"3"]) == [True, True, False]  # a task that is run again
     assert owners.claim([b"y"], [b"1"]) == [False]
@@ -344,12 +346,12 @@ def rows(*numbers: float) -> np.ndarray:
 
 def test_whatever_was_cut_short_each_id_is_there_once(tmp_path: Path) -> None:
     uri = str(tmp_path)
-    TableInProgress(uri, MODEL, "")
+    TableWriter(uri, MODEL, "")
     write_part(uri, made(["a", "b"]), rows(1, 2), MODEL)
     write_part(uri, made(["a", "b"]), rows(1, 2), MODEL)  # a batch that was run again
     write_part(uri, made(["b", "c"]), rows(2, 3), MODEL)  # what a driver wrote that was thought dead
     (tmp_path / "embeddings-half-merged.parquet").write_bytes(b"a commit that was cut short")
-    table = TableInProgress(uri, MODEL, "")
+    table = TableWriter(uri, MODEL, "")
     assert contains(table.done()[0], keys_of(made(["a", "b", "c", "d"]))).tolist() == [True, True, True, False]
     assert table.commit([])[0] == 3
     assert read_embeddings(uri)["id"].to_pylist() == ["a", "b", "c"]
@@ -357,29 +359,29 @@ def test_whatever_was_cut_short_each_id_is_there_once(tmp_path: Path) -> None:
 
     write_part(uri, made(["c", "d"]), rows(9, 4), MODEL)  # too late, and new
     assert len(read_embeddings(uri)) == 3  # readers see the table as it was completed
-    assert TableInProgress(uri, MODEL, "").commit([])[0] == 4
-    assert matrix_of(read_embeddings(uri))[:, 0].tolist() == [1, 2, 3, 4]
+    assert TableWriter(uri, MODEL, "").commit([])[0] == 4
+    assert embedding_matrix(read_embeddings(uri))[:, 0].tolist() == [1, 2, 3, 4]
 
 
 def test_repeats_get_the_embedding_or_the_fate_of_their_twin(tmp_path: Path) -> None:
     uri = str(tmp_path)
-    table = TableInProgress(uri, MODEL, "")
+    table = TableWriter(uri, MODEL, "")
     write_part(uri, made(["a", "b"]), rows(1, 2), MODEL)
     table.commit([])
-    table = TableInProgress(uri, MODEL, "")
+    table = TableWriter(uri, MODEL, "")
     write_part(uri, made(["c"]), rows(3), MODEL)
     write_repeats(uri, made(["d", "e", "f"], contents=["c", "a", "bad"]))
     bad = {"id": "g", "kind": "text", "content": digest("bad"), "reason": "it is bad"}
     number, entries = table.commit([bad])
     assert number == 5
     assert [(entry["id"], entry["reason"]) for entry in entries] == [("g", "it is bad"), ("f", "it is bad")]
-    assert matrix_of(read_embeddings(uri))[:, 0].tolist() == [1, 2, 3, 3, 1]
+    assert embedding_matrix(read_embeddings(uri))[:, 0].tolist() == [1, 2, 3, 3, 1]
 
 
 def test_another_model_cannot_go_on_with_a_table(tmp_path: Path) -> None:
-    TableInProgress(str(tmp_path), MODEL, "")
+    TableWriter(str(tmp_path), MODEL, "")
     with pytest.raises(FingerprintMismatch, match="model 0123456789abcdef, not of model fedc"):
-        TableInProgress(str(tmp_path), MODEL | {"fingerprint": "fedc"}, "")
+        TableWriter(str(tmp_path), MODEL | {"fingerprint": "fedc"}, "")
     note = find_note(str(tmp_path))
     assert note is not None
     assert note.fingerprint == MODEL["fingerprint"]
@@ -405,36 +407,36 @@ def test_a_text_file_has_a_text_per_line(tmp_path: Path, ray_cluster: None) -> N
     }
 
 
-def test_a_folder_of_pictures_may_have_captions(tmp_path: Path, ray_cluster: None) -> None:
+def test_a_folder_of_images_may_have_captions(tmp_path: Path, ray_cluster: None) -> None:
     (tmp_path / "deep").mkdir()
-    (tmp_path / "one.png").write_bytes(picture(1))
-    (tmp_path / "deep" / "two.JPG").write_bytes(picture(2))
+    (tmp_path / "one.png").write_bytes(image(1))
+    (tmp_path / "deep" / "two.JPG").write_bytes(image(2))
     (tmp_path / "one.txt").write_text("first\nsecond\n")
-    (tmp_path / "readme.md").write_text("not a picture")
+    (tmp_path / "readme.md").write_text("not an image")
     items = items_of(str(tmp_path), ["image", "text"])
     pictures = [items["one.png", "image"], items["deep/two.JPG", "image"]]
     assert len(items) == 4
     assert items["one.png#1", "text"]["text"] == "second"
     assert [item["caption"] for item in pictures] == ["first", None]
-    assert read_pictures(str(tmp_path), pictures) == [picture(1), picture(2)]
+    assert read_images(str(tmp_path), pictures) == [image(1), image(2)]
 
 
 @pytest.mark.parametrize("as_struct", [False, True])
 def test_parquet_files_are_read_by_the_usual_columns(tmp_path: Path, ray_cluster: None, as_struct: bool) -> None:
-    bodies = [picture(i) for i in range(5)]
+    bodies = [image(i) for i in range(5)]
     images = [{"bytes": body, "path": "x.png"} for body in bodies] if as_struct else bodies
-    table = pa.table({"image": images, "caption": [f"picture {i}" for i in range(5)]})
+    table = pa.table({"image": images, "caption": [f"image {i}" for i in range(5)]})
     pq.write_table(table, tmp_path / "part.parquet", row_group_size=2)
     items = items_of(str(tmp_path), ["image", "text"])
     assert [items[f"part.parquet#{i}", "image"]["image"] for i in range(5)] == bodies
-    assert items["part.parquet#3#0", "text"]["text"] == "picture 3"
-    assert items["part.parquet#3", "image"]["caption"] == "picture 3"
-    assert read_pictures(str(tmp_path), [items["part.parquet#3", "image"]]) == [bodies[3]]
+    assert items["part.parquet#3#0", "text"]["text"] == "image 3"
+    assert items["part.parquet#3", "image"]["caption"] == "image 3"
+    assert read_images(str(tmp_path), [items["part.parquet#3", "image"]]) == [bodies[3]]
     assert len(items_of(str(tmp_path), ["text"])) == 5
 
 
 def test_what_is_no_corpus_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no \.tar shards, no \.parquet files and no pictures"):
+    with pytest.raises(ValueError, match=r"no \.tar shards, no \.parquet files and no images"):
         open_corpus(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="no such file"):
         open_corpus(str(tmp_path / "nothing.txt"))
@@ -469,7 +471,7 @@ def test_shards_are_embedded_indexed_and_searched_by_the_jobs(tmp_path: Path, sc
 
     first = kinds.index("image")
     name, shard = embeddings["id"][first].as_py(), embeddings.slice(first, 1).to_pylist()[0]
-    (tmp_path / "query.png").write_bytes(read_pictures(open_table(table).corpus, [shard])[0])
+    (tmp_path / "query.png").write_bytes(read_images(open_table(table).corpus, [shard])[0])
     search = [sys.executable, "jobs/search.py", index, "--model", "tiny"]
     done = job(*search, "--image", str(tmp_path / "query.png"), "-k", "3", "--html", str(page))
     assert done.returncode == 0, done.stderr

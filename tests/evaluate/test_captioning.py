@@ -13,11 +13,11 @@ from vladva.data.scenes.corpus import held_out_scenes
 from vladva.evaluate.caption_actor import CAPTION_PROMPTS
 from vladva.evaluate.captioning import (
     CaptionStatistics,
-    Picture,
+    Image,
     agreed_words,
+    images_in,
+    images_of,
     named,
-    pictures_in,
-    pictures_of,
     scene_objects,
     statistics,
     write_captions,
@@ -92,7 +92,7 @@ def test_captions_of_the_tiny_model(ray_cluster: None, scenes: Path, tiny: str, 
     from vladva.core.images import decode_image
     from vladva.models.embedder import load_embedder
 
-    pictures = pictures_of(read_benchmarks(["scenes_retrieval"], str(scenes)), 2)
+    pictures = images_of(read_benchmarks(["scenes_retrieval"], str(scenes)), 2)
     assert len(pictures) == 2
     assert all(picture.objects for picture in pictures)
     options = {"actors": 1, "max_tokens": 24}
@@ -117,8 +117,8 @@ def test_captions_of_the_tiny_model(ray_cluster: None, scenes: Path, tiny: str, 
     assert [row.captions["base"] for row in compared] == [captions[i]["caption"] for i in range(4)]
 
 
-def test_pictures_of_a_folder(tmp_path: Path, scenes: Path) -> None:
-    found = pictures_in(f"{scenes}/test", 5)
+def test_images_of_a_folder(tmp_path: Path, scenes: Path) -> None:
+    found = images_in(f"{scenes}/test", 5)
     assert [picture.image.name for picture in found] == [
         "000000.png",
         "000015.png",
@@ -126,7 +126,7 @@ def test_pictures_of_a_folder(tmp_path: Path, scenes: Path) -> None:
         "000047.png",
         "000063.png",
     ]
-    assert isinstance(found[0], Picture)
+    assert isinstance(found[0], Image)
     assert found[0].objects == frozenset()
-    with pytest.raises(ValueError, match="there are no pictures under"):
-        pictures_in(str(tmp_path), 5)
+    with pytest.raises(ValueError, match="there are no images under"):
+        images_in(str(tmp_path), 5)

@@ -17,14 +17,14 @@ from PIL import Image
 from support.checkpoints import build_blip_2, build_clip
 
 from vladva.benchmarks.metrics import cosines, unit_rows, winoground
-from vladva.evaluate.mteb_adapter import LeaderboardEncoder, write_results
+from vladva.evaluate.mteb_adapter import MtebEncoder, write_results
 
 CAPTIONS = [bytes(row).decode() for row in np.random.default_rng(1).integers(ord("a"), ord("z"), (80, 12), np.uint8)]
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> LeaderboardEncoder:
-    return LeaderboardEncoder(build_clip(tmp_path_factory.mktemp("clip")))
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> MtebEncoder:
+    return MtebEncoder(build_clip(tmp_path_factory.mktemp("clip")))
 
 
 def pictures(count: int) -> list[Image.Image]:
@@ -44,7 +44,7 @@ class SmallWinoground(Winoground):
         self.data_loaded = True
 
 
-def test_mteb_evaluates_our_embedder(encoder: LeaderboardEncoder) -> None:
+def test_mteb_evaluates_our_embedder(encoder: MtebEncoder) -> None:
     assert isinstance(encoder, EncoderProtocol)
     assert not isinstance(object(), EncoderProtocol)
     results = mteb.evaluate(encoder, SmallWinoground(), cache=None, co2_tracker=False, show_progress_bar=False)
@@ -60,7 +60,7 @@ def test_mteb_evaluates_our_embedder(encoder: LeaderboardEncoder) -> None:
     assert results.model_name.startswith("vladva/")
 
 
-def test_similarities_are_cosines(encoder: LeaderboardEncoder) -> None:
+def test_similarities_are_cosines(encoder: MtebEncoder) -> None:
     rows = np.random.default_rng(0).standard_normal((3, 24))
     expected = unit_rows(rows) @ unit_rows(rows[:2]).T
     assert np.allclose(encoder.similarity(rows, rows[:2]), expected, atol=1e-6)
@@ -72,8 +72,8 @@ def test_similarities_are_cosines(encoder: LeaderboardEncoder) -> None:
 
 
 def test_several_vectors_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="gives a picture several vectors, and mteb takes one"):
-        LeaderboardEncoder(build_blip_2(tmp_path))
+    with pytest.raises(ValueError, match="gives an image several vectors, and mteb takes one"):
+        MtebEncoder(build_blip_2(tmp_path))
 
 
 def test_mteb_reads_our_result_files(tmp_path: Path) -> None:

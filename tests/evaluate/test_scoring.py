@@ -41,13 +41,13 @@ def test_captions_are_capped_on_request(scenes: Path) -> None:
             read_benchmarks([wrong], str(scenes))
 
 
-def test_each_text_and_picture_is_collected_once(scenes: Path) -> None:
+def test_each_text_and_image_is_collected_once(scenes: Path) -> None:
     tasks = read_benchmarks(SCENES, str(scenes))
     rows = items(tasks.values())
     texts = {text for task in tasks.values() for text in task.texts}
     images = {image.id for task in tasks.values() for image in task.images}
     assert sorted(rows["id"].to_pylist()) == sorted([*map(text_id, texts), *images])
-    assert len(images) == 64  # both benchmarks share the pictures
+    assert len(images) == 64  # both benchmarks share the images
     pictures = rows.filter(pa.compute.equal(rows["kind"], "image"))
     assert all(data.startswith(b"\x89PNG") for data in picture_bytes(pictures.slice(0, 5)))
 

@@ -15,13 +15,13 @@ from support.s3_server import BUCKET, s3_server
 
 from vladva.core.hashing import digest
 from vladva.embed.table import read_embeddings
-from vladva.embed.table_writer import TableInProgress, write_part
+from vladva.embed.table_writer import TableWriter, write_part
 from vladva.index import searcher
 from vladva.index.build import build_index
 from vladva.index.ivf import VECTORS
 from vladva.index.qdrant import fill
 from vladva.index.store import ExactStore, Hit, VectorStore
-from vladva.index.tuning import Measured, Queries, cheapest, exact_thresholds, ladder, measure
+from vladva.index.tuning import Queries, RecallEstimate, cheapest, exact_thresholds, ladder, measure
 from vladva.index.vector_index import FingerprintMismatch, VectorIndex, open_index
 
 MODEL = {"fingerprint": "0123456789abcdef", "dimension": 8}
@@ -41,7 +41,7 @@ def write_table(uri: Path, vectors_ND: np.ndarray, *, kinds: list[str] | None = 
             "nothing": pa.nulls(len(ids)),
         }
     )
-    table = TableInProgress(str(uri), model, "a corpus")
+    table = TableWriter(str(uri), model, "a corpus")
     for first in range(0, len(ids), 1000):
         write_part(str(uri), items.slice(first, 1000), vectors_ND[first : first + 1000], model)
     table.commit([])
@@ -67,7 +67,7 @@ def fan(count: int) -> np.ndarray:
 
 
 def clustered(count: int, dimension: int = 32, seed: int = 0) -> np.ndarray:
-    """Unit vectors [count, dimension] in clusters of about thirty, as embeddings of like pictures are."""
+    """Unit vectors [count, dimension] in clusters of about thirty, as embeddings of like images are."""
     random = np.random.default_rng(seed)
     centres = np.random.default_rng(99).normal(size=(100, dimension))
     vectors_ND = centres[random.integers(0, 100, count)] + 0.5 * random.normal(size=(count, dimension))
@@ -243,9 +243,9 @@ def test_recall_is_the_fraction_found() -> None:
 def test_the_least_that_suffices_is_chosen() -> None:
     tried: list[tuple[int, int]] = []
 
-    def recall(nprobes: int, effort: int) -> Measured:
+    def recall(nprobes: int, effort: int) -> RecallEstimate:
         tried.append((nprobes, effort))
-        return Measured(min(nprobes / 40, effort / 10), 0.0, 1.0, 2.0)
+        return RecallEstimate(min(nprobes / 40, effort / 10), 0.0, 1.0, 2.0)
 
     steps = ladder(195)
     assert (steps[0], steps[-1]) == (1, 195)
@@ -290,7 +290,7 @@ def test_built_indexes_find_what_brute_force_finds(
 # --- building --------------------------------------------------------------------------------------------------------
 
 
-def test_texts_and_pictures_can_be_indexed_together_or_apart(tmp_path: Path) -> None:
+def test_texts_and_images_can_be_indexed_together_or_apart(tmp_path: Path) -> None:
     table = write_table(tmp_path / "table", fan(60), kinds=["image", "text"] * 30)
     assert build_index(table, str(tmp_path / "images")).num_rows == 30
     summary = build_index(table, str(tmp_path / "all"), kind="all", filter_columns=["number"], tag="first")
@@ -311,7 +311,7 @@ def test_bad_builds_are_refused(tmp_path: Path) -> None:
         build_index(table, index, index_type="HNSW", exact_below=1)
     with pytest.raises(ValueError, match="holds no embeddings table"):
         build_index(str(tmp_path / "nowhere"), index)
-    TableInProgress(str(tmp_path / "begun"), MODEL, "")
+    TableWriter(str(tmp_path / "begun"), MODEL, "")
     with pytest.raises(ValueError, match="not complete"):
         build_index(str(tmp_path / "begun"), index)
     with pytest.raises(ValueError, match="holds no index"):

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-REDUCED = ["--train-pictures", "256", "--test-pictures", "40", "--negatives", "6", "--steps", "4"]
+REDUCED = ["--train-images", "256", "--test-images", "40", "--negatives", "6", "--steps", "4"]
 
 
 def command(storage: Path, port: int) -> list[str]:

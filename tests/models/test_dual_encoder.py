@@ -1,4 +1,4 @@
-"""Dual encoders against transformers' own use of the same checkpoints: its forward of texts and pictures together."""
+"""Dual encoders against transformers' own use of the same checkpoints: its forward of texts and images together."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def pictures() -> list[Image.Image]:
-    """Of different shapes, as pictures are."""
+    """Of different shapes, as images are."""
     rng = np.random.default_rng(0)
     sizes = [(32, 32), (48, 40), (70, 33)]
     return [Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)) for width, height in sizes]
 
 
 def theirs(name: str, checkpoint: str, texts: list[str]) -> np.ndarray:
-    """Cosines [texts, pictures] from the class's own forward, fed by the checkpoint's tokenizer and image processor."""
+    """Cosines [texts, images] from the class's own forward, fed by the checkpoint's tokenizer and image processor."""
     from transformers import (
         AutoImageProcessor,
         AutoTokenizer,
@@ -76,7 +76,7 @@ def test_cosines_are_those_of_transformers(name: str, checkpoints: dict[str, str
     assert texts[0] @ texts[1] < 0.9999  # another text, another vector
 
 
-def test_a_picture_of_blip_2_is_as_near_as_its_nearest_query_token(checkpoints: dict[str, str]) -> None:
+def test_a_image_of_blip_2_is_as_near_as_its_nearest_query_token(checkpoints: dict[str, str]) -> None:
     """Negative control of the comparison above: any one token, as in SugarCrepe++'s script, is another score."""
     embedder = DualEncoder(checkpoints["blip_2"])
     texts, images = embedder.embed_texts(TEXTS), embedder.embed_images(pictures())
@@ -86,13 +86,13 @@ def test_a_picture_of_blip_2_is_as_near_as_its_nearest_query_token(checkpoints: 
 
 @pytest.mark.parametrize("name", BUILD)
 def test_the_batch_job_embeds_as_the_embedder(name: str, checkpoints: dict[str, str], tmp_path: Path) -> None:
-    """What the job's actor does with a batch of texts and one of pictures, item by item too."""
+    """What the job's actor does with a batch of texts and one of images, item by item too."""
     description = describe_dual_encoder(checkpoints[name], "float32")
     encoder = Encoder({"model": checkpoints[name]}, str(tmp_path), description)
     preprocessor, embedder = encoder.embedder.preprocessor, encoder.embedder
     items = pa.table({"id": ["a", "b", "c", "d"]})
     prompts = [preprocessor.text_prompt(text) for text in TEXTS]
-    images = [preprocessor.pixels([picture]) for picture in pictures()]
+    images = [preprocessor.pixels([image]) for image in pictures()]
     texts, vectors = embedder.embed_texts(TEXTS), embedder.embed_images(pictures()).reshape(3, -1)
     assert np.allclose(encoder.forward(prompts, None), texts, atol=1e-6)
     assert np.allclose(encoder.forward([[]] * 3, images), vectors, atol=1e-6)

@@ -182,7 +182,7 @@ def test_generation_equals_transformers_own(checkpoint: str, tmp_path: Path, pic
         "".join(embedder.generate(messages, pictures[:1], temperature=1.5, seed=s, max_tokens=12)) for s in (1, 1, 2)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
-    with pytest.raises(ValueError, match="1 image parts, but 0 pictures"):
+    with pytest.raises(ValueError, match="1 image parts, but 0 images"):
         next(embedder.generate(messages, []))
 
 

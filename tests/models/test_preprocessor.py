@@ -9,7 +9,7 @@ from PIL import Image
 
 from vladva.config import IMAGE_PROMPT, TEXT_PROMPT, ModelConfig
 from vladva.data.examples import Example
-from vladva.models.batch import Batch, as_tensors
+from vladva.models.batch import MicroBatch, as_tensors
 from vladva.models.embedding_model import EmbeddingModel, caption_labels
 from vladva.models.preprocessor import Preprocessor
 
@@ -80,7 +80,7 @@ def test_a_batch_survives_the_object_store(ray_cluster: None, preprocessor: Prep
     ]
     batch = preprocessor.collate(7, examples)
     row = next(iter(ray.data.from_items([0]).map(lambda _: batch.to_row()).iter_rows()))
-    back = Batch.from_row(row)
+    back = MicroBatch.from_row(row)
     assert back.number == 7
     assert list(back.ids) == ["a#0", "a#1"]
     assert back.pixels.values.dtype == np.uint8
@@ -105,10 +105,10 @@ def test_hard_negatives_follow_the_captions(preprocessor: Preprocessor) -> None:
     assert len(set(batch.caption_keys.tolist())) == 5
 
 
-def test_texts_in_the_stead_of_pictures(preprocessor: Preprocessor) -> None:
+def test_texts_in_the_stead_of_images(preprocessor: Preprocessor) -> None:
     batch = preprocessor.collate(0, [Example("a#0", "two dogs run", "dogs are running", None, ("a cat sleeps",))])
     assert batch.image.ids[0].tolist() == preprocessor.text_prompt("two dogs run")
-    back = Batch.from_row(batch.to_row())
+    back = MicroBatch.from_row(batch.to_row())
     assert back.pixels is None
     assert (back.text.ids == batch.text.ids).all()
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.s3_server import BUCKET, s3_server
-from support.source_variants import CAPTIONS, PICTURES, VARIANTS, picture, write_variant
+from support.source_variants import CAPTIONS, IMAGES, VARIANTS, image, write_variant
 from support.without_ray import count_words, leave_ray_out
 
 from jobs.prepare import main, parse
@@ -41,7 +41,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def delivered(uri: str) -> dict[bytes, list[str]]:
-    """Picture -> captions, read back through the index."""
+    """Image -> captions, read back through the index."""
     index = ShardIndex.open(uri)
     refs = index.samples(0, index.num_samples)
     assert len({ref.id for ref in refs}) == len(refs)
@@ -56,12 +56,12 @@ def quarantined(prepared: Prepared) -> list[tuple[str, str]]:
 
 
 def write_folder(folder: Path, count: int) -> dict[str, bytes]:
-    """Pictures with a text each."""
+    """Images with a text each."""
     folder.mkdir(parents=True)
-    pictures = {f"{number:03d}.png": picture("PNG", number) for number in range(count)}
+    pictures = {f"{number:03d}.png": image("PNG", number) for number in range(count)}
     for name, data in pictures.items():
         (folder / name).write_bytes(data)
-        (folder / name).with_suffix(".txt").write_text(f"picture {name}")
+        (folder / name).with_suffix(".txt").write_text(f"image {name}")
     return pictures
 
 
@@ -77,7 +77,7 @@ def test_every_format_comes_out_byte_for_byte(variant: str, tmp_path: Path, with
     options = write_variant(variant, tmp_path / "source")
     out = "" if variant == "webdataset" else str(tmp_path / "out")
     prepared = prepare(str(tmp_path / "source"), out, count_words, options, samples_per_shard=2)
-    assert delivered(prepared.uri) == {PICTURES[name]: CAPTIONS[name] for name in PICTURES}
+    assert delivered(prepared.uri) == {IMAGES[name]: CAPTIONS[name] for name in IMAGES}
     rows = 10 if variant in ("parquet, paths", "csv", "tsv") else 5
     left_out = {"karpathy": {"split test": 1}}.get(variant, {})
     assert (prepared.found, prepared.samples, prepared.merged) == (rows + sum(left_out.values()), 5, rows - 5)
@@ -95,14 +95,14 @@ def test_a_sample_says_where_it_came_from(tmp_path: Path, without_ray: None) -> 
         names = tar.getnames()
         about = json.load(tar.extractfile(names[3]))  # type: ignore[arg-type]
     assert names[:4] == ["000000000.jpg", "000000000.json", "000000001.png", "000000001.json"]
-    assert about["source"] == {"id": "pictures/b.png", "file": "pictures/b.png", "place": "pairs.csv, line 3"}
+    assert about["source"] == {"id": "images/b.png", "file": "images/b.png", "place": "pairs.csv, line 3"}
 
 
 def test_the_same_path_with_other_ids_is_two_samples_and_the_same_id_twice_is_one(
     tmp_path: Path, without_ray: None
 ) -> None:
     write_variant("csv", tmp_path / "source")
-    rows = ["id,path,caption", "1,pictures/a.jpg,one", "2,pictures/a.jpg,two", "1,pictures/b.png,three"]
+    rows = ["id,path,caption", "1,images/a.jpg,one", "2,images/a.jpg,two", "1,images/b.png,three"]
     (tmp_path / "source/pairs.csv").write_text("\n".join(rows))
     options = SourceOptions(id_column="id")
     prepared = prepare(str(tmp_path / "source"), str(tmp_path / "out"), count_words, options, max_bad_fraction=0.5)
@@ -115,7 +115,7 @@ def test_the_same_path_with_other_ids_is_two_samples_and_the_same_id_twice_is_on
 
 LONG = [
     {"key": name.partition(".")[0], "long": f"a long caption of {name}"}
-    for name in [*PICTURES, "z.jpg"]
+    for name in [*IMAGES, "z.jpg"]
     if name != "b.png"
 ]
 
@@ -137,14 +137,14 @@ def test_captions_are_joined_and_what_has_no_partner_is_listed(ending: str, tmp_
     join = Join.parse(write_long(tmp_path, ending), "stem=key", ["long"])
     prepared = prepare(str(tmp_path / "source"), str(tmp_path / "out"), count_words, join=join)
     assert delivered(prepared.uri) == {
-        PICTURES[name]: CAPTIONS[name] + [f"a long caption of {name}"] * (name != "b.png") for name in PICTURES
+        IMAGES[name]: CAPTIONS[name] + [f"a long caption of {name}"] * (name != "b.png") for name in IMAGES
     }
     bad = int(ending != ".parquet")
     counts = {"rows": 4, "rows_without": 1, "rows_rejected": bad, "samples": 4, "samples_without": 1}
     assert prepared.joined == counts
     unmatched = [(row["side"], row["id"]) for row in read_table(prepared.uri, "unmatched")]
     reason = {".jsonl": "(broken JSON)", ".csv": "(broken row)"}
-    assert unmatched == [("sample", "pictures/b.png"), ("table", "z"), *[("table", reason.get(ending))] * bad]
+    assert unmatched == [("sample", "images/b.png"), ("table", "z"), *[("table", reason.get(ending))] * bad]
 
 
 def test_tars_are_rewritten_to_join_captions(tmp_path: Path, without_ray: None) -> None:
@@ -161,14 +161,14 @@ def test_tars_are_rewritten_to_join_captions(tmp_path: Path, without_ray: None) 
         prepare(source, out, count_words, join=Join.parse(str(table), "stem=id"))
     prepared = prepare(source, out, count_words, join=Join.parse(str(table), "key=id"), samples_per_shard=3)
     more = {"a.jpg": ["more of a"], "c.jpeg": ["more of c"]}
-    assert delivered(out) == {PICTURES[name]: CAPTIONS[name] + more.get(name, []) for name in PICTURES}
+    assert delivered(out) == {IMAGES[name]: CAPTIONS[name] + more.get(name, []) for name in IMAGES}
     assert prepared.joined["samples_without"] == 3
     assert tars(tmp_path / "source") == before
 
 
 def test_a_join_that_finds_nothing_says_what_was_compared(tmp_path: Path, without_ray: None) -> None:
     write_variant("csv", tmp_path / "source")
-    with pytest.raises(ValueError, match=r"no row .* the id of a sample .*'pictures/a.jpg'.* the first rows \['a'"):
+    with pytest.raises(ValueError, match=r"no row .* the id of a sample .*'images/a.jpg'.* the first rows \['a'"):
         prepare(str(tmp_path / "source"), str(tmp_path / "out"), count_words,
                 join=Join.parse(write_long(tmp_path, ".csv"), "key", ["long"]))  # fmt: skip
     for on in ("=key", "who=key", "id="):
@@ -189,11 +189,11 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-JPEG = picture("JPEG", 99)
-BAD = {  # reason -> (picture, caption)
-    "corrupt picture": (JPEG[:-40], b"cut off"),  # its header is whole
+JPEG = image("JPEG", 99)
+BAD = {  # reason -> (image, caption)
+    "corrupt image": (JPEG[:-40], b"cut off"),  # its header is whole
     "zero bytes": (b"", b"nothing"),
-    "not a picture": (b"<html>404 not found</html>", b"a page"),
+    "not an image": (b"<html>404 not found</html>", b"a page"),
     "too many pixels": (bomb(20_000, 20_000), b"a bomb"),
     "no caption": (JPEG, b" "),
     "caption is not UTF-8": (JPEG, "gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n".encode("latin-1")),
@@ -211,7 +211,7 @@ def bad_tars(folder: Path) -> tuple[dict[bytes, list[str]], list[tuple[str, str]
         with tarfile.open(fileobj=body, mode="w") as tar:
             for number in range(10 * shard, 10 * shard + 10):
                 reason = places.get(number)
-                data, text = BAD[reason] if reason else (picture("JPEG", number), f"picture {number}".encode())
+                data, text = BAD[reason] if reason else (image("JPEG", number), f"image {number}".encode())
                 members = [(f"{number}.jpg", data), (f"{number}.txt", text)]
                 if number in (5, 105):
                     members += [(f"{number}.jpg", JPEG), (f"{number}.txt", b"the second of this key")]
@@ -227,8 +227,8 @@ def bad_tars(folder: Path) -> tuple[dict[bytes, list[str]], list[tuple[str, str]
         (folder / f"{shard:05d}.tar").write_bytes(body.getvalue())
     (folder / "00027.tar").write_bytes(b"")
     cut = (folder / "00026.tar").read_bytes()
-    last = picture("JPEG", 269)
-    (folder / "00026.tar").write_bytes(cut[: cut.index(last) + 100])  # inside the last picture
+    last = image("JPEG", 269)
+    (folder / "00026.tar").write_bytes(cut[: cut.index(last) + 100])  # inside the last image
     del good[last]
     return good, sorted([*bad, ("00027.tar", "empty tar"), ("00026.tar", "truncated tar")])
 
@@ -264,7 +264,7 @@ def test_training_reads_every_good_sample_of_a_bad_corpus(tmp_path: Path, withou
 
 
 def bad_table(folder: Path, count: int = 300) -> tuple[dict[bytes, list[str]], list[tuple[str, str]]]:
-    """A CSV of `count` pictures, 3% bad or missing; what is good, and (place, reason) of the others."""
+    """A CSV of `count` images, 3% bad or missing; what is good, and (place, reason) of the others."""
     (folder / "images").mkdir(parents=True)
     places = dict(
         zip(Random(1).sample(range(count), len(BAD) + 2), [*BAD, "missing file", "duplicate key"], strict=True)
@@ -272,7 +272,7 @@ def bad_table(folder: Path, count: int = 300) -> tuple[dict[bytes, list[str]], l
     lines, good, bad = [b"id,path,caption"], {}, []
     for number in range(count):
         reason = places.get(number, "")
-        default = (picture("JPEG", number), f"picture {number}".encode())
+        default = (image("JPEG", number), f"image {number}".encode())
         data, text = BAD.get(reason, default)
         if reason != "missing file":
             (folder / f"images/{number}.jpg").write_bytes(data)
@@ -296,7 +296,7 @@ def test_of_a_bad_table_all_that_is_good_is_delivered(tmp_path: Path, without_ra
     assert delivered(out) == good
     assert (prepared.found, prepared.samples) == (301, 301 - len(bad))
     index_rows = pq.read_table(tmp_path / "out/_index/quarantine.parquet").to_pylist()
-    assert [row["reason"] for row in index_rows] == ["corrupt picture"]  # what only decoding finds
+    assert [row["reason"] for row in index_rows] == ["corrupt image"]  # what only decoding finds
 
 
 # --- going on, and starting anew -------------------------------------------------------------------------------------
@@ -387,19 +387,19 @@ def without_a_sample(content: bytes) -> bytes:
 
 
 def with_other_bytes(content: bytes) -> bytes:
-    """The tar with a picture that is good and not the one that was written."""
-    old, new = picture("PNG", 0), picture("PNG", 99)
+    """The tar with an image that is good and not the one that was written."""
+    old, new = image("PNG", 0), image("PNG", 99)
     assert len(old) == len(new)
     return content.replace(old, new)
 
 
-def with_a_broken_picture(content: bytes) -> bytes:
-    """The tar with a byte of a picture turned over, so that the scan refuses it."""
-    place = content.index(picture("PNG", 0)) + 60
+def with_a_broken_image(content: bytes) -> bytes:
+    """The tar with a byte of an image turned over, so that the scan refuses it."""
+    place = content.index(image("PNG", 0)) + 60
     return content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
 
 
-@pytest.mark.parametrize("spoil", [without_a_sample, with_other_bytes, with_a_broken_picture])
+@pytest.mark.parametrize("spoil", [without_a_sample, with_other_bytes, with_a_broken_image])
 def test_a_shard_that_is_not_what_was_written_is_noticed(
     spoil: Callable[[bytes], bytes], tmp_path: Path, without_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.source_variants import CAPTIONS, PICTURES, VARIANTS, write_variant
+from support.source_variants import CAPTIONS, IMAGES, VARIANTS, write_variant
 
 from vladva.core import storage
-from vladva.core.errors import BadDataError
+from vladva.core.errors import InvalidSampleError
 from vladva.data.image_refs import read_cells
 from vladva.prepare import sources
-from vladva.prepare.image_fetch import read_pictures
+from vladva.prepare.image_fetch import read_images
 from vladva.prepare.sources import Entry, LeftOut, Rejected, SourceOptions, ahead, open_source
 
 
@@ -48,8 +48,8 @@ def test_every_format_lists_the_same_samples(variant: str, tmp_path: Path) -> No
     if variant != "folder, texts":  # those are read when the shards are written
         assert list(captions.values()) == list(CAPTIONS.values())
     first = list({entry.id: entry for entry in entries}.values())
-    bytes_of = read_pictures(source.images_uri, [entry._asdict() for entry in first])
-    assert bytes_of == list(PICTURES.values())
+    bytes_of = read_images(source.images_uri, [entry._asdict() for entry in first])
+    assert bytes_of == list(IMAGES.values())
     assert [each.reason for each in found if isinstance(each, LeftOut)] == ["split test"] * (variant == "karpathy")
 
 
@@ -62,7 +62,7 @@ def test_a_single_file_is_a_source_too(tmp_path: Path) -> None:
     assert one == whole[:10]
 
 
-def test_listing_parquet_leaves_the_pictures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listing_parquet_leaves_the_images_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     big = [Random(number).randbytes(50_000) for number in range(40)]
     pq.write_table(pa.table({"image": big, "text": ["a caption"] * 40}), tmp_path / "x.parquet", row_group_size=10)
     read = []
@@ -127,14 +127,14 @@ def test_bad_cells_and_files_of_parquet_are_named_by_their_row(tmp_path: Path) -
     ]
 
 
-def test_pictures_in_a_damaged_page_are_named_and_the_others_read(tmp_path: Path) -> None:
+def test_images_in_a_damaged_page_are_named_and_the_others_read(tmp_path: Path) -> None:
     pictures = [Random(number).randbytes(5_000) for number in range(4)]
     pq.write_table(pa.table({"image": pictures}), tmp_path / "x.parquet", row_group_size=2, use_dictionary=False)
     whole = (tmp_path / "x.parquet").read_bytes()
     (tmp_path / "x.parquet").write_bytes(whole[:4] + bytes(40) + whole[44:])
     cells = [data for data, _ in read_cells(str(tmp_path / "x.parquet"), "image", [0, 1, 3])]
     assert cells[2] == pictures[3]
-    assert [each.reason for each in cells[:2] if isinstance(each, BadDataError)] == ["unreadable Parquet"] * 2
+    assert [each.reason for each in cells[:2] if isinstance(each, InvalidSampleError)] == ["unreadable Parquet"] * 2
 
 
 def test_a_column_of_another_type_is_refused(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_column_of_another_type_is_refused(tmp_path: Path) -> None:
         entries_of(tmp_path)
 
 
-def test_annotations_without_their_picture_are_named(tmp_path: Path) -> None:
+def test_annotations_without_their_image_are_named(tmp_path: Path) -> None:
     images = [{"id": 1, "file_name": "a.jpg"}, {"id": 2}]
     notes = [{"image_id": 1, "caption": "good"}, {"image_id": 3, "caption": "whose?"}, {"image_id": 1, "caption": 5}]
     (tmp_path / "x.json").write_text(json.dumps({"images": images, "annotations": notes}))
@@ -158,11 +158,11 @@ def test_annotations_without_their_picture_are_named(tmp_path: Path) -> None:
 def test_class_folders_give_their_names(tmp_path: Path) -> None:
     for name in ("train/tabby_cat/1.jpg", "train/dog/1.jpg", "top.jpg", "train/dog/notes.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(PICTURES["a.jpg"])
+        (tmp_path / name).write_bytes(IMAGES["a.jpg"])
     found = entries_of(tmp_path)
     named = {each.id: list(each.captions) for each in found if isinstance(each, Entry)}
     assert named == {"top.jpg": [], "train/dog/1.jpg": ["dog"], "train/tabby_cat/1.jpg": ["tabby cat"]}
-    assert LeftOut("not a picture") in found
+    assert LeftOut("not an image") in found
 
 
 @pytest.mark.parametrize(
@@ -206,10 +206,10 @@ def test_what_cannot_be_used_at_all_is_refused_with_the_fix(
         entries_of(tmp_path, **options)
 
 
-def test_pictures_that_cannot_be_read_have_a_reason(tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_have_a_reason(tmp_path: Path) -> None:
     (tmp_path / "folder.jpg").mkdir()
     samples = [Entry(name, name, name)._asdict() for name in ("missing.jpg", "folder.jpg")]
-    assert [each.reason for each in read_pictures(str(tmp_path), samples) if isinstance(each, BadDataError)] == [
+    assert [each.reason for each in read_images(str(tmp_path), samples) if isinstance(each, InvalidSampleError)] == [
         "missing file",
         "unreadable file",
     ]

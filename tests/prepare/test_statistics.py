@@ -19,14 +19,14 @@ from vladva.data.shard_writer import ShardWriter
 from vladva.prepare import statistics
 from vladva.prepare.pipeline import Prepared, prepare
 from vladva.prepare.sources import Rejected
-from vladva.prepare.statistics import SIDE_BOUNDS, TOKEN_BOUNDS, Copies, summarise
+from vladva.prepare.statistics import SIDE_BOUNDS, TOKEN_BOUNDS, Duplicates, summarise
 from vladva.report.data_page import contact_sheet, ledger, size_of, span, write_page
 from vladva.report.svg import heat_map, histogram
 
 SIZES = [(16, 8), (64, 64), (200, 100)]
 
 
-def picture(size: tuple[int, int], seed: int) -> bytes:
+def image(size: tuple[int, int], seed: int) -> bytes:
     body = io.BytesIO()
     Image.frombytes("L", size, Random(seed).randbytes(size[0] * size[1])).save(body, "PNG")
     return body.getvalue()
@@ -34,12 +34,12 @@ def picture(size: tuple[int, int], seed: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Prepared, int]]:
-    """60 samples in 6 shards, 6 of them with the same picture and 2 bad, and the bytes of the good pictures."""
+    """60 samples in 6 shards, 6 of them with the same image and 2 bad, and the bytes of the good images."""
     folder = tmp_path_factory.mktemp("data")
     num_bytes = 0
     with ShardWriter(str(folder), 10) as writer:
         for number in range(60):
-            body = picture((16, 8), 999) if number % 10 == 3 else picture(SIZES[number % 3], number)
+            body = image((16, 8), 999) if number % 10 == 3 else image(SIZES[number % 3], number)
             captions = [f"caption {number}", "the same for all", " ".join(["word"] * (10 * number + 1))][
                 : number % 3 + 1
             ]
@@ -57,8 +57,8 @@ def test_everything_is_counted(data: tuple[Prepared, int]) -> None:
     prepared, num_bytes = data
     counted = summarise(prepared.uri)
     good = [number for number in range(60) if number not in (7, 44)]
-    assert (counted.num_samples, counted.num_shards, counted.picture_bytes) == (58, 6, num_bytes)
-    assert counted.per_picture == Counter(number % 3 + 1 for number in good)
+    assert (counted.num_samples, counted.num_shards, counted.image_bytes) == (58, 6, num_bytes)
+    assert counted.captions_per_image == Counter(number % 3 + 1 for number in good)
     assert counted.num_captions == sum(number % 3 + 1 for number in good)
     lengths = [2] * 58 + [4] * sum(n % 3 >= 1 for n in good) + [10 * n + 1 for n in good if n % 3 == 2]
     assert counted.tokens == Counter(max(i for i, bound in enumerate(TOKEN_BOUNDS) if bound <= n) for n in lengths)
@@ -69,27 +69,31 @@ def test_everything_is_counted(data: tuple[Prepared, int]) -> None:
     sizes = Counter((16, 8) if n % 10 == 3 else SIZES[n % 3] for n in good)
     bins = {side: max(i for i, bound in enumerate(SIDE_BOUNDS) if bound <= side) for pair in SIZES for side in pair}
     assert counted.sizes == {(bins[width], bins[height]): count for (width, height), count in sizes.items()}
-    assert (counted.pictures.groups, counted.pictures.superfluous) == (1, 5)
-    assert counted.pictures.largest() == [(6, "000000.tar#3")]
+    assert (counted.images.groups, counted.images.num_duplicates) == (1, 5)
+    assert counted.images.largest() == [(6, "000000.tar#3")]
     assert counted.captions.largest() == [(sum(n % 3 >= 1 for n in good), "the same for all")]
-    assert f"5 pictures and {counted.captions.superfluous:,} captions are copies" in str(counted)
+    assert f"5 images and {counted.captions.num_duplicates:,} captions are copies" in str(counted)
 
 
 def test_of_what_is_too_much_some_are_watched_with_all_their_copies(
     data: tuple[Prepared, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = summarise(data[0].uri)
-    monkeypatch.setattr(statistics, "KEPT", 10)  # of 53 different pictures
+    monkeypatch.setattr(statistics, "KEPT", 10)  # of 53 different images
     drawn = summarise(data[0].uri)
-    assert drawn.pictures.every == 6
-    assert 0 < len(drawn.pictures.seen) < 25
-    assert drawn.pictures.seen.items() <= whole.pictures.seen.items()
+    assert drawn.images.every == 6
+    assert 0 < len(drawn.images.seen) < 25
+    assert drawn.images.seen.items() <= whole.images.seen.items()
     assert drawn.captions.seen.items() <= whole.captions.seen.items()
-    assert (drawn.tokens, drawn.sizes, drawn.per_picture) == (whole.tokens, whole.sizes, whole.per_picture)
-    copies = Copies(every=7)
+    assert (drawn.tokens, drawn.sizes, drawn.captions_per_image) == (
+        whole.tokens,
+        whole.sizes,
+        whole.captions_per_image,
+    )
+    copies = Duplicates(every=7)
     for key, count in ((1, 1), (2, 3), (1, 1), (3, 1)):
         copies.add(key, count, str(key))
-    assert (copies.groups, copies.superfluous) == (14, 21)
+    assert (copies.groups, copies.num_duplicates) == (14, 21)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def faults(browser: Browser, path: Path, viewport: dict) -> list[str]:
     broken, overflow = page.evaluate(BROKEN_IMAGES), page.evaluate(OVERFLOW)
     page.context.close()
     if broken:
-        noise.append(f"{broken} broken pictures")
+        noise.append(f"{broken} broken images")
     return [*noise, "wider than the window"] if overflow > 0 else noise
 
 

@@ -13,7 +13,7 @@ from vladva.data.image_refs import ImageRef
 from vladva.report.page_examples import choices_of, wrong_choices
 
 
-def pictures(folder: Path, names: list[str]) -> list[ImageRef]:
+def images(folder: Path, names: list[str]) -> list[ImageRef]:
     refs = []
     for name in names:
         Image.new("RGB", (2, 2), (ord(name[0]), 0, 0)).save(folder / name)
@@ -29,7 +29,7 @@ def test_of_two_true_captions_the_weaker_one_is_shown(tmp_path: Path) -> None:
     rows = [Row("0", "a.png", "near", "far", "between"), Row("1", "b.png", "far", "near", "opposite")]
     task = TwoCaptionsTask(
         ("near", "far", "between", "opposite"),
-        pictures(tmp_path, ["a.png", "b.png"]),
+        images(tmp_path, ["a.png", "b.png"]),
         {"swap_object": np.array([[0, 1], [0, 1], [1, 0], [2, 3]])},
         {"swap_object": rows},
         "strict",
@@ -43,17 +43,17 @@ def test_of_two_true_captions_the_weaker_one_is_shown(tmp_path: Path) -> None:
     np.testing.assert_allclose([wrong.caption_score, wrong.negative_score], np.cos(np.radians([60, 30])), rtol=1e-6)
 
 
-def test_winogrounds_pictures_are_shown_with_each_others_captions(tmp_path: Path) -> None:
+def test_winogrounds_images_are_shown_with_each_others_captions(tmp_path: Path) -> None:
     task = MatchingTask(
         ("a", "b"),
-        pictures(tmp_path, ["0.png", "1.png"]),
+        images(tmp_path, ["0.png", "1.png"]),
         np.array([[0], [1]]),
         [Example(7, ("a", "b"), ("0.png", "1.png"), "Object")],
         "strict",
         counts={},
         files={},
     )
-    outcomes = task.score(at(0, 50), at(10, 20)).outcomes  # both pictures are nearer to caption a
+    outcomes = task.score(at(0, 50), at(10, 20)).outcomes  # both images are nearer to caption a
     [wrong] = wrong_choices(choices_of(task, outcomes))
     assert (wrong.kind, wrong.caption, wrong.negative) == ("Object, 7", "b", "a")
     assert wrong.image == (tmp_path / "1.png").read_bytes()

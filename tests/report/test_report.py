@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.pages import METRICS, picture, scores, write_full
+from support.pages import METRICS, image, scores, write_full
 
 from vladva.report.evaluation_page import (
     headline_highlights,
@@ -29,11 +29,11 @@ def test_page_needs_no_network(tmp_path: Path) -> None:
     assert not re.search(r"url\(|@import|<script|https?://", page)
 
 
-def test_every_picture_decodes(tmp_path: Path) -> None:
+def test_every_image_decodes(tmp_path: Path) -> None:
     page = write_full(tmp_path / "report.html")
-    pictures = re.findall(r'<img src="data:image/\w+;base64,([^"]+)"', page)
-    assert len(pictures) == 5 + 1 + 6 + 1 + 1
-    for encoded in pictures:
+    images = re.findall(r'<img src="data:image/\w+;base64,([^"]+)"', page)
+    assert len(images) == 5 + 1 + 6 + 1 + 1
+    for encoded in images:
         Image.open(io.BytesIO(base64.b64decode(encoded))).load()
 
 
@@ -88,11 +88,11 @@ def test_headings_span_their_columns(tmp_path: Path) -> None:
     assert [text for _, text in spans[2:]] == ["R@1", "R@5", "R@10"] * 2
 
 
-def test_large_pictures_are_shrunk() -> None:
-    photograph = data_uri(picture(2000))
+def test_large_images_are_shrunk() -> None:
+    photograph = data_uri(image(2000))
     assert photograph.startswith("data:image/jpeg;base64,")
     assert Image.open(io.BytesIO(base64.b64decode(photograph.partition(",")[2]))).size == (256, 256)
-    small = picture(64)
+    small = image(64)
     assert base64.b64decode(data_uri(small).partition(",")[2]) == small
 
 

@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
-from support.wire import ADAPTER, CAPTIONS, KEY, OTHER_KEY, SIZES, STRICT, picture
+from support.wire import ADAPTER, CAPTIONS, KEY, OTHER_KEY, SIZES, STRICT, image
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -55,17 +55,17 @@ def embedder(adapter: str) -> Embedder:
 
 
 def write_index(folder: Path, model: dict[str, Any], vectors_ND: np.ndarray) -> str:
-    """An index `gallery` of the pictures `CAPTIONS`, with a second version in which the first has another caption."""
+    """An index `gallery` of the images `CAPTIONS`, with a second version in which the first has another caption."""
     from vladva.core.hashing import digest
     from vladva.embed.table import read_embeddings
-    from vladva.embed.table_writer import TableInProgress, write_part
+    from vladva.embed.table_writer import TableWriter, write_part
     from vladva.index.build import build_index
     from vladva.index.vector_index import open_index
 
     ids = [f"g#{i}" for i in range(len(CAPTIONS))]
     content = pa.array([digest(one) for one in ids], pa.binary(16))
     columns = {"id": ids, "kind": ["image"] * len(ids), "content": content, "caption": CAPTIONS, "size": SIZES}
-    table = TableInProgress(str(folder / "embeddings"), model, "tests")
+    table = TableWriter(str(folder / "embeddings"), model, "tests")
     write_part(str(folder / "embeddings"), pa.table(columns), vectors_ND, model)
     table.commit([])
     uri = str(folder / "gallery")
@@ -81,7 +81,7 @@ def write_index(folder: Path, model: dict[str, Any], vectors_ND: np.ndarray) -> 
 @pytest.fixture(scope="session")
 def index(tmp_path_factory: pytest.TempPathFactory, embedder: Embedder) -> str:
     """Folder of an index made with the server's model."""
-    images = [picture(i) for i in range(len(CAPTIONS))]
+    images = [image(i) for i in range(len(CAPTIONS))]
     return write_index(tmp_path_factory.mktemp("index"), embedder.description(), embedder.embed_images(images))
 
 
@@ -89,7 +89,7 @@ def index(tmp_path_factory: pytest.TempPathFactory, embedder: Embedder) -> str:
 def foreign_index(tmp_path_factory: pytest.TempPathFactory, embedder: Embedder) -> str:
     """Folder of an index made with another model."""
     model = embedder.description() | {"fingerprint": "0123456789abcdef"}
-    images = [picture(i) for i in range(len(CAPTIONS))]
+    images = [image(i) for i in range(len(CAPTIONS))]
     return write_index(tmp_path_factory.mktemp("foreign"), model, embedder.embed_images(images))
 
 

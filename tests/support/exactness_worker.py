@@ -25,7 +25,7 @@ from vladva.data.scenes.captions import captions
 from vladva.data.scenes.corpus import scenes
 from vladva.data.scenes.scene import render
 from vladva.models.adapter import add_adapter
-from vladva.models.batch import Batch, as_tensors
+from vladva.models.batch import MicroBatch, as_tensors
 from vladva.models.embedding_model import EmbeddingModel, caption_labels
 from vladva.models.preprocessor import Preprocessor
 from vladva.train import grad_cache
@@ -37,7 +37,7 @@ PAIRS, STEPS, RATE, WEIGHT = 8, 2, 1e-2, 0.5
 # AdamW's first step is the sign of the gradient, which rounding decides where the gradient is next to nothing. With a
 # larger epsilon it is not, and weights can be compared as closely as gradients.
 EPSILON = 1e-2
-SHAPES = [(64, 64), (96, 64), (40, 120), (64, 64), (150, 50), (64, 100)]  # (width, height) of the pictures
+SHAPES = [(64, 64), (96, 64), (40, 120), (64, 64), (150, 50), (64, 100)]  # (width, height) of the images
 
 
 class Case(NamedTuple):
@@ -130,7 +130,7 @@ def build(config: RunConfig) -> EmbeddingModel:
     return model.train()
 
 
-def batches(preprocessor: Preprocessor, size: int) -> list[Batch]:
+def batches(preprocessor: Preprocessor, size: int) -> list[MicroBatch]:
     rows = examples()
     return [preprocessor.collate(i, rows[i * size : (i + 1) * size]) for i in range(PAIRS // size)]
 
@@ -192,7 +192,7 @@ def broken(name: str, function: Callable[..., Any]) -> Iterator[None]:
     setattr(grad_cache, name, whole)
 
 
-def full_weight(chunks: list[Batch], device: torch.device) -> list[tuple[Batch, float]]:
+def full_weight(chunks: list[MicroBatch], device: torch.device) -> list[tuple[MicroBatch, float]]:
     return [(chunk, 1.0) for chunk in (chunks + chunks[-1:])[:2]]
 
 

@@ -29,7 +29,7 @@ CLIP = {
     "patch_size": 8,
 }
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-CLIP_PICTURES = {
+CLIP_IMAGES = {
     "resample": 3,
     "size": {"shortest_edge": 32},
     "crop_size": {"height": 32, "width": 32},
@@ -37,7 +37,7 @@ CLIP_PICTURES = {
     "image_std": CLIP_STD,
 }
 
-# Each template asks for pictures where its family does; what they have in common is written once.
+# Each template asks for images where its family does; what they have in common is written once.
 PARTS = "{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}"
 PARTS = "{% for part in message.content %}" + PARTS + "{% endfor %}"
 LLAVA_CHAT = (
@@ -46,7 +46,7 @@ LLAVA_CHAT = (
 )
 LLAMA3_HEADER = "<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
 LLAMA3_CHAT = (
-    "<|start_header_id|>system<|end_header_id|>\n\nYou see pictures.<|eot_id|>{% for message in messages %}"
+    "<|start_header_id|>system<|end_header_id|>\n\nYou see images.<|eot_id|>{% for message in messages %}"
     + LLAMA3_HEADER
     + PARTS.replace("IMAGE", "<image>\n")
     + "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
@@ -100,7 +100,7 @@ def tokenizer_of(special: list[str], eos: str, pad: str, bos: str | None, chat: 
 
 
 def write(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pictures: dict[str, Any], processor: dict
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, images: dict[str, Any], processor: dict
 ) -> str:
     """The checkpoint, its weights larger than the default, so that a few steps and wrong paths show."""
     for parameter in model.parameters():
@@ -109,13 +109,13 @@ def write(
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
     (folder / "processor_config.json").write_text(json.dumps(processor))
     return str(folder)
 
 
 def build_llava(folder: Path) -> str:
-    """LLaVA-1.5: every picture a square, `<s>` before every text."""
+    """LLaVA-1.5: every image a square, `<s>` before every text."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     tokenizer = tokenizer_of(["<s>", "</s>", "<pad>", "<image>"], "</s>", "<pad>", "<s>", LLAVA_CHAT)
@@ -127,12 +127,12 @@ def build_llava(folder: Path) -> str:
     )
     processor = {"processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": 8}
     processor |= {"num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
-    pictures = {"image_processor_type": "CLIPImageProcessor", **CLIP_PICTURES}
-    return write(folder, LlavaForConditionalGeneration(config), tokenizer, pictures, processor)
+    images = {"image_processor_type": "CLIPImageProcessor", **CLIP_IMAGES}
+    return write(folder, LlavaForConditionalGeneration(config), tokenizer, images, processor)
 
 
 def build_llava_next(folder: Path) -> str:
-    """LLaVA-Next on Llama 3: tiles; the tokenizer's own template knows no pictures, the processor's does."""
+    """LLaVA-Next on Llama 3: tiles; the tokenizer's own template knows no images, the processor's does."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -147,8 +147,8 @@ def build_llava_next(folder: Path) -> str:
     )
     processor = {"processor_class": "LlavaNextProcessor", "image_token": "<image>", "patch_size": 8}
     processor |= {"num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
-    pictures = {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": grid, **CLIP_PICTURES}
-    write(folder, LlavaNextForConditionalGeneration(config), tokenizer, pictures, processor)
+    images = {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": grid, **CLIP_IMAGES}
+    write(folder, LlavaNextForConditionalGeneration(config), tokenizer, images, processor)
     (folder / "chat_template.jinja").unlink()
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEXT_ONLY_CHAT}))
@@ -176,7 +176,7 @@ def qwen(
     config = getattr(transformers, f"{names}Config")(
         text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids
     )
-    pictures = {
+    images = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "patch_size": 8,
         "temporal_patch_size": 2,
@@ -186,12 +186,12 @@ def qwen(
     }
     least, most = 4 * 16 * 16, 20 * 16 * 16  # pixels; Qwen3-VL's files name limits and processor in the newer way
     if names == "Qwen3VL":
-        pictures |= {"size": {"shortest_edge": least, "longest_edge": most}}
-        pictures["image_processor_type"] += "Fast"
+        images |= {"size": {"shortest_edge": least, "longest_edge": most}}
+        images["image_processor_type"] += "Fast"
     else:
-        pictures |= {"min_pixels": least, "max_pixels": most}
+        images |= {"min_pixels": least, "max_pixels": most}
     model = getattr(transformers, f"{names}ForConditionalGeneration")(config)
-    return write(folder, model, tokenizer, pictures, {"processor_class": f"{names}Processor"})
+    return write(folder, model, tokenizer, images, {"processor_class": f"{names}Processor"})
 
 
 def build_qwen2_vl(folder: Path) -> str:

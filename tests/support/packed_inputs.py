@@ -35,12 +35,12 @@ def load(folder: str, dtype: str = "float32", layer: int | None = None, *, adapt
 
 
 def inputs(model: EmbeddingModel, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
-    """Texts of many lengths; pictures of several sizes, two of them the same, with captions that are not to be seen."""
+    """Texts of many lengths; images of several sizes, two of them the same, with captions that are not to be seen."""
     preprocessor = model.preprocessor
     if kind == "text":
         return as_tensors(preprocessor.texts(TEXTS), "cpu"), None
     pictures = [render(scene) for scene, _ in islice(scenes("train"), 5)]
     pictures = [*pictures, pictures[1].resize((90, 40)), pictures[0]]
     long = [None, *TEXTS[: len(pictures) - 1]]
-    tokens = preprocessor.images([picture.size for picture in pictures], long)
+    tokens = preprocessor.images([image.size for image in pictures], long)
     return as_tensors(tokens, "cpu"), as_tensors(preprocessor.pixels(pictures), "cpu")

@@ -10,21 +10,21 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from PIL import Image
-from support.without_ray import count_words, leave_ray_out
 
+from support.without_ray import count_words, leave_ray_out
 from vladva.benchmarks.benchmark import find
 from vladva.data.shard_writer import ShardWriter
 from vladva.prepare import pipeline, statistics
 from vladva.report.data_page import write_page
 from vladva.report.evaluation_page import CaptionComparison, write_report
 from vladva.report.html import Highlight
-from vladva.report.page_examples import Grid, GridRow, Hit, WrongChoice
+from vladva.report.page_examples import Grid, GridHit, GridRow, WrongChoice
 from vladva.report.tables import layouts, statistics_table
 
 METRICS = {f"{way}_r{k}": 0.01 * k for way in ("t2i", "i2t") for k in (1, 5, 10)}
 
 
-def picture(size: int = 8, colour: str = "red") -> bytes:
+def image(size: int = 8, colour: str = "red") -> bytes:
     data = io.BytesIO()
     Image.new("RGB", (size, size), colour).save(data, "PNG")
     return data.getvalue()
@@ -59,11 +59,13 @@ def scores(labels: tuple[str, ...] = ("zero-shot", "trained")) -> dict:
 
 def write_full(path: Path) -> str:
     """Write the report; what is in it."""
-    hits = [Hit(picture(colour=colour), 0.5, colour == "green") for colour in ("red", "green", "blue", "cyan", "grey")]
-    texts = [Hit(f"caption {number}", 0.4, number == 2) for number in range(5)]
+    hits = [
+        GridHit(image(colour=colour), 0.5, colour == "green") for colour in ("red", "green", "blue", "cyan", "grey")
+    ]
+    texts = [GridHit(f"caption {number}", 0.4, number == 2) for number in range(5)]
     lost = [hit._replace(right=False) for hit in hits]
-    rows = [GridRow("a <b>bold</b> query", hits, 2), GridRow(picture(), texts, 3), GridRow("far", lost, 47, picture())]
-    wrong = WrongChoice("swap_object", picture(), "true one", "false one", 0.1, 0.2)
+    rows = [GridRow("a <b>bold</b> query", hits, 2), GridRow(image(), texts, 3), GridRow("far", lost, 47, image())]
+    wrong = WrongChoice("swap_object", image(), "true one", "false one", 0.1, 0.2)
     write_report(
         str(path),
         title="Scenes & more",
@@ -73,7 +75,7 @@ def write_full(path: Path) -> str:
         grids={"trained": [Grid("Found", "note", rows)]},
         wrong_choices={"trained": [wrong], "zero": []},
         captions=[
-            CaptionComparison(picture(), "Describe.", {"base": "A red square.", "trained": "Red."}, ["red square"])
+            CaptionComparison(image(), "Describe.", {"base": "A red square.", "trained": "Red."}, ["red square"])
         ],
         caption_table=statistics_table(captions()),
         timings={"training": 212.0, "index": 0.0},
@@ -84,7 +86,7 @@ def write_full(path: Path) -> str:
 
 
 def captions() -> pa.Table:
-    """One picture, captioned by two systems."""
+    """One image, captioned by two systems."""
     from vladva.evaluate.caption_actor import CAPTION_PROMPTS
 
     return pa.Table.from_pylist(
@@ -120,12 +122,12 @@ def write_wide(path: Path) -> None:
 
 
 def write_data_page(path: Path) -> None:
-    """The page about a data set with pictures of all sizes, captions of all lengths, copies and a quarantine."""
+    """The page about a data set with images of all sizes, captions of all lengths, copies and a quarantine."""
     folder = str(path.parent / "shards")
     with ShardWriter(folder, 20) as writer:
         for number in range(60):
             captions = ["a caption", "word " * number**2, "an_unbroken_word_" * 20][: number % 3 + 1]
-            content = b"" if number % 25 == 7 else picture(2 ** (number % 9 + 1), "blue")
+            content = b"" if number % 25 == 7 else image(2 ** (number % 9 + 1), "blue")
             writer.write(f"{number}", {"png": content, "json": json.dumps({"captions": captions}).encode()})
     with pytest.MonkeyPatch.context() as patch:
         leave_ray_out(patch)

@@ -1,6 +1,6 @@
 """Benchmarks in the forms and sizes they are published in, made of few scenes and captions over and over.
 
-A picture or caption that repeats is embedded once, so a full-size benchmark costs little here.
+An image or caption that repeats is embedded once, so a full-size benchmark costs little here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SUGAR_CREPE_PP = {  # as Hugging Face names its configurations
 
 
 def write_benchmarks(folder: Path, pictures: list[bytes], captions: list[str]) -> None:
-    """Flickr30K (Karpathy's file, pictures in a tar), SugarCrepe++ and Winoground (both Parquet)."""
+    """Flickr30K (Karpathy's file, images in a tar), SugarCrepe++ and Winoground (both Parquet)."""
     images = [
         {
             "filename": f"{n}.jpg",
@@ -70,7 +70,7 @@ def write_benchmarks(folder: Path, pictures: list[bytes], captions: list[str]) -
 
 
 def write_tar(path: Path, names: list[str], pictures: list[bytes]) -> None:
-    """Pictures of these names, over and over."""
+    """Images of these names, over and over."""
     path.parent.mkdir(parents=True)
     with tarfile.open(path, "w") as tar:
         for number, name in enumerate(names):

@@ -17,10 +17,10 @@ from vladva.core import storage
 from vladva.data import scan, shard_index, shard_writer, sidecar
 from vladva.data.sampler import SampleFinder
 
-BAD = b"no picture"
+BAD = b"no image"
 
 
-def picture(seed: int, size: tuple[int, int]) -> bytes:
+def image(seed: int, size: tuple[int, int]) -> bytes:
     """A JPEG of noise in blocks of 8 pixels."""
     width, height = size
     coarse = Image.frombytes(
@@ -32,13 +32,13 @@ def picture(seed: int, size: tuple[int, int]) -> bytes:
 
 
 def write_corpus(uri: str, good: int, *, bad: int = 0, per_shard: int = 20, size: tuple[int, int] = (16, 16)) -> None:
-    """Shards of `good` pictures with a short and a long caption each, and of `bad` that are none, spread evenly."""
+    """Shards of `good` images with a short and a long caption each, and of `bad` that are none, spread evenly."""
     total = good + bad
     with shard_writer.ShardWriter(uri, per_shard) as writer:
         for number in range(total):
             is_bad = (number + 1) * bad // total > number * bad // total
             captions = [f"short {number}", f"long {number} " + "word " * 8]
-            content = BAD if is_bad else picture(number, size)
+            content = BAD if is_bad else image(number, size)
             writer.write(f"{number:06d}", {"jpg": content, "json": json.dumps({"captions": captions}).encode()})
 
 

@@ -1,4 +1,4 @@
-"""The same five pictures with two captions each, in every form that a source can have."""
+"""The same five images with two captions each, in every form that a source can have."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from PIL import Image
 from vladva.prepare.sources import SourceOptions
 
 
-def picture(kind: str, seed: int) -> bytes:
-    """A picture of noise, as a file."""
+def image(kind: str, seed: int) -> bytes:
+    """An image of noise, as a file."""
     body = io.BytesIO()
     Image.frombytes("RGB", (12, 8), Random(seed).randbytes(12 * 8 * 3)).save(body, kind)
     return body.getvalue()
 
 
 KINDS = {"a.jpg": "JPEG", "b.png": "PNG", "c.jpeg": "JPEG", "d.webp": "WEBP", "e.PNG": "PNG"}
-PICTURES = {name: picture(kind, seed) for seed, (name, kind) in enumerate(KINDS.items())}
-CAPTIONS = {name: [f"the first of {name}", f"another, with a comma; of {name} \N{SNOWMAN}"] for name in PICTURES}
-ROWS = [(name, text) for which in (0, 1) for name in PICTURES for text in [CAPTIONS[name][which]]]  # not neighbours
+IMAGES = {name: image(kind, seed) for seed, (name, kind) in enumerate(KINDS.items())}
+CAPTIONS = {name: [f"the first of {name}", f"another, with a comma; of {name} \N{SNOWMAN}"] for name in IMAGES}
+ROWS = [(name, text) for which in (0, 1) for name in IMAGES for text in [CAPTIONS[name][which]]]  # not neighbours
 
 
-def write_pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     (folder / "pictures").mkdir(parents=True)
-    for name, data in PICTURES.items():
+    for name, data in IMAGES.items():
         (folder / "pictures" / name).write_bytes(data)
 
 
@@ -43,7 +43,7 @@ def webdataset(folder: Path) -> None:
             for name in names:
                 stem, ending = name.split(".")
                 about = json.dumps({"caption": CAPTIONS[name][0], "url": "http://127.0.0.1/", "width": 12})
-                contents = {ending: PICTURES[name], "json": about.encode(), "txt": CAPTIONS[name][1].encode()}
+                contents = {ending: IMAGES[name], "json": about.encode(), "txt": CAPTIONS[name][1].encode()}
                 for member, data in contents.items():
                     header = tarfile.TarInfo(f"{stem}.{member}")
                     header.size = len(data)
@@ -53,38 +53,38 @@ def webdataset(folder: Path) -> None:
 
 
 def parquet_bytes(folder: Path) -> None:
-    table = pa.table({"jpg": list(PICTURES.values()), "captions": list(CAPTIONS.values())})
+    table = pa.table({"jpg": list(IMAGES.values()), "captions": list(CAPTIONS.values())})
     pq.write_table(table.slice(0, 2), folder / "0.parquet")
     pq.write_table(table.slice(2), folder / "1.parquet", row_group_size=2)
 
 
 def parquet_struct(folder: Path) -> None:
-    write_pictures(folder)  # Hugging Face keeps bytes, or the path to them
-    cells = [{"bytes": data if name < "d" else None, "path": f"pictures/{name}"} for name, data in PICTURES.items()]
+    write_images(folder)  # Hugging Face keeps bytes, or the path to them
+    cells = [{"bytes": data if name < "d" else None, "path": f"images/{name}"} for name, data in IMAGES.items()]
     short, long = zip(*CAPTIONS.values(), strict=True)
     pq.write_table(pa.table({"image": cells, "caption": short, "long": long}), folder / "x.parquet")
 
 
 def parquet_paths(folder: Path) -> None:
-    write_pictures(folder)
+    write_images(folder)
     paths, texts = zip(*ROWS, strict=True)
-    table = pa.table({"file_name": [f"pictures/{path}" for path in paths], "text": texts})
+    table = pa.table({"file_name": [f"images/{path}" for path in paths], "text": texts})
     pq.write_table(table, folder / "x.parquet", row_group_size=3)
 
 
 def karpathy(folder: Path) -> None:
-    write_pictures(folder / "coco")
+    write_images(folder / "coco")
     images = [
         {"filepath": "pictures", "filename": name, "split": split, "sentids": [1], "cocoid": number, "imgid": number}
         | {"sentences": [{"raw": text, "tokens": []} for text in CAPTIONS.get(name, ["held out"])]}
-        for number, (name, split) in enumerate([*((name, "train") for name in PICTURES), ("other.jpg", "test")])
+        for number, (name, split) in enumerate([*((name, "train") for name in IMAGES), ("other.jpg", "test")])
     ]
     (folder / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
 
 
 def coco(folder: Path) -> None:
-    write_pictures(folder)
-    ids = {name: 7 * number for number, name in enumerate(PICTURES)}
+    write_images(folder)
+    ids = {name: 7 * number for number, name in enumerate(IMAGES)}
     notes = [{"image_id": ids[name], "id": number, "caption": text} for number, (name, text) in enumerate(ROWS)]
     images = [{"id": number, "file_name": name, "width": 12} for name, number in ids.items()]
     content = {"info": {"year": 2017}, "images": images, "annotations": notes}
@@ -95,21 +95,21 @@ def coco(folder: Path) -> None:
 
 
 def table(folder: Path, delimiter: str = ",", ending: str = "csv") -> None:
-    write_pictures(folder)
+    write_images(folder)
     with (folder / f"pairs.{ending}").open("w", newline="", encoding="utf-8-sig") as file:
         rows = csv.writer(file, delimiter=delimiter)
         rows.writerow(["number", "filename", "caption"])
-        rows.writerows([number, f"pictures/{name}", text] for number, (name, text) in enumerate(ROWS))
+        rows.writerows([number, f"images/{name}", text] for number, (name, text) in enumerate(ROWS))
 
 
 def table_of_lists(folder: Path) -> None:
-    write_pictures(folder)
+    write_images(folder)
     with (folder / "pairs.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["path", "raw"], *([f"pictures/{n}", json.dumps(c)] for n, c in CAPTIONS.items())])
+        csv.writer(file).writerows([["path", "raw"], *([f"images/{n}", json.dumps(c)] for n, c in CAPTIONS.items())])
 
 
 def folder_of_texts(folder: Path) -> None:
-    write_pictures(folder)
+    write_images(folder)
     for name, captions in CAPTIONS.items():
         (folder / "pictures" / name).with_suffix(".txt").write_text("\n".join(captions) + "\n")
 
@@ -129,7 +129,7 @@ VARIANTS: dict[str, tuple[str, Callable[[Path], None], dict[str, Any]]] = {
 
 
 def write_variant(variant: str, folder: Path) -> SourceOptions:
-    """Write the five pictures in this form; the options that it takes."""
+    """Write the five images in this form; the options that it takes."""
     _, write, options = VARIANTS[variant]
     folder.mkdir()
     write(folder)

@@ -22,7 +22,7 @@ from vladva.data.scenes.captions import captions
 from vladva.data.scenes.corpus import scenes
 from vladva.data.scenes.scene import render
 from vladva.models.adapter import add_adapter
-from vladva.models.batch import Batch, as_tensors
+from vladva.models.batch import MicroBatch, as_tensors
 from vladva.models.embedding_model import EmbeddingModel, caption_labels, checkpoint_activations
 from vladva.train.data_loader import preprocessor_of
 from vladva.train.engine import Engine
@@ -110,7 +110,7 @@ def scene_pairs() -> list[Example]:
 
 
 def examples(kind: str) -> list[Example]:
-    """The pairs; with hard negatives of some; with texts in the pictures' stead."""
+    """The pairs; with hard negatives of some; with texts in the images' stead."""
     plain = scene_pairs()
     if kind == "plain":
         return plain
@@ -118,11 +118,11 @@ def examples(kind: str) -> list[Example]:
     negatives = {0: ("a red ring", "a blue star"), 1: (plain[2].short,), 7: ("two crosses",), 11: ("a green cross",)}
     found = [replace(pair, negatives=negatives.get(i, ())) for i, pair in enumerate(plain)]
     if kind == "texts":
-        found = [replace(pair, image=f"{pair.short or 'nothing'} in a picture", long=None) for pair in found]
+        found = [replace(pair, image=f"{pair.short or 'nothing'} in an image", long=None) for pair in found]
     return found
 
 
-def build(config: RunConfig, kind: str) -> tuple[EmbeddingModel, list[Batch]]:
+def build(config: RunConfig, kind: str) -> tuple[EmbeddingModel, list[MicroBatch]]:
     torch.manual_seed(0)
     preprocessor = preprocessor_of(config)
     model = EmbeddingModel(config.model, preprocessor, log_scale=2.0, bias=config.loss.bias)

@@ -1,4 +1,4 @@
-"""What the tests of the server send and get: pictures as data: URIs, errors of the one shape."""
+"""What the tests of the server send and get: images as data: URIs, errors of the one shape."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from PIL import Image
 
 KEY, OTHER_KEY = "key-one", "key-two"
 ADAPTER, STRICT = "seaside", "strict"
-CAPTIONS = [f"picture number {i}" for i in range(8)]
+CAPTIONS = [f"image number {i}" for i in range(8)]
 SIZES = [float(i) if i else float("nan") for i in range(8)]
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """The bytes of a picture file."""
+    """The bytes of an image file."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def data_uri(data: bytes | Image.Image) -> str:
-    """A picture as clients send it."""
+    """An image as clients send it."""
     data = encode(data) if isinstance(data, Image.Image) else data
     return "data:image/png;base64," + base64.b64encode(data).decode()
 

@@ -15,7 +15,7 @@ from support.small_corpora import run_over, scan_here, write_corpus
 from vladva.config import DataConfig, RunConfig
 from vladva.core import storage
 from vladva.data.sampler import SampleFinder
-from vladva.models.batch import Batch
+from vladva.models.batch import MicroBatch
 from vladva.train import audit, audit_log
 from vladva.train.audit_log import AuditLog, Part, counted_spans, find_parts
 
@@ -168,8 +168,8 @@ def test_what_counts_is_what_the_newest_checkpoint_rests_on() -> None:
     assert counted_spans([*parts, Part(4, 2, 4, 0, 1, "e")], 4) == {1: (0, 2), 2: (6, 2), 3: (8, 2), 4: (2, 4)}
 
 
-def batch(number: int, ids: list[str]) -> Batch:
-    return Batch(number, ids, *[None] * (len(Batch.__dataclass_fields__) - 2))
+def batch(number: int, ids: list[str]) -> MicroBatch:
+    return MicroBatch(number, ids, *[None] * (len(MicroBatch.__dataclass_fields__) - 2))
 
 
 def attempt(run: RunConfig, world: int, start: int, saves: range) -> None:

@@ -19,7 +19,7 @@ from support.small_corpora import run_over, scan_here, write_corpus, write_large
 from vladva.config import DataConfig, RunConfig
 from vladva.core import object_store, storage
 from vladva.data.examples import choose_captions
-from vladva.data.sampler import Run, SampleFinder
+from vladva.data.sampler import SampleFinder, SampleRange
 from vladva.train.audit import check_chunks
 from vladva.train.data_loader import ChunkReader, chunk_stream
 
@@ -76,7 +76,7 @@ def test_each_data_set_draws_captions_by_its_own_epoch(config: RunConfig) -> Non
     for epoch in range(3):
         by = {"seed": config.seed, "epoch": epoch, "sample_id": ref.id}
         expected = choose_captions(ref.captions, ref.caption_tokens, short_below=5, long_below=500, **by)
-        drawn.append(reader.example(Run(1, epoch, 0, 2), ref, content, with_captions=False).short)
+        drawn.append(reader.example(SampleRange(1, epoch, 0, 2), ref, content, with_captions=False).short)
         assert drawn[-1] == expected[0]
     assert len(set(drawn)) > 1
 

@@ -15,7 +15,7 @@ from support import elastic_worker as worker
 
 from vladva.config import RunConfig
 from vladva.data.examples import Example
-from vladva.models.batch import Batch
+from vladva.models.batch import MicroBatch
 from vladva.models.preprocessor import Preprocessor
 from vladva.recipes import tiny as tiny_recipe
 from vladva.train.loop import numbered_chunks
@@ -32,17 +32,17 @@ def config() -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def chunk(tiny: str) -> Batch:
+def chunk(tiny: str) -> MicroBatch:
     return Preprocessor(tiny).collate(0, [Example("a", "a red circle", "a circle", None)])
 
 
-def dealt(chunk: Batch, first: int, last: int, rank: int, world: int) -> Iterator[dict[str, Any]]:
+def dealt(chunk: MicroBatch, first: int, last: int, rank: int, world: int) -> Iterator[dict[str, Any]]:
     """What Ray Data gives one of W workers: every W-th chunk of the stream, wherever the stream begins."""
     return (replace(chunk, number=number).to_row() for number in range(first + rank, last, world))
 
 
 @pytest.mark.parametrize("world", range(1, CHUNKS + 1))
-def test_every_number_of_workers_gets_the_same_batches(config: RunConfig, chunk: Batch, world: int) -> None:
+def test_every_number_of_workers_gets_the_same_batches(config: RunConfig, chunk: MicroBatch, world: int) -> None:
     start, steps = 5, 4
     first, last = start * CHUNKS, (start + steps) * CHUNKS + world
     shares = [
@@ -56,7 +56,7 @@ def test_every_number_of_workers_gets_the_same_batches(config: RunConfig, chunk:
         assert {len(share) for _, share in of_step} <= {CHUNKS // world, -(-CHUNKS // world)}
 
 
-def test_a_chunk_on_the_wrong_worker_stops_the_run(config: RunConfig, chunk: Batch) -> None:
+def test_a_chunk_on_the_wrong_worker_stops_the_run(config: RunConfig, chunk: MicroBatch) -> None:
     with pytest.raises(AssertionError):
         next(numbered_chunks(dealt(chunk, 0, 16, 1, 3), config, 0, 3))
 

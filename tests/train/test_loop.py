@@ -98,7 +98,7 @@ def test_a_run_leaves_what_the_design_says(finished: RunConfig) -> None:
 
 
 def test_validation_is_what_evaluation_finds_later(finished: RunConfig, scenes: Path) -> None:
-    """64 pictures over two workers in batches of four: the scores are those of the saved model, embedded anew."""
+    """64 images over two workers in batches of four: the scores are those of the saved model, embedded anew."""
     task = find("scenes_retrieval").read(str(scenes))
     embedder = load_embedder(finished.uri)
     pictures = [decode_image(data) for data in read_images(task.images)]

@@ -2,7 +2,7 @@
 
 The folder listing is the menu: every module here holds one `BENCHMARK` and is found by its file name, so adding a
 benchmark is adding a file. `kinds/` holds what the benchmarks of a kind do alike (read, then score), `readers/` the
-forms in which annotations and pictures come. Reading a benchmark gives a `Task`: the unique texts and pictures to
+forms in which annotations and images come. Reading a benchmark gives a `Task`: the unique texts and images to
 embed, and a `score` that turns their embeddings into numbers without any model at hand.
 """
 
@@ -10,12 +10,12 @@ import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from vladva.benchmarks import tasks
 from vladva.benchmarks.bootstrap import Averages, Samples
 from vladva.benchmarks.metrics import Outcomes, Ties
 from vladva.data.image_refs import ImageRef
@@ -59,24 +59,24 @@ class Benchmark(Protocol):
     licence: str
 
     def read(self, data_uri: str) -> Task:
-        """Read the annotations, check the counts, find the pictures.
+        """Read the annotations, check the counts, find the images.
 
         Raises FileNotFoundError when the annotations are not under `data_uri`; ValueError, saying what was expected and
-        what was found, when they are there but are not what they should be, or a picture is missing.
+        what was found, when they are there but are not what they should be, or an image is missing.
         """
         ...
 
 
 def names() -> list[str]:
     """Names of all benchmarks, sorted."""
-    return sorted(module.name for module in pkgutil.iter_modules(tasks.__path__))
+    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "tasks")]))
 
 
 def find(name: str) -> Benchmark:
     """The benchmark declared in `benchmarks/<name>.py`; ValueError if there is none."""
     if name not in names():
         raise ValueError(f"benchmarks: there is no {name!r}; known are {', '.join(names())}")
-    return importlib.import_module(f"{tasks.__name__}.{name}").BENCHMARK
+    return importlib.import_module(f"vladva.benchmarks.tasks.{name}").BENCHMARK
 
 
 def summarise(outcomes: Mapping[str, Outcomes], ties: Ties) -> tuple[dict[str, float], dict[str, float]]:

@@ -7,7 +7,7 @@ that of the paired permutation test: if the models were equal, which of the two 
 a matter of chance, so the signs of the differences are flipped at random; p is the share of flips that differ as much.
 
 Averages over subsets (macro, micro) are weighted means of their subsets' scores, each resampled within its subset. The
-queries are taken as independent; captions of one picture are not quite, which makes intervals a little narrow. A score
+queries are taken as independent; captions of one image are not quite, which makes intervals a little narrow. A score
 of 0 or 100% has nothing to resample, and an interval of no width.
 
 Letters: N samples, M metrics of the same samples, R resamples.

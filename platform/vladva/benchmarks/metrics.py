@@ -7,7 +7,7 @@ policies (`Outcomes`), and the share of outcomes that depend on the policy, the 
 Embeddings are raised to float32 before they are normalised and multiplied. Similarities are never rounded below that:
 in bfloat16 the cosines near 0.3 lie 0.002 apart, which ties 3 to 6% of realistic pairs.
 
-A picture may have several vectors (BLIP-2: one for each query token); its cosine with a text is then the largest of
+An image may have several vectors (BLIP-2: one for each query token); its cosine with a text is then the largest of
 theirs.
 
 Letters: N samples, Q queries, G gallery items, P vectors of one item, D width, k cut-off.
@@ -109,7 +109,7 @@ def rank(
 
     queries [Q, D] and gallery [G, D] are unit rows; one of them may have P vectors an item, [.., P, D]. Texts against
     images: labels are each caption's image and the images' own numbers; images against texts: the same two the other
-    way round; classification: each picture's class and the class numbers. Any number of positives per query, at least
+    way round; classification: each image's class and the class numbers. Any number of positives per query, at least
     one. At most `block` x G similarities are held (with several vectors, of vectors).
     """
     parts = [

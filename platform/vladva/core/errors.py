@@ -10,8 +10,8 @@ class FingerprintMismatch(ValueError):  # noqa: N818
         super().__init__(f"{place} holds embeddings of model {found}, not of model {wanted}; {hint}")
 
 
-class BadDataError(Exception):
-    """What is wrong with a picture, a caption or a tar: a reason out of a small set, and the details."""
+class InvalidSampleError(Exception):
+    """What is wrong with an image, a caption or a tar: a reason out of a small set, and the details."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)

@@ -18,12 +18,12 @@ from typing import Any, Protocol
 
 from pyarrow import fs
 
-STALL = 10.0  # seconds without a byte after which a request is given up
+REQUEST_TIMEOUT_S = 10.0  # seconds without a byte after which a request is given up
 CONNECTIONS = 64  # kept open per process
 SDK_ATTEMPTS = 7  # of s3fs
 
 
-class PassingFaultError(OSError):
+class TransientStorageError(OSError):
     """The storage failed in a way that asking again may cure: throttled, reset, cut off, stalled."""
 
 
@@ -126,8 +126,8 @@ class S3:
             endpoint_url=endpoint,
             config=Config(
                 retries={"total_max_attempts": 1},
-                connect_timeout=STALL,
-                read_timeout=STALL,
+                connect_timeout=REQUEST_TIMEOUT_S,
+                read_timeout=REQUEST_TIMEOUT_S,
                 max_pool_connections=CONNECTIONS,
                 s3={"addressing_style": "path" if endpoint else "auto"},
             ),
@@ -136,7 +136,7 @@ class S3:
     def filesystem(self) -> fs.FileSystem:
         import s3fs
 
-        timeouts = {"read_timeout": STALL, "connect_timeout": STALL}
+        timeouts = {"read_timeout": REQUEST_TIMEOUT_S, "connect_timeout": REQUEST_TIMEOUT_S}
         retries = {"mode": "standard", "total_max_attempts": SDK_ATTEMPTS}
         path_style = {"s3": {"addressing_style": "path"}} if self.endpoint else {}
         config = timeouts | {"retries": retries} | path_style
@@ -198,7 +198,7 @@ class S3:
         if offset + expected > size:
             raise _ends_early(path, offset, expected, size)
         if len(data) != expected:
-            raise PassingFaultError(f"{len(data)} bytes came back where {expected} were asked for")
+            raise TransientStorageError(f"{len(data)} bytes came back where {expected} were asked for")
         return data
 
     def write(self, path: str, data: bytes) -> None:
@@ -231,11 +231,11 @@ def _faults(path: str) -> Iterator[None]:
     try:
         yield
     except (*passing, parsers.ResponseParserError) as error:
-        raise PassingFaultError(str(error)) from None
+        raise TransientStorageError(str(error)) from None
     except exceptions.ClientError as error:
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
         if status in (408, 429) or status >= 500:
-            raise PassingFaultError(f"status {status}: {error}") from None
+            raise TransientStorageError(f"status {status}: {error}") from None
         if status == 404:
             raise FileNotFoundError(errno.ENOENT, f"s3://{path} does not exist ({error})") from None
         if status == 416:

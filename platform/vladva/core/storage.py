@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from vladva.core.object_store import S3, LocalDisk, PassingFaultError, Store
+from vladva.core.object_store import S3, LocalDisk, Store, TransientStorageError
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -228,7 +228,7 @@ def _retry(uri: str, operation: Callable[[], T]) -> T:
     for attempt in range(1, ATTEMPTS):
         try:
             return operation()
-        except PassingFaultError as error:
+        except TransientStorageError as error:
             pause = random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1)))
             logger.warning("%s: attempt %d of %d failed, next in %.1f s: %s", uri, attempt, ATTEMPTS, pause, error)
             time.sleep(pause)

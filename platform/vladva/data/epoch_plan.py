@@ -21,7 +21,7 @@ from vladva.core.hashing import key_number
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpochPlan:
     """The chunks of one epoch over samples 0 .. num_samples - 1.
 
     A run is (first sample, count); one that crosses the end of the numbering is given as two. Every sample is in one

@@ -13,7 +13,7 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Example:
-    """One picture (RGB), or a text in its stead, with at most one short and one long caption.
+    """One image (RGB), or a text in its stead, with at most one short and one long caption.
 
     `negatives` are captions that are wrong for it on purpose.
     """
@@ -48,7 +48,7 @@ def choose_negatives(negatives: Sequence[str], count: int, *, seed: int, epoch: 
 
 
 def read_text(data: bytes) -> str:
-    """The text in the JSON of a sample that has no picture."""
+    """The text in the JSON of a sample that has no image."""
     return json.loads(data.decode("utf-8-sig"))["text"].strip()
 
 

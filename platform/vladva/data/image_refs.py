@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vladva.core.errors import BadDataError
-from vladva.core.object_store import PassingFaultError
+from vladva.core.errors import InvalidSampleError
+from vladva.core.object_store import TransientStorageError
 from vladva.core.storage import ByteRange, RangedFile, open_storage, read_ranges
 
 
 class ImageRef(NamedTuple):
-    """Where the bytes of one picture are."""
+    """Where the bytes of one image are."""
 
-    id: str  # names the picture and the version of the file that holds it, so that a changed file is a new picture
+    id: str  # names the image and the version of the file that holds it, so that a changed file is a new image
     name: str  # the name annotations use
     uri: str  # of the file that holds it, absolute
     offset: int  # first byte; with `column`, the row
@@ -26,7 +26,7 @@ class ImageRef(NamedTuple):
 
 
 def read_images(refs: Sequence[ImageRef]) -> list[bytes]:
-    """Encoded bytes of the pictures, in order; neighbours in one file cost one request."""
+    """Encoded bytes of the images, in order; neighbours in one file cost one request."""
     files = [number for number, ref in enumerate(refs) if not ref.column]
     ranges = [ByteRange(refs[number].uri, refs[number].offset, refs[number].length) for number in files]
     bodies = dict(zip(files, read_ranges(ranges), strict=True))
@@ -57,10 +57,12 @@ def _read_cells(uri: str, column: str, rows: Sequence[int]) -> list[bytes]:
     return [cell["bytes"] if isinstance(cell, dict) else cell for cell in found]
 
 
-ROWS_AT_ONCE = 64  # of a column of pictures
+ROWS_AT_ONCE = 64  # of a column of images
 
 
-def read_cells(uri: str, column: str, rows: Sequence[int]) -> Iterator[tuple[bytes | BadDataError | None, str | None]]:
+def read_cells(
+    uri: str, column: str, rows: Sequence[int]
+) -> Iterator[tuple[bytes | InvalidSampleError | None, str | None]]:
     """(bytes, path) in these rows (ascending) of a Parquet column, a few rows at a time in memory.
 
     The row groups that hold them are read up to the last of them.
@@ -75,10 +77,10 @@ def read_cells(uri: str, column: str, rows: Sequence[int]) -> Iterator[tuple[byt
             for cell in _cells(table, group, column, wanted) if wanted else ():
                 yield (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
                 found += 1
-        except PassingFaultError:
+        except TransientStorageError:
             raise
         except (pa.ArrowInvalid, OSError) as error:
-            problem = BadDataError("unreadable Parquet", str(error))
+            problem = InvalidSampleError("unreadable Parquet", str(error))
             yield from ((problem, None) for _ in wanted[found:])
         first = end
 

@@ -1,11 +1,11 @@
-"""Schedule: which samples each chunk of a whole run holds, over its epochs and over the data sets that it mixes.
+"""Sampler: which samples each chunk of a whole run holds, over its epochs and over the data sets that it mixes.
 
-One data set: its epochs one after the other, each laid out by its `Plan`.
+One data set: its epochs one after the other, each laid out by its `EpochPlan`.
 
 Several: the n-th run of neighbours of the training comes from the data set that a pattern names, over and over. The
 pattern holds each data set as often as its share says, spread so evenly that after any n runs each has had its exact
-part of them, rounded up or down. A data set's own runs are those of its own epochs, laid out by a `Plan` whose unit is
-one run: each of its samples comes once in each of its epochs, and fewer than one run are left out of an epoch. So a
+part of them, rounded up or down. A data set's own runs are those of its own epochs, laid out by an `EpochPlan` whose
+unit is one run: each of its samples comes once in each of its epochs, and fewer than one run are left out of an epoch. So a
 data set may begin its third epoch in the middle of a global batch while another is in its first.
 
 Chunk g is found without the chunks before it, in memory for one pattern; how many workers there are is not known here.
@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vladva.config import RunConfig
 from vladva.core.hashing import key_number
-from vladva.data.epoch_plan import Plan
+from vladva.data.epoch_plan import EpochPlan
 
 if TYPE_CHECKING:
-    from vladva.data.sampler import Run
+    from vladva.data.sampler import SampleRange
     from vladva.data.sidecar import SampleRef
 
 
-class Run(NamedTuple):
+class SampleRange(NamedTuple):
     """`count` neighbours from sample `first` on, of a data set in the given one of its epochs."""
 
     source: int
@@ -37,7 +37,7 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Sampler:
     """Data sets of `sizes` samples, mixed in the proportions of the whole numbers `shares`.
 
     Raises ValueError when a data set is smaller than its part of one global batch.
@@ -65,15 +65,15 @@ class Schedule:
         """Whether there are several data sets."""
         return len(self.sizes) > 1
 
-    def chunk(self, number: int) -> list[Run]:
+    def chunk(self, number: int) -> list[SampleRange]:
         """The runs of chunk `number` of the training, together `chunk_size` samples."""
         runs = []
         for source, unit in self._units(number):
             epoch, within = divmod(unit, self.plan(source, 0).num_chunks)
-            runs += [Run(source, epoch, *run) for run in self.plan(source, epoch).chunk(within)]
+            runs += [SampleRange(source, epoch, *run) for run in self.plan(source, epoch).chunk(within)]
         return runs
 
-    def plan(self, source: int, epoch: int) -> Plan:
+    def plan(self, source: int, epoch: int) -> EpochPlan:
         """How an epoch of a data set is laid out. Of a mix, each of its chunks is one run."""
         size = self.sizes[source]
         if not self.mixed:
@@ -135,19 +135,21 @@ class Schedule:
 
 
 @lru_cache(maxsize=256)
-def _plan(num_samples: int, seed: int, epoch: int, chunk_size: int, run_length: int, chunks_per_batch: int) -> Plan:
-    return Plan(num_samples, seed, epoch, chunk_size, run_length, chunks_per_batch)
+def _plan(
+    num_samples: int, seed: int, epoch: int, chunk_size: int, run_length: int, chunks_per_batch: int
+) -> EpochPlan:
+    return EpochPlan(num_samples, seed, epoch, chunk_size, run_length, chunks_per_batch)
 
 
 class SampleFinder:
     """Chunk number -> the samples in it, by the indexes of the run's data sets. Reads no shard."""
 
     def __init__(self, config: RunConfig) -> None:
-        from vladva.data.sampler import Schedule
+        from vladva.data.sampler import Sampler
         from vladva.data.shard_index import ShardIndex
 
         self.indexes = [ShardIndex.open(uri) for uri in config.data.uris]
-        self.schedule = Schedule(
+        self.schedule = Sampler(
             tuple(index.num_samples for index in self.indexes),
             config.data.shares,
             seed=config.seed,
@@ -164,7 +166,7 @@ class SampleFinder:
         fingerprints = [index.fingerprint for index in self.indexes]
         return short_hash(fingerprints) if self.schedule.mixed else fingerprints[0]
 
-    def __call__(self, number: int) -> list[tuple[Run, SampleRef]]:
+    def __call__(self, number: int) -> list[tuple[SampleRange, SampleRef]]:
         """The samples of a chunk, each with the run that it is from."""
         runs = self.schedule.chunk(number)
         with ThreadPoolExecutor(len(runs)) as pool:

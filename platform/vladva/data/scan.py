@@ -19,7 +19,7 @@ from vladva.data.shard_index import _manifest_uri, _places, _quarantine_uri, _re
 from vladva.data.sidecar import CountTokens, Scanner, parquet_bytes, sidecar_uri
 from vladva.data.tar_reader import Quarantined
 
-SHARD_ENDINGS = (".tar", ".tar.gz", ".tgz")  # the compressed ones only to be named in the quarantine table
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")  # the compressed ones only to be named in the quarantine table
 
 
 # Two tokenizers that count the tokens of these alike are taken for the same one.
@@ -65,7 +65,7 @@ def scan(
 ) -> ScanSummary:
     """Index the shards below `data_uri`, one Ray task each, and only those that are new or have changed.
 
-    `verify` decodes every picture; without it only headers are read. `count_tokens` gives the length of each caption.
+    `verify` decodes every image; without it only headers are read. `count_tokens` gives the length of each caption.
     Raises ValueError when there are no shards, and when more than `max_bad_fraction` of the samples or of the shards
     are bad, naming the worst; the work done is kept.
     """
@@ -99,7 +99,7 @@ def _list_shards(data_uri: str) -> list[list[Any]]:
     """[path below `data_uri`, bytes, time of change] of each shard."""
     start = len(data_uri.rstrip("/")) + 1
     infos = [(info.uri[start:], info.size, info.changed) for info in storage.list_infos(data_uri)]
-    listed = [[path, *rest] for path, *rest in infos if path.endswith(SHARD_ENDINGS) and not path.startswith("_")]
+    listed = [[path, *rest] for path, *rest in infos if path.endswith(SHARD_SUFFIXES) and not path.startswith("_")]
     if not listed:
         raise ValueError(f"{data_uri} holds no .tar shards: check the path, it must be the folder above the shards")
     return listed

@@ -99,7 +99,7 @@ class ShardIndex:
 
 
 def read_samples(data_uri: str, refs: Sequence[SampleRef], in_flight: int = 8) -> list[bytes]:
-    """The encoded pictures of `refs`: one request per run of neighbours, `in_flight` at a time.
+    """The encoded images of `refs`: one request per run of neighbours, `in_flight` at a time.
 
     Of samples of text alone, their JSON. Raises ValueError when a shard is not the one that was scanned.
     """

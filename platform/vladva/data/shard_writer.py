@@ -14,7 +14,7 @@ class ShardWriter:
     """Writes samples as WebDataset tars `000000.tar`, `000001.tar`, ... in the folder `uri`.
 
     with ShardWriter("s3://bucket/train", samples_per_shard=1000) as shards:
-        shards.write("000017", {"jpg": picture, "json": b'{"captions": ["a red circle"]}'})
+        shards.write("000017", {"jpg": image, "json": b'{"captions": ["a red circle"]}'})
 
     The bytes depend on the samples only. A shard appears when it is complete; after an exception the last one does not.
     """

@@ -44,7 +44,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class SampleRef:
-    """Where one sample's picture is (bytes in a shard), and what is known of it.
+    """Where one sample's image is (bytes in a shard), and what is known of it.
 
     A sample of text alone has its JSON there, and 0 x 0 pixels. `negatives` are hard-negative captions.
     """
@@ -100,7 +100,7 @@ def scan_shard(
             "captions": sample.captions,
             "caption_tokens": [next(counts) for _ in sample.captions],
             "negatives": sample.negatives,
-            **(sample.picture._asdict() if sample.picture else {}),
+            **(sample.image._asdict() if sample.image else {}),
         }
         for sample in samples
     ]

@@ -1,4 +1,4 @@
-"""Encoder: prepared batches -> parts of the embeddings table. The actor that holds the model."""
+"""EmbeddingActor: prepared batches -> parts of the embeddings table. The actor that holds the model."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 import pyarrow as pa
 
 from vladva.core.errors import FingerprintMismatch
-from vladva.embed.batching import Prepared
+from vladva.embed.batching import PreparedBatch
 from vladva.embed.table_writer import write_part
 
 if TYPE_CHECKING:
     from vladva.models.batch import Pixels
 
 
-class Encoder:
+class EmbeddingActor:
     """Ray Data stage: a row of (batch, report) -> the batch's part in the table, and the report with what was done.
 
     It is called with several batches at once, so that some are read and written while others are computed. Ray starts a
@@ -40,9 +40,9 @@ class Encoder:
 
     def computed_at_once(self) -> int:
         """Two batches by the fast forward on a CPU, or its threads would wait for the last of each; else one."""
-        from vladva.models.packed.inference import FastForward
+        from vladva.models.packed.inference import PackedInference
 
-        return 2 if self.embedder.device.type == "cpu" and isinstance(self.embedder.forward, FastForward) else 1
+        return 2 if self.embedder.device.type == "cpu" and isinstance(self.embedder.forward, PackedInference) else 1
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """One row in, one row out: (report)."""
@@ -52,7 +52,7 @@ class Encoder:
             self.encode(pickle.loads(row["batch"]), report)
         return pa.table({"report": [json.dumps(report)]})
 
-    def encode(self, batch: Prepared, report: dict[str, Any]) -> None:
+    def encode(self, batch: PreparedBatch, report: dict[str, Any]) -> None:
         """Embed a batch and write its part. If that fails, item by item: then only those that fail are left out."""
         with self.turns:
             try:
@@ -83,13 +83,13 @@ class Encoder:
         from vladva.models.batch import Pixels, as_tensors
 
         tokens = as_tensors(self.embedder.preprocessor.pad([(prompt, []) for prompt in prompts]), self.embedder.device)
-        pictures = None if pixels is None else as_tensors(Pixels.concatenate(pixels), self.embedder.device)
+        images = None if pixels is None else as_tensors(Pixels.concatenate(pixels), self.embedder.device)
         with torch.inference_mode():
-            return self.embedder.forward(tokens, pictures).cpu().numpy()
+            return self.embedder.forward(tokens, images).cpu().numpy()
 
-    def one_by_one(self, batch: Prepared) -> tuple[np.ndarray, list[str | None]]:
+    def one_by_one(self, batch: PreparedBatch) -> tuple[np.ndarray, list[str | None]]:
         """Embeddings [N, D], and why an item has none (its row is then not a number)."""
-        # A dual encoder may give a picture several vectors: then its row is longer than those of texts.
+        # A dual encoder may give an image several vectors: then its row is longer than those of texts.
         width = self.width * (getattr(self.embedder.preprocessor, "vectors", 1) if batch.pixels else 1)
         embeddings_ND = np.full((len(batch.items), width), np.nan, np.float32)
         reasons: list[str | None] = [None] * len(batch.items)

@@ -34,31 +34,31 @@ if TYPE_CHECKING:
     from vladva.models.preprocessor import Preprocessor
 
 WINDOW = 2048  # items that are sorted by length together
-PICTURES = 256  # of them, pictures that are in memory together
+IMAGES = 256  # of them, images that are in memory together
 
 
 @dataclass(frozen=True)
-class WindowSettings:
+class BatchingConfig:
     """What the tasks of one run share."""
 
     config: ModelConfig
     uris: tuple[str, ...]  # of the tables
     batch_size: int
     read_images: Callable[[pa.Table], list[bytes]] | None
-    done: ObjectRef  # of the pair that TableInProgress.done gives
+    done: ObjectRef  # of the pair that TableWriter.done gives
     owners: ActorHandle
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A batch of one kind: items (without `image`, with `content`), their prompts, and pixels of each picture."""
+class PreparedBatch:
+    """A batch of one kind: items (without `image`, with `content`), their prompts, and pixels of each image."""
 
     items: pa.Table
     prompts: list[list[int]]
     pixels: list[Pixels] | None
 
 
-class Owners:
+class ContentDeduplicator:
     """Actor: which item embeds a content for all others that have the same.
 
     One that had to be started again has forgotten; then some contents are embedded twice, and the table is the same.
@@ -73,7 +73,7 @@ class Owners:
 
 
 def count_done(items: ray.data.Dataset, done: ObjectRef) -> tuple[int, int]:
-    """How many of the items have an embedding, and how many have none; `done` holds what TableInProgress.done gives."""
+    """How many of the items have an embedding, and how many have none; `done` holds what TableWriter.done gives."""
     counts = items.map_batches(_count_done, batch_size=WINDOW, batch_format="pyarrow", fn_kwargs={"done": done})
     rows = counts.take_all()
     return sum(row["done"] for row in rows), sum(row["left"] for row in rows)
@@ -86,7 +86,7 @@ def _count_done(items: pa.Table, *, done: ObjectRef) -> pa.Table:
     return pa.table({"done": [found], "left": [len(items) - found]})
 
 
-def make_batches(items: pa.Table, *, settings: WindowSettings) -> Iterator[pa.Table]:
+def make_batches(items: pa.Table, *, settings: BatchingConfig) -> Iterator[pa.Table]:
     """One window: rows of (batch: a pickled Prepared or null, report: JSON of what happened to other items)."""
     import ray
 
@@ -94,7 +94,7 @@ def make_batches(items: pa.Table, *, settings: WindowSettings) -> Iterator[pa.Ta
     if "image" not in items.column_names:
         items = items.append_column("image", pa.nulls(len(items), pa.binary()))
     fresh = items.filter(pa.array(~contains(keys, keys_of(items))))
-    for kind, size, prepare in ("text", WINDOW, _texts), ("image", PICTURES, _pictures):
+    for kind, size, prepare in ("text", WINDOW, _texts), ("image", IMAGES, _images):
         rows = fresh.filter(pc.equal(fresh["kind"], kind))
         for first in range(0, len(rows), size):
             yield from prepare(rows.slice(first, size), contents, settings)
@@ -103,7 +103,7 @@ def make_batches(items: pa.Table, *, settings: WindowSettings) -> Iterator[pa.Ta
         yield _row(None, bad=[_bad(item, "kind is neither image nor text") for item in strange.to_pylist()])
 
 
-def _texts(rows: pa.Table, done: np.ndarray, settings: WindowSettings) -> Iterator[pa.Table]:
+def _texts(rows: pa.Table, done: np.ndarray, settings: BatchingConfig) -> Iterator[pa.Table]:
     preprocessor = preprocessor_of(settings.config)
     texts = rows["text"].to_pylist()
     rows, texts, bad = _without(
@@ -118,27 +118,27 @@ def _texts(rows: pa.Table, done: np.ndarray, settings: WindowSettings) -> Iterat
     rows, prompts, more = _without(rows, prompts, reasons)
     yield _row(None, bad=bad + more, repeated=repeated)
     for chosen in cut([len(prompt) for prompt in prompts], settings.batch_size):
-        yield _row(Prepared(rows.take(chosen), [prompts[i] for i in chosen], None))
+        yield _row(PreparedBatch(rows.take(chosen), [prompts[i] for i in chosen], None))
 
 
-def _pictures(rows: pa.Table, done: np.ndarray, settings: WindowSettings) -> Iterator[pa.Table]:
+def _images(rows: pa.Table, done: np.ndarray, settings: BatchingConfig) -> Iterator[pa.Table]:
     preprocessor = preprocessor_of(settings.config)
     pictures, reasons = _read(rows, settings.read_images)
     rows, pictures, bad = _without(rows.drop_columns(["image"]), pictures, reasons)
     rows, pictures, repeated = _first_of_content(rows, pictures, done, settings)
-    prompts, reasons = _attempt(lambda picture: preprocessor.image_prompt(_size(picture)), pictures)
+    prompts, reasons = _attempt(lambda image: preprocessor.image_prompt(_size(image)), pictures)
     rows, pairs, more = _without(rows, list(zip(pictures, prompts, strict=True)), reasons)
     yield _row(None, bad=bad + more, repeated=repeated)
     for chosen in cut([len(prompt) for _, prompt in pairs], settings.batch_size):
-        pixels, reasons = _attempt(lambda picture: _pixels(preprocessor, picture), [pairs[i][0] for i in chosen])
+        pixels, reasons = _attempt(lambda image: _pixels(preprocessor, image), [pairs[i][0] for i in chosen])
         decoded = list(zip(pixels, [pairs[i][1] for i in chosen], strict=True))
         batch, decoded, bad = _without(rows.take(chosen), decoded, reasons)
-        prepared = Prepared(batch, [prompt for _, prompt in decoded], [pixel for pixel, _ in decoded])
+        prepared = PreparedBatch(batch, [prompt for _, prompt in decoded], [pixel for pixel, _ in decoded])
         yield _row(prepared if decoded else None, bad=bad)
 
 
 def _first_of_content(
-    rows: pa.Table, payloads: list[Any], done: np.ndarray, settings: WindowSettings
+    rows: pa.Table, payloads: list[Any], done: np.ndarray, settings: BatchingConfig
 ) -> tuple[pa.Table, list[Any], int]:
     """The rows that are to be embedded, with the column `content`; rows that another serves are noted and counted."""
     import ray
@@ -162,11 +162,11 @@ def _first_of_content(
 
 
 def _read(rows: pa.Table, read_images: Callable[[pa.Table], list[bytes]] | None) -> tuple[list[Any], list[str | None]]:
-    """The bytes of each picture, and why there are none."""
+    """The bytes of each image, and why there are none."""
     pictures = rows["image"].to_pylist()
-    away = [i for i, picture in enumerate(pictures) if picture is None]
+    away = [i for i, image in enumerate(pictures) if image is None]
     if not away or read_images is None:
-        return pictures, [None if picture else "there are no bytes" for picture in pictures]
+        return pictures, [None if image else "there are no bytes" for image in pictures]
     try:
         bodies, reasons = read_images(rows.take(away)), [None] * len(away)
     except (OSError, ValueError):  # one of them: find out which
@@ -177,22 +177,22 @@ def _read(rows: pa.Table, read_images: Callable[[pa.Table], list[bytes]] | None)
     return pictures, every
 
 
-def _size(picture: bytes) -> tuple[int, int]:
-    """(width, height) from the picture's header."""
+def _size(image: bytes) -> tuple[int, int]:
+    """(width, height) from the image's header."""
     from PIL import Image
 
     from vladva.core.images import FORMATS, decode_image
 
     try:
-        return Image.open(io.BytesIO(picture), formats=FORMATS).size
+        return Image.open(io.BytesIO(image), formats=FORMATS).size
     except Exception:
-        return decode_image(picture).size  # says what is wrong
+        return decode_image(image).size  # says what is wrong
 
 
-def _pixels(preprocessor: Preprocessor, picture: bytes) -> Pixels:
+def _pixels(preprocessor: Preprocessor, image: bytes) -> Pixels:
     from vladva.core.images import decode_image
 
-    return preprocessor.pixels([decode_image(picture)])
+    return preprocessor.pixels([decode_image(image)])
 
 
 def _attempt(function: Callable[[Any], Any], values: Sequence[Any]) -> tuple[list[Any], list[str | None]]:
@@ -226,6 +226,6 @@ def _bad(item: dict[str, Any], reason: str) -> dict[str, Any]:
     return {"id": item["id"], "kind": item["kind"], "content": content.hex() if content else None, "reason": reason}
 
 
-def _row(batch: Prepared | None, **report: Any) -> pa.Table:
+def _row(batch: PreparedBatch | None, **report: Any) -> pa.Table:
     data = None if batch is None else pickle.dumps(batch, protocol=5)
     return pa.table({"batch": pa.array([data], pa.large_binary()), "report": [json.dumps(report)]})

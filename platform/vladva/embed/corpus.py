@@ -1,14 +1,14 @@
-"""Corpora: shards, Parquet files, a folder of pictures or a text file -> items to embed.
+"""Corpora: shards, Parquet files, a folder of images or a text file -> items to embed.
 
-Every corpus gives a Ray data set of the same columns: a row is a picture or a text, with where its picture lies.
+Every corpus gives a Ray data set of the same columns: a row is an image or a text, with where its image lies.
 
-    id, kind        "<file relative to the corpus>#<key>" and "image" or "text"; a picture's i-th caption: "<id>#<i>"
-    text            the text; null for pictures
-    caption         the first caption of a picture; null for texts
-    shard           file that holds the picture, relative to the corpus; null where there is none
-    offset, length  the picture's bytes in that file (in Parquet: row, and 0)
+    id, kind        "<file relative to the corpus>#<key>" and "image" or "text"; an image's i-th caption: "<id>#<i>"
+    text            the text; null for images
+    caption         the first caption of an image; null for texts
+    shard           file that holds the image, relative to the corpus; null where there is none
+    offset, length  the image's bytes in that file (in Parquet: row, and 0)
     crc32           checksum of the bytes, where the scan of the shards has left one
-    image           bytes, where they came along; otherwise `read_pictures` fetches them, for those items that need it
+    image           bytes, where they came along; otherwise `read_images` fetches them, for those items that need it
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from vladva.core import storage
-from vladva.core.errors import BadDataError
-from vladva.core.images import PICTURE
+from vladva.core.errors import InvalidSampleError
+from vladva.core.images import IMAGE
 from vladva.core.storage import ByteRange
 from vladva.data.image_refs import read_cells
 
@@ -52,7 +52,7 @@ ITEM = pa.schema(
 
 @dataclass(frozen=True)
 class Corpus:
-    """Items, how many they are (from captions per picture in the first file), and how to read pictures left behind."""
+    """Items, how many they are (from captions per image in the first file), and how to read images left behind."""
 
     uri: str
     items: ray.data.Dataset
@@ -83,17 +83,17 @@ def open_corpus(uri: str, kinds: Sequence[str] = KINDS, *, count_tokens: CountTo
         return _shards(uri, shards, kinds, count_tokens)
     if parquet := {file: size for file, size in files.items() if file.endswith(".parquet")}:
         return _parquet(uri, parquet, kinds)
-    if any(PICTURE.search(file) for file in files):
+    if any(IMAGE.search(file) for file in files):
         return _folder(uri, files, kinds)
-    raise ValueError(f"{uri} holds no .tar shards, no .parquet files and no pictures; a text file must end in .txt")
+    raise ValueError(f"{uri} holds no .tar shards, no .parquet files and no images; a text file must end in .txt")
 
 
 def _read_images(uri: str, items: pa.Table) -> list[bytes]:
-    return read_pictures(uri, items.select(list(PLACE)).to_pylist())
+    return read_item_images(uri, items.select(list(PLACE)).to_pylist())
 
 
-def read_pictures(uri: str, places: list[dict[str, Any]]) -> list[bytes]:
-    """The pictures of a corpus at the given places (shard, offset, length, crc32).
+def read_item_images(uri: str, places: list[dict[str, Any]]) -> list[bytes]:
+    """The images of a corpus at the given places (shard, offset, length, crc32).
 
     Raises OSError where one cannot be read, ValueError where another has taken its place.
     """
@@ -105,7 +105,7 @@ def read_pictures(uri: str, places: list[dict[str, Any]]) -> list[bytes]:
             raise ValueError(f"{place['shard']} has changed since it was scanned")
     rest = iter(bodies)
     return [
-        _parquet_picture(uri, place["shard"], place["offset"]) if place["shard"].endswith(".parquet") else next(rest)
+        _parquet_image(uri, place["shard"], place["offset"]) if place["shard"].endswith(".parquet") else next(rest)
         for place in places
     ]
 
@@ -114,7 +114,7 @@ def read_pictures(uri: str, places: list[dict[str, Any]]) -> list[bytes]:
 
 
 def _shards(uri: str, shards: set[str], kinds: Sequence[str], count_tokens: CountTokens | None) -> Corpus:
-    """WebDataset shards, by their index: only pictures are read from the shards themselves."""
+    """WebDataset shards, by their index: only images are read from the shards themselves."""
     from vladva.data.scan import scan
     from vladva.data.shard_index import ShardIndex
 
@@ -137,27 +137,27 @@ def _shard_items(index: ShardIndex, kinds: Sequence[str], first: int, count: int
 
 
 def _folder(uri: str, files: dict[str, int], kinds: Sequence[str]) -> Corpus:
-    """A folder of pictures; KEY.txt beside KEY.jpg holds its captions, one a line."""
-    pictures = [(file, size, _beside(file) in files) for file, size in files.items() if PICTURE.search(file)]
-    pieces = [(pictures[first : first + ROWS_PER_READ],) for first in range(0, len(pictures), ROWS_PER_READ)]
-    per_picture = len(_folder_items(uri, kinds, *pieces[0])) / len(pieces[0][0])
-    return Corpus(uri, _items(pieces, partial(_folder_items, uri, tuple(kinds))), round(len(pictures) * per_picture))
+    """A folder of images; KEY.txt beside KEY.jpg holds its captions, one a line."""
+    images = [(file, size, _beside(file) in files) for file, size in files.items() if IMAGE.search(file)]
+    pieces = [(images[first : first + ROWS_PER_READ],) for first in range(0, len(images), ROWS_PER_READ)]
+    per_image = len(_folder_items(uri, kinds, *pieces[0])) / len(pieces[0][0])
+    return Corpus(uri, _items(pieces, partial(_folder_items, uri, tuple(kinds))), round(len(images) * per_image))
 
 
-def _folder_items(uri: str, kinds: Sequence[str], pictures: list[tuple[str, int, bool]]) -> list[dict[str, Any]]:
+def _folder_items(uri: str, kinds: Sequence[str], images: list[tuple[str, int, bool]]) -> list[dict[str, Any]]:
     items = []
-    for file, size, captioned in pictures:
+    for file, size, captioned in images:
         captions = [text for _, text in _lines(uri, _beside(file))] if captioned else []
         items += _sample_items({"id": file, "shard": file, "offset": 0, "length": size}, captions, kinds)
     return items
 
 
-def _beside(picture: str) -> str:
-    return re.sub(r"\.\w+$", ".txt", picture)
+def _beside(image: str) -> str:
+    return re.sub(r"\.\w+$", ".txt", image)
 
 
 def _parquet(uri: str, files: dict[str, int], kinds: Sequence[str]) -> Corpus:
-    """Parquet with pictures (bytes, or Hugging Face's {bytes, path}) and/or captions, in columns of the usual names."""
+    """Parquet with images (bytes, or Hugging Face's {bytes, path}) and/or captions, in columns of the usual names."""
     tables = [_open_parquet(storage.join(uri, file)) for file in files]
     image, captions = _columns(next(iter(files)), tables[0].schema_arrow.names)
     pieces = [(file, i) for file, table in zip(files, tables, strict=True) for i in range(table.num_row_groups)]
@@ -179,15 +179,15 @@ def _parquet_items(uri: str, kinds: Sequence[str], file: str, group: int) -> lis
         sample = {"id": f"{file}#{row[name] if name else number}", "shard": file if image else None}
         sample |= {"offset": number, "length": 0} if image else {}
         texts = _texts(row[captions]) if captions else []
-        picture = _picture_bytes(row[image]) if image and "image" in kinds else None
-        items += _sample_items(sample, texts, kinds if image else ["text"], picture)
+        data = _image_bytes(row[image]) if image and "image" in kinds else None
+        items += _sample_items(sample, texts, kinds if image else ["text"], data)
     return items
 
 
-def _parquet_picture(uri: str, file: str, number: int) -> bytes:
+def _parquet_image(uri: str, file: str, number: int) -> bytes:
     image, _ = _columns(file, _open_parquet(storage.join(uri, file)).schema_arrow.names)
     for data, _ in read_cells(storage.join(uri, file), image, [number]):
-        if isinstance(data, BadDataError):
+        if isinstance(data, InvalidSampleError):
             raise OSError(f"{file}, row {number}: {data.reason} {data.detail}")
         return data or b""
     raise OSError(f"{file} has no row {number}")
@@ -227,7 +227,7 @@ def _read_piece(number: pa.Table, *, pieces: Any, read: Callable[..., list[dict[
 def _sample_items(
     place: dict[str, Any], captions: list[str], kinds: Sequence[str], image: bytes | None = None
 ) -> list[dict[str, Any]]:
-    """The items of a sample: its picture, and each caption."""
+    """The items of a sample: its image, and each caption."""
     items = []
     if "image" in kinds:
         items.append({**place, "kind": "image", "caption": captions[0] if captions else None, "image": image})
@@ -238,7 +238,7 @@ def _sample_items(
 
 
 def _columns(file: str, names: Sequence[str]) -> tuple[str | None, str | None]:
-    """The columns with pictures and with captions."""
+    """The columns with images and with captions."""
     image = next((name for name in IMAGE_COLUMNS if name in names), None)
     captions = next((name for name in CAPTION_COLUMNS if name in names), None)
     if not image and not captions:
@@ -256,7 +256,7 @@ def _texts(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
 
 
-def _picture_bytes(value: bytes | dict[str, Any] | None) -> bytes:
+def _image_bytes(value: bytes | dict[str, Any] | None) -> bytes:
     return (value["bytes"] if isinstance(value, dict) else value) or b""
 
 

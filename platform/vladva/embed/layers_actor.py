@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from vladva.embed.actor import Encoder
+from vladva.embed.actor import EmbeddingActor
 from vladva.embed.table_writer import write_part
 from vladva.models.batch import Pixels, as_tensors
 from vladva.models.embedding_model import EmbeddingModel
@@ -49,8 +49,8 @@ def embed_layers(
     return torch.stack([normalize(language.norm(summaries[layer]).float(), dim=-1) for layer in layers])
 
 
-class LayersEncoder(Encoder):
-    """Ray Data stage: as Encoder, but with a table for each of several layers, all filled in the same pass."""
+class LayersEmbeddingActor(EmbeddingActor):
+    """Ray Data stage: as EmbeddingActor, but with a table for each of several layers, all filled in the same pass."""
 
     def __init__(self, load: dict[str, Any], tables: Mapping[int, tuple[str, dict[str, Any]]]) -> None:
         """`tables`: layer -> place of its table and description of the model at that layer."""
@@ -66,9 +66,9 @@ class LayersEncoder(Encoder):
     def forward(self, prompts: list[list[int]], pixels: list[Pixels] | None) -> np.ndarray:
         """Embeddings [N, L * D] of prepared items, the layers side by side."""
         tokens = as_tensors(self.embedder.preprocessor.pad([(prompt, []) for prompt in prompts]), self.embedder.device)
-        pictures = None if pixels is None else as_tensors(Pixels.concatenate(pixels), self.embedder.device)
+        images = None if pixels is None else as_tensors(Pixels.concatenate(pixels), self.embedder.device)
         with torch.inference_mode():
-            embeddings_LND = embed_layers(self.embedder.model, tokens, pictures, list(self.tables))
+            embeddings_LND = embed_layers(self.embedder.model, tokens, images, list(self.tables))
         return embeddings_LND.transpose(0, 1).flatten(1).cpu().numpy()
 
     def write(self, items: pa.Table, embeddings: np.ndarray) -> None:

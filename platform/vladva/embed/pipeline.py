@@ -4,7 +4,7 @@
 
 The actor that has embedded a batch writes it, so a killed driver, actor or node costs the batches under way. The next
 run with the same arguments leaves out every (id, kind) that has an embedding. Items of like length share a batch, so
-that little is padded; equal texts and pictures are embedded once, wherever in the corpus they are.
+that little is padded; equal texts and images are embedded once, wherever in the corpus they are.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import numpy as np
 from vladva.core import storage
 from vladva.core.progress import Progress
 from vladva.core.ray_tasks import pool
-from vladva.embed.actor import Encoder
-from vladva.embed.batching import WINDOW, Owners, WindowSettings, count_done, make_batches
+from vladva.embed.actor import EmbeddingActor
+from vladva.embed.batching import WINDOW, BatchingConfig, ContentDeduplicator, count_done, make_batches
 from vladva.embed.table import read_embeddings
-from vladva.embed.table_writer import TableInProgress
+from vladva.embed.table_writer import TableWriter
 from vladva.models.resolve import describe, pin
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class EncodeSummary:
 
     items: int
     embedded: int
-    repeated: int  # the same text or picture as another item, whose embedding they got
+    repeated: int  # the same text or image as another item, whose embedding they got
     skipped: int  # had an embedding before
     quarantined: int
     rows: int  # in the table
@@ -73,11 +73,11 @@ def encode(
     """Embed `items` into the table at `out_uri`, or go on with it; needs a Ray cluster.
 
     out_uri: the table; or layer -> its table, for several layers of the model in one pass.
-    items: columns id, kind ("image" or "text"), image (bytes; null for texts), text (null for pictures); all but
+    items: columns id, kind ("image" or "text"), image (bytes; null for texts), text (null for images); all but
         `image` are carried into the table, which holds each (id, kind) once.
     actors: how many hold the model, or the (least, most) of a pool that grows and shrinks with the load.
-    read_images: gives the bytes of pictures whose `image` is null.
-    corpus: noted in the table: where the pictures can be found again.
+    read_images: gives the bytes of images whose `image` is null.
+    corpus: noted in the table: where the images can be found again.
     total: number of items, for the time left.
 
     What cannot be embedded is in `_quarantine.parquet`, with the reason. Raises ValueError for more than
@@ -89,7 +89,7 @@ def encode(
     model = pin(model)
     uris = {None: out_uri} if isinstance(out_uri, str) else dict(out_uri)
     described = {layer: describe(model, adapter=adapter, dtype=dtype, layer=layer) for layer in uris}
-    tables = {layer: TableInProgress(storage.absolute(uris[layer]), described[layer][1], corpus) for layer in uris}
+    tables = {layer: TableWriter(storage.absolute(uris[layer]), described[layer][1], corpus) for layer in uris}
     items.context.enable_progress_bars = False
     unfinished = lacking(items, tables) if len(tables) > 1 else tables
     done = ray.put(done_in_all((unfinished or tables).values()))
@@ -100,10 +100,10 @@ def encode(
     elif isinstance(items, MaterializedDataset):
         total = items.count()
     if left != 0:
-        owners = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Owners).remote()
+        owners = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ContentDeduplicator).remote()
         places = {layer: (table.uri, described[layer][1]) for layer, table in unfinished.items()}
         config = next(iter(described.values()))[0]
-        settings = WindowSettings(
+        settings = BatchingConfig(
             config, tuple(uri for uri, _ in places.values()), batch_size, read_images, done, owners
         )
         load = {"model": model, "adapter": adapter, "merge": adapter, "dtype": dtype}
@@ -130,16 +130,16 @@ def encode(
     return run.summary(rows, len(quarantine), described[layer][1])
 
 
-def encoder_for(places: Mapping[int | None, Any]) -> type[Encoder]:
+def encoder_for(places: Mapping[int | None, Any]) -> type[EmbeddingActor]:
     """The stage that fills one table, or one for each layer."""
     if None in places:
-        return Encoder
-    from vladva.embed.layers_actor import LayersEncoder
+        return EmbeddingActor
+    from vladva.embed.layers_actor import LayersEmbeddingActor
 
-    return LayersEncoder
+    return LayersEmbeddingActor
 
 
-def lacking(items: ray.data.Dataset, tables: Mapping[int | None, TableInProgress]) -> dict[int | None, TableInProgress]:
+def lacking(items: ray.data.Dataset, tables: Mapping[int | None, TableWriter]) -> dict[int | None, TableWriter]:
     """The tables that do not have all items yet: a layer that is complete need not be computed again."""
     import ray
 
@@ -150,8 +150,8 @@ def lacking(items: ray.data.Dataset, tables: Mapping[int | None, TableInProgress
     }
 
 
-def done_in_all(tables: Iterable[TableInProgress]) -> tuple[np.ndarray, np.ndarray]:
-    """What `TableInProgress.done` gives, of the items that every one of the tables has."""
+def done_in_all(tables: Iterable[TableWriter]) -> tuple[np.ndarray, np.ndarray]:
+    """What `TableWriter.done` gives, of the items that every one of the tables has."""
     keys, contents = zip(*(table.done() for table in tables), strict=True)
     return reduce(np.intersect1d, keys), reduce(np.intersect1d, contents)
 

@@ -4,7 +4,7 @@
     <uri>/_table.json                 the model, and the files that make up the table; a file not listed is not in it
     <uri>/_quarantine.parquet         id, kind, content, reason of what the last run could not embed
 
-`content` is a digest: equal where the pictures or texts are equal. `_table.json` is written last, and atomically, so
+`content` is a digest: equal where the images or texts are equal. `_table.json` is written last, and atomically, so
 readers see the table as it was completed, whatever is being added to it (parts.py).
 """
 
@@ -39,7 +39,7 @@ def keys_of(rows: pa.Table) -> list[bytes]:
 
 
 @dataclass(frozen=True)
-class TableNote:
+class TableManifest:
     """What `_table.json` says: the model's description with its fingerprint, the corpus, and the table's files."""
 
     model: dict[str, Any]
@@ -59,13 +59,13 @@ class TableNote:
         return self.model["dimension"]
 
 
-def find_note(uri: str) -> TableNote | None:
+def find_note(uri: str) -> TableManifest | None:
     """The note of the table at `uri`, complete or not; None where there is no table."""
     note = join(uri, "_table.json")
-    return TableNote(**storage.read_json(note)) if storage.exists(note) else None
+    return TableManifest(**storage.read_json(note)) if storage.exists(note) else None
 
 
-def open_table(uri: str) -> TableNote:
+def open_table(uri: str) -> TableManifest:
     """The note of a complete table. Raises ValueError where there is none, or it is still being made."""
     note = find_note(uri)
     if note is None:
@@ -152,7 +152,7 @@ def no_rows(model: dict[str, Any]) -> pa.Table:
     return pa.schema(fields, {b"vladva": json.dumps(model).encode()}).empty_table()
 
 
-def matrix_of(rows: pa.Table) -> np.ndarray:
+def embedding_matrix(rows: pa.Table) -> np.ndarray:
     """The embeddings of rows, float32 [N, D]."""
     embedding = rows["embedding"].combine_chunks()
     values = embedding.flatten().to_numpy(zero_copy_only=False)

@@ -21,7 +21,7 @@ from vladva.core import storage
 from vladva.core.errors import FingerprintMismatch
 from vladva.core.hashing import digest
 from vladva.core.storage import join
-from vladva.embed.table import CONTENT, TableNote, concat, find_note, keys_of, read_each, write_rows
+from vladva.embed.table import CONTENT, TableManifest, concat, find_note, keys_of, read_each, write_rows
 
 FILE_BYTES = 256 << 20  # of embeddings in one file of a complete table
 BAD = pa.schema([("id", pa.string()), ("kind", pa.string()), ("content", CONTENT), ("reason", pa.string())])
@@ -51,7 +51,7 @@ def contains(ordered: np.ndarray, digests: Sequence[bytes]) -> np.ndarray:
     return found
 
 
-class TableInProgress:
+class TableWriter:
     """A table that one model makes, or goes on with."""
 
     def __init__(self, uri: str, model: dict[str, Any], corpus: str) -> None:
@@ -62,7 +62,7 @@ class TableInProgress:
             hint = "write to another place, or delete it"
             raise FingerprintMismatch(f"the table {uri}", note.fingerprint, model["fingerprint"], hint)
         self.begun = note is not None
-        self.note = note or TableNote(model, corpus, complete=False, num_rows=0, files=[])
+        self.note = note or TableManifest(model, corpus, complete=False, num_rows=0, files=[])
         listed = set(self._files())
         unlisted = [file for file in storage.list_files(uri) if "/embeddings-" in file and file not in listed]
         # What a commit that was cut short has left, and the repeats: both are made again from what is kept.
@@ -93,7 +93,7 @@ class TableInProgress:
             write_rows(join(self.uri, files[-1]), rows)
         quarantine = [*quarantine, *repeats.unserved(quarantine)]
         write_rows(join(self.uri, "_quarantine.parquet"), pa.Table.from_pylist(quarantine, BAD))
-        self.note = TableNote(self.note.model, self.note.corpus, complete=True, num_rows=len(seen), files=files)
+        self.note = TableManifest(self.note.model, self.note.corpus, complete=True, num_rows=len(seen), files=files)
         self._write_note()
         for file in [*parts, *storage.list_files(join(self.uri, "_repeats"))]:
             storage.delete_file(file)

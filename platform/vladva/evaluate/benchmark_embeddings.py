@@ -1,4 +1,4 @@
-"""Embeddings: the texts and pictures of benchmarks -> one model's vectors of them, by text and picture.
+"""Embeddings: the texts and images of benchmarks -> one model's vectors of them, by text and image.
 
 Each is embedded once, whatever number of benchmarks asks for it, by the batch job of `encode.py`. The vectors stay in a
 folder named after the model's exact contents, where the next evaluation finds them.
@@ -47,7 +47,7 @@ class Embedded(NamedTuple):
 def embed(
     model: str, tasks: Mapping[str, Task], out_uri: str, *, dtype: str, layers: Sequence[int] = (), **resources: Any
 ) -> Embedded:
-    """Embed all texts and pictures of the tasks that have not been embedded with this model before."""
+    """Embed all texts and images of the tasks that have not been embedded with this model before."""
     import ray
 
     from vladva.embed.pipeline import encode
@@ -80,7 +80,7 @@ def embed(
 
 
 def items(tasks: Iterable[Task]) -> pa.Table:
-    """Every distinct text and picture as a row for `encode`; of pictures, where `picture_bytes` finds them."""
+    """Every distinct text and image as a row for `encode`; of images, where `image_bytes` finds them."""
     texts: dict[str, str] = {}
     images: dict[str, ImageRef] = {}
     for task in tasks:
@@ -92,7 +92,7 @@ def items(tasks: Iterable[Task]) -> pa.Table:
 
 
 def picture_bytes(rows: pa.Table) -> list[bytes]:
-    """Encoded bytes of the pictures in rows of `items`."""
+    """Encoded bytes of the images in rows of `items`."""
     return read_images([ImageRef(**row) for row in rows.select(ImageRef._fields).to_pylist()])
 
 
@@ -102,7 +102,7 @@ def text_id(text: str) -> str:
 
 
 class Embeddings:
-    """The embeddings of one model, by text and picture."""
+    """The embeddings of one model, by text and image."""
 
     def __init__(self, table: pa.Table, quarantine: Mapping[str, str]) -> None:
         self.row = {item: row for row, item in enumerate(table["id"].to_pylist())}
@@ -120,7 +120,7 @@ class Embeddings:
         return self._rows([text_id(text) for text in texts])
 
     def of_images(self, images: Iterable[ImageRef]) -> np.ndarray:
-        """Rows [I, D] of the pictures, in their order."""
+        """Rows [I, D] of the images, in their order."""
         return self._rows([image.id for image in images])
 
     def _rows(self, ids: list[str]) -> np.ndarray:
@@ -135,7 +135,7 @@ class Embeddings:
 
 
 class SeveralVectors(Embeddings):
-    """The embeddings of a model whose pictures have P vectors each (BLIP-2): longer rows, in a table of their own."""
+    """The embeddings of a model whose images have P vectors each (BLIP-2): longer rows, in a table of their own."""
 
     def __init__(self, texts: Embeddings, images: Embeddings) -> None:
         self.texts, self.images, self.description = texts, images, texts.description
@@ -145,7 +145,7 @@ class SeveralVectors(Embeddings):
         return self.texts.of_texts(texts)
 
     def of_images(self, images: Iterable[ImageRef]) -> np.ndarray:
-        """Rows [I, P, D] of the pictures, in their order."""
+        """Rows [I, P, D] of the images, in their order."""
         rows = self.images.of_images(images)
         return rows.reshape(len(rows), self.description["vectors_per_image"], -1)
 

@@ -1,4 +1,4 @@
-"""Captioner: pictures -> what a model writes about them. The actor that holds the model."""
+"""Captioner: images -> what a model writes about them. The actor that holds the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CAPTION_PROMPTS = (
 
 
 class Captioner:
-    """Ray Data stage: rows of (picture: JSON of an ImageRef, uri) -> the captions, written to uri."""
+    """Ray Data stage: rows of (image: JSON of an ImageRef, uri) -> the captions, written to uri."""
 
     def __init__(self, load: dict[str, Any], max_tokens: int) -> None:
         import torch

@@ -1,8 +1,8 @@
-"""Captions: what systems write about the same pictures, asked with the same prompts (the paper's figure 1).
+"""Captions: what systems write about the same images, asked with the same prompts (the paper's figure 1).
 
-    pictures --actors that hold a model--> captions/<model>/<picture>.json -> captions.parquet, captions.json
+    images --actors that hold a model--> captions/<model>/<image>.json -> captions.parquet, captions.json
 
-A picture's captions are kept as soon as they are written, in a folder named after the model's exact contents, so that
+An image's captions are kept as soon as they are written, in a folder named after the model's exact contents, so that
 an interrupted run goes on where it was. A model with an adapter writes with the adapter on: the question is what
 training an embedder has left of the generator.
 """
@@ -36,25 +36,25 @@ FUNCTION_WORDS = frozenset(
         r"\w+",
         "and are another as at be being behind beside between both by down each for from front has have her his in "
         "into its near next off one other out over own several she some that the their them there these they this "
-        "three two under very while who with image photo picture",
+        "three two under very while who with image photo image",
     )
 )
 
 
-class Picture(NamedTuple):
-    """A picture to be captioned, and the objects that are known to be in it (none where nothing is known)."""
+class Image(NamedTuple):
+    """An image to be captioned, and the objects that are known to be in it (none where nothing is known)."""
 
     image: ImageRef
     objects: frozenset[str]
 
 
-def find_pictures(tasks: Mapping[str, Task], folder_uri: str, count: int) -> list[Picture]:
-    """`count` pictures of the folder, or where none is named of each retrieval benchmark."""
-    return pictures_in(folder_uri, count) if folder_uri else pictures_of(tasks, count)
+def find_pictures(tasks: Mapping[str, Task], folder_uri: str, count: int) -> list[Image]:
+    """`count` images of the folder, or where none is named of each retrieval benchmark."""
+    return images_in(folder_uri, count) if folder_uri else images_of(tasks, count)
 
 
-def pictures_of(tasks: Mapping[str, Task], count: int) -> list[Picture]:
-    """`count` pictures at even distances of each retrieval benchmark, with the objects their captions name.
+def images_of(tasks: Mapping[str, Task], count: int) -> list[Image]:
+    """`count` images at even distances of each retrieval benchmark, with the objects their captions name.
 
     Raises ValueError where there is no retrieval benchmark.
     """
@@ -64,19 +64,19 @@ def pictures_of(tasks: Mapping[str, Task], count: int) -> list[Picture]:
             read = scene_objects if name.startswith("scenes_") else agreed_words
             for number in spread(len(task.images), count):
                 references = [task.texts[text] for text in task.caption_text[task.caption_image == number]]
-                pictures.append(Picture(task.images[number], read(references)))
+                pictures.append(Image(task.images[number], read(references)))
     if not pictures:
-        raise ValueError("captions: no retrieval benchmark says what is in its pictures; name a folder with --pictures")
+        raise ValueError("captions: no retrieval benchmark says what is in its images; name a folder with --images")
     return pictures
 
 
-def pictures_in(folder_uri: str, count: int) -> list[Picture]:
-    """`count` pictures at even distances of a folder of picture files or tar shards. Raises ValueError for none."""
+def images_in(folder_uri: str, count: int) -> list[Image]:
+    """`count` images at even distances of a folder of image files or tar shards. Raises ValueError for none."""
     parent, _, name = absolute(folder_uri).rstrip("/").rpartition("/")
     found = sorted(find_images(parent, [name]).items())
     if not found:
-        raise ValueError(f"--pictures: there are no pictures under {folder_uri}")
-    return [Picture(found[number][1], frozenset()) for number in spread(len(found), count)]
+        raise ValueError(f"--images: there are no images under {folder_uri}")
+    return [Image(found[number][1], frozenset()) for number in spread(len(found), count)]
 
 
 def scene_objects(captions: Iterable[str]) -> frozenset[str]:
@@ -85,7 +85,7 @@ def scene_objects(captions: Iterable[str]) -> frozenset[str]:
 
 
 def agreed_words(captions: Sequence[str]) -> frozenset[str]:
-    """Words that at least two captions of a picture share (of a lone caption, all), function words left out."""
+    """Words that at least two captions of an image share (of a lone caption, all), function words left out."""
     counts = Counter(word for caption in captions for word in words_of(caption))
     return frozenset(word for word, count in counts.items() if count >= min(2, len(captions)))
 
@@ -106,7 +106,7 @@ def named(caption: str, objects: frozenset[str]) -> frozenset[str]:
 
 def write_captions(
     models: Mapping[str, str],
-    pictures: Sequence[Picture],
+    pictures: Sequence[Image],
     out_uri: str,
     *,
     actors: int = 2,
@@ -116,7 +116,7 @@ def write_captions(
 ) -> pa.Table:
     """Captions of all models (label -> run, checkpoint or model name) for all prompts; needs a Ray cluster.
 
-    One row per (system, picture, prompt): caption, words, tokens, objects named and objects known. Also written to
+    One row per (system, image, prompt): caption, words, tokens, objects named and objects known. Also written to
     `<out_uri>/captions.parquet`, and their statistics to `captions.json`.
     """
     rows = []
@@ -155,14 +155,14 @@ def writers(models: Mapping[str, str]) -> dict[str, str]:
 def _write(
     label: str,
     model: str,
-    pictures: Sequence[Picture],
+    pictures: Sequence[Image],
     out_uri: str,
     actors: int,
     gpus_per_actor: float,
     dtype: str,
     max_tokens: int,
 ) -> list[str]:
-    """Write what is missing of one model's captions; where those of each picture are."""
+    """Write what is missing of one model's captions; where those of each image are."""
     import ray.data
 
     from vladva.core.ray_tasks import pool
@@ -198,7 +198,7 @@ def _write(
 
 
 class CaptionStatistics(NamedTuple):
-    """Means over the pictures, for one system and one prompt."""
+    """Means over the images, for one system and one prompt."""
 
     words: float
     tokens: float

@@ -1,9 +1,9 @@
 """Leaderboard: our embedders as models of the mteb package, and our scores in the form of its result files.
 
     import mteb
-    from vladva.leaderboard import LeaderboardEncoder
+    from vladva.leaderboard import MtebEncoder
 
-    mteb.evaluate(LeaderboardEncoder("RUN_OR_MODEL"), mteb.get_tasks(tasks=["Winoground"]))
+    mteb.evaluate(MtebEncoder("RUN_OR_MODEL"), mteb.get_tasks(tasks=["Winoground"]))
 
 needs `pip install 'vladva[mteb]'`. The result files need nothing: `jobs/evaluate.py` leaves them beside `scores.json`,
 for mteb's `TaskResult.from_disk`. Winoground and SugarCrepe have the names that mteb gives them, and the same protocol
@@ -71,31 +71,31 @@ def task_result(benchmark: str, about: dict[str, Any], metrics: dict[str, float]
     }
 
 
-class LeaderboardEncoder:
-    """mteb's EncoderProtocol: texts and pictures of its data loaders -> embeddings.
+class MtebEncoder:
+    """mteb's EncoderProtocol: texts and images of its data loaders -> embeddings.
 
-    An item of a picture and a text gets the sum of its two unit vectors, as mteb's own dual encoders do it.
+    An item of an image and a text gets the sum of its two unit vectors, as mteb's own dual encoders do it.
     """
 
     def __init__(self, model_name: str, revision: str | None = None, *, device: str | None = None, **_: Any) -> None:
-        """Load a run, checkpoint or model name. Raises ValueError for BLIP-2, whose pictures have several vectors."""
+        """Load a run, checkpoint or model name. Raises ValueError for BLIP-2, whose images have several vectors."""
         from vladva.models.embedder import load_embedder
 
         self.embedder = load_embedder(model_name, merge=True, device=device or "cpu")
         self.name, self.revision = model_name, revision or self.embedder.fingerprint
         if self.embedder.description().get("vectors_per_image", 1) > 1:
-            raise ValueError(f"{model_name} gives a picture several vectors, and mteb takes one; jobs/evaluate.py does")
+            raise ValueError(f"{model_name} gives an image several vectors, and mteb takes one; jobs/evaluate.py does")
 
     def encode(self, inputs: Any, **_: Any) -> np.ndarray:
         """Embeddings [N, D] of a data loader of batches with `text`, `image` or both."""
         texts: list[str] = []
-        pictures: list[np.ndarray] = []
+        images: list[np.ndarray] = []
         for batch in inputs:
             texts += batch.get("text", [])
             if "image" in batch:
-                pictures.append(self.embedder.embed_images([image.convert("RGB") for image in batch["image"]]))
+                images.append(self.embedder.embed_images([image.convert("RGB") for image in batch["image"]]))
         sides = [self.embedder.embed_texts(texts)] if texts else []  # together: equal texts get equal vectors
-        sides += [np.concatenate(pictures)] if pictures else []
+        sides += [np.concatenate(images)] if images else []
         return np.sum(sides, axis=0)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:

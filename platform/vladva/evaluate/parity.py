@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 from vladva.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from vladva.models.batch import Batch
+from vladva.models.batch import MicroBatch
 
 REQUEST_ITEMS = 32
 TIMEOUT_S = 300.0
 
-Ways = dict[str, dict[str, np.ndarray]]  # way -> kind ("image", "text") -> embeddings [N, D]
+EmbeddingPaths = dict[str, dict[str, np.ndarray]]  # way -> kind ("image", "text") -> embeddings [N, D]
 
 
 class Sample:
@@ -49,9 +49,9 @@ class Sample:
         reader = ChunkReader(RunConfig("parity", "", config, data, train))
         samples = reader.fetch(0)
         examples = reader.examples(0, samples)
-        self.batch: Batch = reader.preprocessor.collate(0, examples)
+        self.batch: MicroBatch = reader.preprocessor.collate(0, examples)
         if self.batch.pixels is None:
-            raise ValueError(f"{data_uri} holds pairs of texts; give shards of pictures with captions")
+            raise ValueError(f"{data_uri} holds pairs of texts; give shards of images with captions")
         # What has no short caption trains with an empty text, which is no text to embed.
         self.images = {example.id: content for example, (_, _, content) in zip(examples, samples, strict=True)}
         self.texts = {example.id: example.short for example in examples if example.short is not None}
@@ -59,7 +59,7 @@ class Sample:
 
 def compare(
     model: str, data_uri: str, *, samples: int = 32, dtype: str = "float32", url: str = "", key: str = ""
-) -> Ways:
+) -> EmbeddingPaths:
     """Embeddings of a sample in every way; needs a Ray cluster. The server at `url`, if any, is asked with `key`.
 
     Raises ValueError where the server refuses, or serves another model.
@@ -75,7 +75,7 @@ def compare(
     return ways
 
 
-def differences(ways: Ways) -> Iterator[tuple[str, str, str, float]]:
+def differences(ways: EmbeddingPaths) -> Iterator[tuple[str, str, str, float]]:
     """(way, way, kind, largest difference of a number in the embeddings) of each two ways."""
     for first, second in combinations(ways, 2):
         for kind, embeddings_ND in ways[first].items():
@@ -103,7 +103,7 @@ def by_job(model: str, dtype: str, sample: Sample) -> dict[str, np.ndarray]:
     import ray.data
 
     from vladva.embed.pipeline import encode, read_embeddings
-    from vladva.embed.table import matrix_of
+    from vladva.embed.table import embedding_matrix
 
     rows = [{"id": name, "kind": "image", "image": content} for name, content in sample.images.items()]
     rows += [{"id": name, "kind": "text", "text": text} for name, text in sample.texts.items()]
@@ -113,7 +113,7 @@ def by_job(model: str, dtype: str, sample: Sample) -> dict[str, np.ndarray]:
         encode(items, model, str(Path(folder, "table")), actors=1, dtype=dtype, max_bad_fraction=0)
         table = read_embeddings(str(Path(folder, "table")))
     row = {name: i for i, name in enumerate(zip(table["id"].to_pylist(), table["kind"].to_pylist(), strict=True))}
-    matrix = matrix_of(table)
+    matrix = embedding_matrix(table)
     return {
         kind: matrix[[row[name, kind] for name in names]]
         for kind, names in (("image", sample.images), ("text", sample.texts))

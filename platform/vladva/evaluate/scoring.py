@@ -31,7 +31,7 @@ PROTOCOL = {
 def read_benchmarks(benchmarks: Sequence[str], data_uri: str) -> dict[str, Task]:
     """Read the benchmarks called for, or with `["all"]` those whose files are under `data_uri`.
 
-    `coco:5` keeps the first five captions of each picture, as some papers do; the cap is in the benchmark's counts.
+    `coco:5` keeps the first five captions of each image, as some papers do; the cap is in the benchmark's counts.
 
     Raises ValueError for an unknown name and, with "all", where there is none; FileNotFoundError for missing files.
     """
@@ -75,7 +75,7 @@ def evaluate(
                             "layers": {layer: {"fingerprint", "scores", "tie_rates", "intervals"}}}},
          "comparisons": [{"model", "against", "benchmarks": {name: {metric: {"difference", "low", "high", "p"}}}}]}
 
-    Raises ValueError where a text or picture could not be embedded: leaving it out would change the denominators.
+    Raises ValueError where a text or image could not be embedded: leaving it out would change the denominators.
     """
     scores: dict[str, Any] = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -13,10 +13,10 @@ import pyarrow as pa
 
 from vladva.core import storage
 from vladva.core.storage import join
-from vladva.embed.table import TableNote, open_table, sample_rows, stream_rows
+from vladva.embed.table import TableManifest, open_table, sample_rows, stream_rows
 from vladva.index.ivf import IndexType
 from vladva.index.searcher import EXACT_BELOW, SearchSettings
-from vladva.index.tuning import EFFORTS, NUM_QUERIES, WANTED, fit, queries_of
+from vladva.index.tuning import EFFORTS, NUM_QUERIES, WANTED, fit, sample_queries
 from vladva.index.vector_index import VectorIndex, _options, open_index, planned
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ def build_index(
     dataset.create_scalar_index("kind", "BITMAP")
     for column in dict.fromkeys(["id", *filter_columns]):
         dataset.create_scalar_index(column, "BTREE")
-    # Texts are what pictures will be asked for with, so both are tried, whichever are in the index.
-    queries = queries_of(sample_rows(table_uri, 2 * NUM_QUERIES, seed=0))
+    # Texts are what images will be asked for with, so both are tried, whichever are in the index.
+    queries = sample_queries(sample_rows(table_uri, 2 * NUM_QUERIES, seed=0))
     kinds = {None: rows} | {f"kind = '{one}'": dataset.count_rows(f"kind = '{one}'") for one in ("image", "text")}
     wheres = [where for where, count in kinds.items() if count and (where is None or count < rows)]
     settings = fit(dataset, settings, queries, wheres, recall)
@@ -102,7 +102,7 @@ def build_index(
 
 
 def _write(
-    note: TableNote, table_uri: str, index_uri: str, kind: str, filter_columns: Sequence[str], rows_per_file: int
+    note: TableManifest, table_uri: str, index_uri: str, kind: str, filter_columns: Sequence[str], rows_per_file: int
 ) -> lance.LanceDataset:
     """The rows of the kind as a new version of the index; each worker will index a file."""
     import lance

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from vladva.embed.table import matrix_of
-from vladva.index.store import Hit, hit_of
+from vladva.embed.table import embedding_matrix
+from vladva.index.store import Hit, to_hit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,13 +35,13 @@ class Centroids:
         """With half of each centroid's squared length."""
         return cls(matrix_PD, 0.5 * np.square(matrix_PD).sum(axis=1))
 
-    def nearness(self, vectors_ND: np.ndarray) -> np.ndarray:
+    def similarity(self, vectors_ND: np.ndarray) -> np.ndarray:
         """[N, P] (of one vector: [P]), greatest where the distance between unit vector and centroid is least."""
         return vectors_ND @ self.matrix_PD.T - self.half_squares_P
 
 
 @dataclass(frozen=True)
-class Rows:
+class MemoryIndex:
     """Rows in the order of their partitions: partition p is from `bounds[p]` to `bounds[p + 1]`."""
 
     matrix_ND: np.ndarray  # unit norm
@@ -52,7 +52,7 @@ class Rows:
     places_N: np.ndarray  # where in the matrix each of them is
 
     @classmethod
-    def of(cls, dataset: lance.LanceDataset, centroids_PD: np.ndarray) -> Rows:
+    def of(cls, dataset: lance.LanceDataset, centroids_PD: np.ndarray) -> MemoryIndex:
         """Read all rows and divide them by the centroids.
 
         They are read twice, to be put where they belong at once: two matrices would not fit where one does.
@@ -62,7 +62,7 @@ class Rows:
         for rows in blocks(dataset):
             ids.append(rows["_rowid"].to_numpy())
             carried.append(rows.drop_columns(["_rowid", "embedding"]))
-            partitions.append(centroids.nearness(units_of(rows)).argmax(axis=1))
+            partitions.append(centroids.similarity(units_of(rows)).argmax(axis=1))
         partition_N = np.concatenate(partitions)
         order = np.argsort(partition_N, kind="stable")
         place_N = np.argsort(order)  # in the matrix, of each row as it is read
@@ -97,11 +97,11 @@ class Rows:
         best = np.argpartition(-scores, k)[:k] if k < len(scores) else np.arange(len(scores))
         best = best[np.argsort(-scores[best], kind="stable")]
         found = self.carried.take(best if places is None else places[best]).to_pylist()
-        return [hit_of(row, float(score)) for row, score in zip(found, scores[best], strict=True)]
+        return [to_hit(row, float(score)) for row, score in zip(found, scores[best], strict=True)]
 
     def _probe(self, query_D: np.ndarray, nprobes: int, ids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Places and scores of the rows in the nearest partitions; neighbours in the matrix are compared at once."""
-        chosen = np.sort(np.argsort(-self.centroids.nearness(query_D))[:nprobes])
+        chosen = np.sort(np.argsort(-self.centroids.similarity(query_D))[:nprobes])
         apart = np.flatnonzero(np.diff(chosen) > 1)
         firsts = self.bounds[chosen[np.concatenate([[0], apart + 1])]]
         lasts = self.bounds[chosen[np.concatenate([apart, [len(chosen) - 1]])] + 1]
@@ -130,5 +130,5 @@ def blocks(dataset: lance.LanceDataset) -> Iterator[pa.Table]:
 
 def units_of(rows: pa.Table) -> np.ndarray:
     """The embeddings of rows [N, D], of unit norm."""
-    matrix_ND = matrix_of(rows)
+    matrix_ND = embedding_matrix(rows)
     return matrix_ND / np.linalg.norm(matrix_ND, axis=1, keepdims=True)

@@ -1,8 +1,8 @@
 """Qdrant: embeddings of one model in a collection of a Qdrant server (`pip install vladva[qdrant]`).
 
     client = QdrantClient("http://localhost:6333")
-    store = fill(client, "pictures", read_embeddings(TABLE))     # once
-    store = QdrantStore(client, "pictures")                      # from then on
+    store = fill(client, "images", read_embeddings(TABLE))     # once
+    store = QdrantStore(client, "images")                      # from then on
 
 It is a VectorStore as Lance's index is, without versions to go back to. Of SQL it takes conditions on columns
 (qdrant_filters.py) and refuses the rest.
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from vladva.embed.table import matrix_of
+from vladva.embed.table import embedding_matrix
 from vladva.index.qdrant_filter import filter_of
-from vladva.index.store import Hit, check_query, check_rows, hit_of
+from vladva.index.store import Hit, check_query, check_rows, to_hit
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -77,14 +77,14 @@ class QdrantStore:
         query_D = check_query(vector, k, self.dimension)
         condition = None if filter is None else filter_of(filter, self.columns)
         found = self.client.query_points(self.collection, query_D.tolist(), query_filter=condition, limit=k)
-        return [hit_of(point.payload, float(point.score)) for point in found.points]
+        return [to_hit(point.payload, float(point.score)) for point in found.points]
 
     def upsert(self, rows: pa.Table) -> None:
         """See VectorStore."""
         from qdrant_client import models
 
         check_rows(rows, self.fingerprint, f"the collection {self.collection}")
-        matrix_ND = matrix_of(rows)
+        matrix_ND = embedding_matrix(rows)
         for first in range(0, len(rows), BATCH):
             part = rows.slice(first, BATCH).select([name for name in self.columns if name in rows.column_names])
             points = [

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vladva.index.ivf import IN_MEMORY, VECTORS, IndexType, centroids, in_memory
-from vladva.index.memory_index import Rows
-from vladva.index.store import Hit, check_brackets, check_query, hit_of
+from vladva.index.memory_index import MemoryIndex
+from vladva.index.store import Hit, check_brackets, check_query, to_hit
 
 if TYPE_CHECKING:
     import lance
@@ -79,7 +79,7 @@ class Searcher:
     def __init__(self, dataset: lance.LanceDataset, settings: SearchSettings) -> None:
         self.dataset = dataset
         self.settings = settings
-        self.rows: Rows | None = None
+        self.rows: MemoryIndex | None = None
         self.dimension: int = dataset.schema.field("embedding").type.list_size
         self.num_rows: int = dataset.count_rows()
         self.columns = [*(name for name in dataset.schema.names if name != "embedding"), "_distance"]
@@ -90,9 +90,9 @@ class Searcher:
         """Read into memory what searches use: of IVF_SQ the rows, unless they are over `most` bytes, else the index."""
         kind = self.settings.index_type
         if kind == "exact":
-            self.rows = self.rows or Rows.of(self.dataset, np.zeros((1, self.dimension), np.float32))
+            self.rows = self.rows or MemoryIndex.of(self.dataset, np.zeros((1, self.dimension), np.float32))
         elif kind == "IVF_SQ" and in_memory(self.dataset, most):
-            self.rows = self.rows or Rows.of(self.dataset, centroids(self.dataset))
+            self.rows = self.rows or MemoryIndex.of(self.dataset, centroids(self.dataset))
         else:
             self.dataset.prewarm_index(VECTORS)
 
@@ -115,7 +115,7 @@ class Searcher:
             nearest = {"column": "embedding", "q": query_D, "k": k, "metric": "cosine", **how}
             found = self.dataset.to_table(columns=self.columns, nearest=nearest, filter=condition, prefilter=True)
         # Lance's cosine distance is 1 - cosine.
-        return [hit_of(row, 1.0 - row.pop("_distance")) for row in found.to_pylist()]
+        return [to_hit(row, 1.0 - row.pop("_distance")) for row in found.to_pylist()]
 
     def _ids_left(self, condition: str | None) -> np.ndarray | None:
         """Ids of the rows for which the condition holds; None for all."""

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from vladva.core.errors import FingerprintMismatch
-from vladva.embed.table import keys_of, matrix_of
+from vladva.embed.table import embedding_matrix, keys_of
 
 # In SQL; a quote within is doubled, and so ends one and begins another.
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`")
@@ -80,7 +80,7 @@ class ExactStore:
 
     def _set(self, rows: pa.Table) -> None:
         self.rows = rows.combine_chunks()
-        self.matrix_ND = matrix_of(self.rows)
+        self.matrix_ND = embedding_matrix(self.rows)
 
     @property
     def dimension(self) -> int:
@@ -99,7 +99,7 @@ class ExactStore:
         scores = self.matrix_ND[allowed] @ query_D
         best = np.argsort(-scores, kind="stable")[:k]
         columns = self.rows.drop_columns(["embedding"]).take(allowed[best]).to_pylist()
-        return [hit_of(row, float(score)) for row, score in zip(columns, scores[best], strict=True)]
+        return [to_hit(row, float(score)) for row, score in zip(columns, scores[best], strict=True)]
 
     def upsert(self, rows: pa.Table) -> None:
         """See VectorStore."""
@@ -135,7 +135,7 @@ class ExactStore:
         return np.array([row for (row,) in found], np.int64)
 
 
-def hit_of(row: dict[str, Any], score: float) -> Hit:
+def to_hit(row: dict[str, Any], score: float) -> Hit:
     """A row without its embedding, as a hit."""
     return Hit(row["id"], score, {name: value for name, value in row.items() if name != "id"})
 

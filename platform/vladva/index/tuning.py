@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from vladva.embed.table import matrix_of
+from vladva.embed.table import embedding_matrix
 from vladva.index.searcher import RECALL_AT, Searcher, SearchSettings
 from vladva.index.store import Hit
 
@@ -37,7 +37,7 @@ class Queries:
 
 
 @dataclass(frozen=True)
-class Measured:
+class RecallEstimate:
     """Recall at k with its standard error, and milliseconds per search."""
 
     recall: float
@@ -73,7 +73,7 @@ def measure(
     thresholds: np.ndarray,
     k: int,
     wanted: float = 0.0,
-) -> Measured:
+) -> RecallEstimate:
     """Recall at k and latency of a search, one query at a time, until it is certain that recall is not as `wanted`."""
     found, times = [], []
     may_miss = (1 - wanted) * len(queries.keys)
@@ -87,7 +87,7 @@ def measure(
         if may_miss < 0:
             break
     error = float(np.std(found)) / math.sqrt(len(found))
-    return Measured(float(np.mean(found)), error, float(np.median(times)), float(np.percentile(times, 99)))
+    return RecallEstimate(float(np.mean(found)), error, float(np.median(times)), float(np.percentile(times, 99)))
 
 
 def ladder(partitions: int) -> list[int]:
@@ -99,8 +99,8 @@ def ladder(partitions: int) -> list[int]:
 
 
 def cheapest(
-    partitions: int, efforts: Sequence[int], try_out: Callable[[int, int], Measured], wanted: float
-) -> tuple[int, int, Measured]:
+    partitions: int, efforts: Sequence[int], try_out: Callable[[int, int], RecallEstimate], wanted: float
+) -> tuple[int, int, RecallEstimate]:
     """(partitions, effort, measured) that find enough, at the least of effort, then of partitions.
 
     Enough is what is assured. Recall grows with both, so halving finds the step. Where nothing is enough, the most that
@@ -138,13 +138,13 @@ def sample(dataset: lance.LanceDataset, seed: int = 0) -> list[Queries]:
     """Rows of a data set, to be used as queries."""
     rows = dataset.count_rows()
     chosen = sorted(random.Random(seed).sample(range(rows), min(2 * NUM_QUERIES, rows)))
-    return queries_of(dataset.take(chosen, columns=["id", "kind", "embedding"]))
+    return sample_queries(dataset.take(chosen, columns=["id", "kind", "embedding"]))
 
 
-def queries_of(rows: pa.Table) -> list[Queries]:
+def sample_queries(rows: pa.Table) -> list[Queries]:
     """Rows of an embeddings table as queries, those of each kind by themselves, at most NUM_QUERIES of each."""
     tables = [rows.filter(pa.compute.equal(rows["kind"], kind)).slice(0, NUM_QUERIES) for kind in ("image", "text")]
-    return [Queries(matrix_of(table), _keys(table)) for table in tables if len(table)]
+    return [Queries(embedding_matrix(table), _keys(table)) for table in tables if len(table)]
 
 
 def fit(
@@ -166,7 +166,7 @@ def fit(
     ]
 
     # By Lance, from disk: in memory as much is found, or more, because nothing is quantised.
-    def try_out(nprobes: int, effort: int, at_least: float = wanted) -> Measured:
+    def try_out(nprobes: int, effort: int, at_least: float = wanted) -> RecallEstimate:
         tried = replace(settings, nprobes=max(nprobes, settings.nprobes), effort=effort)
         searcher = Searcher(dataset, tried)
         measured = []
@@ -194,7 +194,7 @@ def fit(
 def _blocks(dataset: lance.LanceDataset, where: str | None) -> Iterator[tuple[np.ndarray, list[tuple[str, str]]]]:
     for batch in dataset.to_batches(columns=["id", "kind", "embedding"], filter=where, batch_size=8192):
         table = pa.Table.from_batches([batch])
-        yield matrix_of(table), _keys(table)
+        yield embedding_matrix(table), _keys(table)
 
 
 def _keys(table: pa.Table) -> list[tuple[str, str]]:

@@ -1,9 +1,9 @@
 """Batches: the only preprocessing in the platform. Training, embedding, evaluation and serving all go through here.
 
-Token ids come from the model's own tokenizer and chat template and equal those of its Hugging Face processor; pictures
+Token ids come from the model's own tokenizer and chat template and equal those of its Hugging Face processor; images
 are resized and cropped by its own image processor and stay uint8 until they are on the device.
 
-B pictures or texts, N hard-negative captions, T tokens (right-padded).
+B images or texts, N hard-negative captions, T tokens (right-padded).
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Tokens:
 
 @dataclass
 class Pixels:
-    """Pictures as the model takes them, uint8 until they are on the device.
+    """Images as the model takes them, uint8 until they are on the device.
 
-    A picture has one row of `values` (LLaVA: all of it) or several (LLaVA-Next: tiles; Qwen: patches). Pictures are put
+    An image has one row of `values` (LLaVA: all of it) or several (LLaVA-Next: tiles; Qwen: patches). Images are put
     together by concatenation, and never taken apart again.
     """
 
     values: np.ndarray  # uint8 [R, 3, h, w]
-    sizes: np.ndarray  # int64 [B, 2]; (height, width) of each picture: in patches (Qwen), before resizing (the others)
+    sizes: np.ndarray  # int64 [B, 2]; (height, width) of each image: in patches (Qwen), before resizing (the others)
 
     def key(self) -> int:
         """Equal for what the model cannot tell apart."""
@@ -50,22 +50,22 @@ class Pixels:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Pixels]) -> Pixels:
-        """The pictures of all parts, in order."""
+        """The images of all parts, in order."""
         return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
 @dataclass
-class Batch:
+class MicroBatch:
     """One chunk of image-text pairs, collated; never sliced afterwards."""
 
     number: int
     ids: list[str]
-    pixels: Pixels | None  # None where texts stand in the pictures' stead
+    pixels: Pixels | None  # None where texts stand in the images' stead
     image: Tokens  # [B] prompt, then the long caption where there is one
     text: Tokens  # [B + N] the short captions, then the hard negatives
     text_owners: np.ndarray  # int64 [B + N]; the pair that each text belongs to: 0 .. B-1, then those of the negatives
     has_short: np.ndarray  # bool [B]; pairs without a short caption take no part in the contrastive loss
-    image_keys: np.ndarray  # int64 [B]; equal for pictures that are equal to the model
+    image_keys: np.ndarray  # int64 [B]; equal for images that are equal to the model
     caption_keys: np.ndarray  # int64 [B + N]; equal for equal texts
 
     def to_row(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Batch:
         return [(name, kind) for name, kind in RECORDS.items() if getattr(self, name) is not None]
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> Batch:
+    def from_row(cls, row: dict[str, Any]) -> MicroBatch:
         """The batch that `to_row` gave."""
         records = {
             name: kind(**{f.name: row[f"{name}.{f.name}"] for f in fields(kind)})

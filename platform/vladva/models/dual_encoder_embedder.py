@@ -1,9 +1,9 @@
-"""Dual encoder: a model with a tower for texts and one for pictures, made to look like an `Embedder`.
+"""Dual encoder: a model with a tower for texts and one for images, made to look like an `Embedder`.
 
 The batch job, evaluation and search only ask for a preprocessor, a module that turns its batches into vectors, a
 dimension and a fingerprint; so a baseline is embedded by the same machinery as an LVLM.
 
-B pictures or texts, T tokens, D width, Q vectors of one picture (1; BLIP-2 has one for each of its query tokens).
+B images or texts, T tokens, D width, Q vectors of one image (1; BLIP-2 has one for each of its query tokens).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class DualPreprocessor(Preprocessor):
-    """Makes the inputs of one dual encoder. A picture needs no prompt, so its row of token ids is empty."""
+    """Makes the inputs of one dual encoder. An image needs no prompt, so its row of token ids is empty."""
 
     def __init__(self, checkpoint: str) -> None:
         self.family = _family(checkpoint)
@@ -42,7 +42,7 @@ class DualPreprocessor(Preprocessor):
         return self.family.token_ids(self.config, self.tokenizer, text.strip())
 
     def image_prompt(self, size: tuple[int, int]) -> list[int]:
-        """Nothing is asked of a picture."""
+        """Nothing is asked of an image."""
         return []
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
@@ -50,7 +50,7 @@ class DualPreprocessor(Preprocessor):
         return [len(self.text_prompt(text)) for text in texts]
 
     def pixels(self, images: Sequence[Image.Image]) -> Pixels:
-        """Pictures resized and cropped as the model wants them, uint8 [B, 3, H, W]."""
+        """Images resized and cropped as the model wants them, uint8 [B, 3, H, W]."""
         processed = self.image_processor(images=list(images), do_rescale=False, do_normalize=False, return_tensors="np")
         pixels = np.asarray(processed["pixel_values"])
         if pixels.dtype != np.uint8:
@@ -70,7 +70,7 @@ class DualEncoderModel(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, tokens: dict[str, torch.Tensor], pixels: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """Vectors of texts [B, D], or of pictures [B, Q * D]: float32, each of unit length. uint8 pixels."""
+        """Vectors of texts [B, D], or of images [B, Q * D]: float32, each of unit length. uint8 pixels."""
         if pixels is None:
             positions = torch.arange(tokens["ids"].shape[1], device=tokens["ids"].device)
             mask = (positions < tokens["lengths"][:, None]).long()
@@ -82,7 +82,7 @@ class DualEncoderModel(nn.Module):
 
 
 class DualEncoder:
-    """Embeds texts and pictures with one loaded dual encoder; the part of `Embedder` that makes sense for it."""
+    """Embeds texts and images with one loaded dual encoder; the part of `Embedder` that makes sense for it."""
 
     def __init__(self, checkpoint: str, *, dtype: str = "float32", device: str = "cpu") -> None:
         self.preprocessor = DualPreprocessor(checkpoint)
@@ -93,7 +93,7 @@ class DualEncoder:
         self.fingerprint: str = self._description["fingerprint"]
 
     def forward(self, tokens: dict[str, torch.Tensor], pixels: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """Unit vectors of texts [B, D], or of pictures [B, Q * D]."""
+        """Unit vectors of texts [B, D], or of images [B, Q * D]."""
         return self.model(tokens, pixels)
 
     def description(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class DualEncoder:
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> np.ndarray:
-        """Unit vectors [N, D], float32; [N, Q, D] where a picture has several."""
+        """Unit vectors [N, D], float32; [N, Q, D] where an image has several."""
         vectors = self.preprocessor.vectors
         parts = [np.zeros((0, vectors * self.dimension), np.float32)]
         for first in range(0, len(images), batch_size):

@@ -1,6 +1,6 @@
-"""Embedder: a loaded LVLM with its adapter and soft prompts, for use: it embeds pictures and texts, and it generates.
+"""Embedder: a loaded LVLM with its adapter and soft prompts, for use: it embeds images and texts, and it generates.
 
-N pictures or texts, D width.
+N images or texts, D width.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def load_embedder(
 
 
 class Embedder:
-    """Embeds texts and pictures, and generates, with one loaded model."""
+    """Embeds texts and images, and generates, with one loaded model."""
 
     def __init__(self, model: EmbeddingModel, config: ModelConfig, adapter: Path | None, *, merged: bool) -> None:
         self.model = model
@@ -110,7 +110,7 @@ class Embedder:
         return [len(self.preprocessor.text_prompt(text)) for text in texts]
 
     def num_image_tokens(self, width: int, height: int) -> int:
-        """Tokens that embedding a picture costs, prompt included."""
+        """Tokens that embedding an image costs, prompt included."""
         return len(self.preprocessor.image_prompt((width, height)))
 
     def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
@@ -122,7 +122,7 @@ class Embedder:
         ]
 
     def embed_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> np.ndarray:
-        """Unit vectors [N, D], float32. Equal pictures are embedded once."""
+        """Unit vectors [N, D], float32. Equal images are embedded once."""
         keys = [key_of(f"{image.mode} {image.size}".encode() + image.tobytes()) for image in images]
         unique = dict(zip(keys, images, strict=True))
         row = {key: i for i, key in enumerate(unique)}
@@ -133,7 +133,7 @@ class Embedder:
     def embed(
         self, prompts: Sequence[list[int]], images: Sequence[Image.Image] | None = None, batch_size: int = 64
     ) -> np.ndarray:
-        """Unit vectors [N, D], float32, of prompts and the pictures in them; batches are cut by what they cost."""
+        """Unit vectors [N, D], float32, of prompts and the images in them; batches are cut by what they cost."""
         embeddings_ND = np.zeros((len(prompts), self.dimension), np.float32)
         for chosen in cut([len(prompt) for prompt in prompts], batch_size):
             tokens = as_tensors(self.preprocessor.pad([(prompts[i], []) for i in chosen]), self.device)
@@ -156,13 +156,13 @@ class Embedder:
         """Pieces of the assistant's answer, as they come. Greedy when the temperature is 0.
 
         `messages` are in Hugging Face's chat form (content: a list of {"type": "text", "text"} and {"type": "image"}).
-        Raises ValueError where pictures and image parts differ in number, or the adapter is merged and asked off.
+        Raises ValueError where images and image parts differ in number, or the adapter is merged and asked off.
         """
         parts = sum(
             part.get("type") == "image" for m in messages if isinstance(m["content"], list) for part in m["content"]
         )
         if parts != len(images):
-            raise ValueError(f"messages hold {parts} image parts, but {len(images)} pictures came with them")
+            raise ValueError(f"messages hold {parts} image parts, but {len(images)} images came with them")
         if self.merged and not adapter:
             raise ValueError("this model's adapter is merged into its weights; load it with merge=False to turn it off")
         if seed is not None:

@@ -1,9 +1,9 @@
-"""Embedding model: what is trained, an LVLM that gives a normalised vector for a picture or a text, and both losses.
+"""Embedding model: what is trained, an LVLM that gives a normalised vector for an image or a text, and both losses.
 
 The embedding is the hidden state at the last prompt token of layer k, after the model's final norm, L2-normalised in
 float32.
 
-B pictures or texts, T tokens, D width.
+B images or texts, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class EmbeddingModel(nn.Module):
         return embeddings, loss, torch.cat([self.log_scale, self.bias]).float()
 
     def see(self, pixels: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
-        """The pictures as the vision tower, which is frozen, gives them; unchanged where training is not packed."""
+        """The images as the vision tower, which is frozen, gives them; unchanged where training is not packed."""
         if pixels is None or self.packed is None:
             return pixels
         nothing = pixels["values"].new_zeros(len(pixels["sizes"]), 1, dtype=torch.long)

@@ -41,7 +41,7 @@ def decode(
             "input_ids": torch.tensor([[token]], device=mask.device),
             "attention_mask": torch.cat([mask, mask.new_ones(1, 1)], dim=1),
         }
-        if positions is not None:  # [3, 1, T]: where a picture takes fewer positions than it has tokens
+        if positions is not None:  # [3, 1, T]: where an image takes fewer positions than it has tokens
             inputs["position_ids"] = positions.amax().expand(3, 1, 1) + 1
 
 

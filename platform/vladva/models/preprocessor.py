@@ -13,7 +13,7 @@ from vladva.config import IMAGE_PROMPT, TEXT_PROMPT
 from vladva.core.hashing import key_of
 from vladva.data.examples import Example
 from vladva.models.backbones import backbone_of, resolve
-from vladva.models.batch import Batch, Pixels, Tokens
+from vladva.models.batch import MicroBatch, Pixels, Tokens
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,7 +23,7 @@ Side = Literal["image", "text"]
 
 
 class Preprocessor:
-    """Makes the inputs of one model from pictures and texts. Loads tokenizer and image processor, never weights."""
+    """Makes the inputs of one model from images and texts. Loads tokenizer and image processor, never weights."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Preprocessor:
         soft_prompts: bool = False,
         max_image_tokens: int | None = None,
     ) -> None:
-        """Raises ValueError where the family, or the checkpoint, has no such limit on a picture's tokens."""
+        """Raises ValueError where the family, or the checkpoint, has no such limit on an image's tokens."""
         from transformers import AutoConfig, AutoTokenizer
 
         # By its short name, older versions give it only where torchvision is installed.
@@ -46,7 +46,7 @@ class Preprocessor:
         self.config = AutoConfig.from_pretrained(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         template = cached_file(folder, "chat_template.json", _raise_exceptions_for_missing_entries=False)
-        if template:  # where older checkpoints keep the template with pictures; the tokenizer's own has none
+        if template:  # where older checkpoints keep the template with images; the tokenizer's own has none
             self.tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]
         # The same pixels everywhere: torchvision's resizing, the default where it is installed, differs from Pillow's.
         self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
@@ -81,7 +81,7 @@ class Preprocessor:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def render(self, messages: list[dict[str, Any]], sizes: Sequence[tuple[int, int]] = ()) -> list[int]:
-        """Token ids of a conversation up to the assistant's turn; `sizes`: (width, height) of its pictures."""
+        """Token ids of a conversation up to the assistant's turn; `sizes`: (width, height) of its images."""
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         pieces = text.split(self.image_token)
         assert len(pieces) == len(sizes) + 1, (len(pieces) - 1, len(sizes))
@@ -93,11 +93,11 @@ class Preprocessor:
         return self.tokenizer(expanded, add_special_tokens=bos is None or not expanded.startswith(bos)).input_ids
 
     def num_image_tokens(self, size: tuple[int, int]) -> int:
-        """Image tokens of a picture of (width, height). Raises ValueError for a shape that the model does not take."""
+        """Image tokens of an image of (width, height). Raises ValueError for a shape that the model does not take."""
         return self.backbone.num_image_tokens(self.config, self.image_processor, size)
 
     def image_prompt(self, size: tuple[int, int]) -> list[int]:
-        """Token ids that ask for the summary of a picture of (width, height)."""
+        """Token ids that ask for the summary of an image of (width, height)."""
         count = self.num_image_tokens(size)
         if count not in self.image_prompts:
             content = [{"type": "image"}, {"type": "text", "text": self.prompts["image"]}]
@@ -112,7 +112,7 @@ class Preprocessor:
         return self.render([{"role": "user", "content": content}])
 
     def pixels(self, images: Sequence[Image.Image]) -> Pixels:
-        """Pictures resized and cut up as the model wants them."""
+        """Images resized and cut up as the model wants them."""
         return Pixels.concatenate(self.pixel_parts(images))
 
     def pixel_parts(self, images: Sequence[Image.Image]) -> list[Pixels]:
@@ -137,7 +137,7 @@ class Preprocessor:
         return self.pad([(self.text_prompt(text), []) for text in texts])
 
     def images(self, sizes: Sequence[tuple[int, int]], captions: Sequence[str | None]) -> Tokens:
-        """Prompts for pictures of (width, height), each followed by its long caption and an end token if it has one."""
+        """Prompts for images of (width, height), each followed by its long caption and an end token if it has one."""
         rows = []
         for size, caption in zip(sizes, captions, strict=True):
             following = [] if caption is None else [*self._encode(caption), self.tokenizer.eos_token_id]
@@ -162,8 +162,8 @@ class Preprocessor:
         """Tokens of each text by itself, without prompt."""
         return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False).input_ids] if texts else []
 
-    def collate(self, number: int, examples: Sequence[Example]) -> Batch:
-        """The chunk `number` from its examples, which all have a picture, or all a text in its stead."""
+    def collate(self, number: int, examples: Sequence[Example]) -> MicroBatch:
+        """The chunk `number` from its examples, which all have an image, or all a text in its stead."""
         anchors = [example.image for example in examples]
         texts = [anchor for anchor in anchors if isinstance(anchor, str)]
         assert len(texts) in (0, len(anchors)), examples[0].id
@@ -175,7 +175,7 @@ class Preprocessor:
         negatives = [(owner, text) for owner, example in enumerate(examples) for text in example.negatives]
         captions = [example.short or "" for example in examples] + [text for _, text in negatives]
         named = [example.short or example.id for example in examples] + [text for _, text in negatives]
-        return Batch(
+        return MicroBatch(
             number=number,
             ids=[example.id for example in examples],
             pixels=Pixels.concatenate(parts) if parts else None,

@@ -1,6 +1,6 @@
-"""Pictures: the bytes that a source's entries point at, or what keeps them from being read.
+"""Images: the bytes that a source's entries point at, or what keeps them from being read.
 
-A picture is a file, a range of bytes in one, or a cell of a Parquet column.
+An image is a file, a range of bytes in one, or a cell of a Parquet column.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vladva.core import storage
-from vladva.core.errors import BadDataError
-from vladva.core.object_store import PassingFaultError
+from vladva.core.errors import InvalidSampleError
+from vladva.core.object_store import TransientStorageError
 from vladva.core.storage import ByteRange
 from vladva.data.image_refs import read_cells
 
 READS = 16  # of whole files at a time
 
 
-def read_pictures(images_uri: str, samples: list[dict[str, Any]]) -> list[bytes | BadDataError]:
-    """The bytes of every picture, or what keeps them from being read."""
-    pictures: list[bytes | BadDataError] = [b""] * len(samples)
+def read_images(images_uri: str, samples: list[dict[str, Any]]) -> list[bytes | InvalidSampleError]:
+    """The bytes of every image, or what keeps them from being read."""
+    images: list[bytes | InvalidSampleError] = [b""] * len(samples)
     columns: dict[tuple[str, str], list[int]] = {}
     parts, files = [], []
     for place, sample in enumerate(samples):
@@ -33,19 +33,19 @@ def read_pictures(images_uri: str, samples: list[dict[str, Any]]) -> list[bytes 
         for place in parts
     ]
     for place, data in zip(parts, storage.read_ranges(ranges), strict=True):
-        pictures[place] = data
+        images[place] = data
     for (file, column), places in columns.items():
         rows = [samples[place]["offset"] for place in places]
         for place, (data, path) in zip(places, read_cells(file, column, rows), strict=True):
-            pictures[place] = data or b""
-            if not data and path:  # Hugging Face's way of leaving a picture where it is
+            images[place] = data or b""
+            if not data and path:  # Hugging Face's way of leaving an image where it is
                 samples[place]["file"] = path
                 files.append(place)
     with ThreadPoolExecutor(READS) as pool:
         uris = [place_of(images_uri, samples[place]["file"]) for place in files]
         for place, data in zip(files, pool.map(read_file, uris), strict=True):
-            pictures[place] = data
-    return pictures
+            images[place] = data
+    return images
 
 
 def place_of(folder_uri: str, file: str) -> str:
@@ -53,18 +53,18 @@ def place_of(folder_uri: str, file: str) -> str:
     return file if file.startswith("/") or "://" in file else storage.join(folder_uri, file)
 
 
-def read_file(uri: str) -> bytes | BadDataError:
+def read_file(uri: str) -> bytes | InvalidSampleError:
     """A whole file, or what keeps it from being read."""
     return fetch(lambda: storage.read_bytes(uri))
 
 
-def fetch(read: Callable[[], bytes]) -> bytes | BadDataError:
+def fetch(read: Callable[[], bytes]) -> bytes | InvalidSampleError:
     """What `read` gives; a storage that fails for the moment is no fault of the sample and is raised."""
     try:
         return read()
-    except PassingFaultError:
+    except TransientStorageError:
         raise
     except FileNotFoundError as error:
-        return BadDataError("missing file", str(error))
+        return InvalidSampleError("missing file", str(error))
     except (OSError, ValueError) as error:
-        return BadDataError("unreadable file", str(error))
+        return InvalidSampleError("unreadable file", str(error))

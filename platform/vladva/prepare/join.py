@@ -1,4 +1,4 @@
-"""Joins: captions that another table has for the same pictures, found by id (data that was captioned again)."""
+"""Joins: captions that another table has for the same images, found by id (data that was captioned again)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from vladva.core import storage
-from vladva.core.errors import BadDataError
+from vladva.core.errors import InvalidSampleError
 from vladva.prepare.sources import Entry, Rejected, first_column, texts_of
 from vladva.prepare.sources.parquet import caption_columns, one_text, plain_rows
 from vladva.prepare.sources.table import cell_texts, read_table
@@ -25,8 +25,8 @@ ENDINGS = (".parquet", ".csv", ".tsv", ".jsonl")
 class Join:
     """Which table, and which of its columns is which field of a sample.
 
-    `field`: "id" (what the source calls it), "key" (of a tar's sample, without the shard), "path" (of its picture),
-    "name" (of the picture's file) or "stem" (that name without its ending).
+    `field`: "id" (what the source calls it), "key" (of a tar's sample, without the shard), "path" (of its image),
+    "name" (of the image's file) or "stem" (that name without its ending).
     """
 
     uri: str
@@ -67,7 +67,7 @@ class Join:
         read = {"parquet": _parquet, "jsonl": _json_lines}.get(file.lower().rpartition(".")[2], read_table)
         columns: list[str] = []
         for place, row in read(self.uri, file):
-            if isinstance(row, BadDataError):
+            if isinstance(row, InvalidSampleError):
                 yield Rejected(place, place, row.reason, row.detail)
                 continue
             if not columns:
@@ -80,7 +80,7 @@ class Join:
                 cells = [row.get(name) for name in captions]
                 texts = [text for cell in cells for text in (cell_texts(cell) if _is_csv(file) else texts_of(cell))]
                 yield one_text(row.get(self.column)), place, texts
-            except BadDataError as problem:
+            except InvalidSampleError as problem:
                 yield Rejected(place, place, problem.reason, problem.detail)
 
 
@@ -97,16 +97,16 @@ def _parquet(uri: str, file: str) -> Iterator[tuple[str, dict[str, Any]]]:
             number += 1
 
 
-def _json_lines(uri: str, file: str) -> Iterator[tuple[str, dict[str, Any] | BadDataError]]:
+def _json_lines(uri: str, file: str) -> Iterator[tuple[str, dict[str, Any] | InvalidSampleError]]:
     stream = io.TextIOWrapper(storage.open_stream(uri), "utf-8-sig", "surrogateescape")
     for number, line in enumerate(stream, start=1):
         place = f"{file}, line {number}"
         try:
             row = json.loads(line) if line.strip() else None
         except ValueError as error:
-            yield place, BadDataError("broken JSON", str(error))
+            yield place, InvalidSampleError("broken JSON", str(error))
             continue
         if isinstance(row, dict):
             yield place, row
         elif row is not None:
-            yield place, BadDataError("broken row", "it is no object")
+            yield place, InvalidSampleError("broken row", "it is no object")

@@ -9,7 +9,7 @@ Tars that exist are scanned where they are. Everything else is written as tars b
     quarantine.parquet   everything that was refused, by listing, writing or scan, with its place in the source
 
 Every entry of the source is in the index, or further captions of one that is, or left out, or in the quarantine table;
-the numbers are checked at the end, and so is every picture's checksum.
+the numbers are checked at the end, and so is every image's checksum.
 """
 
 from __future__ import annotations
@@ -208,5 +208,5 @@ def check_fraction(refused: list[Rejected], plan: dict[str, Any], allowed: float
     raise ValueError(
         f"{len(refused):,} of {total:,} samples are bad, more than --max-bad-fraction {allowed:g} allows: {reasons}. "
         f"The first: {readable(named)}. {table_uri(out_uri, 'quarantine')} lists them; mend the source, or raise the "
-        f"fraction; pictures that were mended where they are count again with --overwrite"
+        f"fraction; images that were mended where they are count again with --overwrite"
     )

@@ -27,7 +27,7 @@ from vladva.data.sidecar import parquet_bytes
 from vladva.prepare.join import Join
 from vladva.prepare.shard_tasks import LOT, lot_uri
 from vladva.prepare.sources import Rejected, Source, ahead
-from vladva.prepare.staging import Catalog, readable
+from vladva.prepare.staging import Staging, readable
 
 QUARANTINE = pa.schema([(name, pa.string()) for name in Rejected._fields])
 ROWS_AT_ONCE = 10_000
@@ -35,7 +35,7 @@ UNMATCHED = pa.schema([(name, pa.string()) for name in ("side", "id", "place")])
 
 
 def stamp_of(source: Source, join: Join | None, samples_per_shard: int) -> dict[str, Any]:
-    """What the shards depend on. Pictures that a table or a JSON names are not looked at."""
+    """What the shards depend on. Images that a table or a JSON names are not looked at."""
     options = asdict(source.options) | {"format": source.format, "images": source.images_uri}
     stamp = {"version": 1, "source": source.uri, **options, "samples_per_shard": samples_per_shard}
     stamp["files"] = f"{len(source.files)} with digest {short_hash([list(info) for info in source.infos])}"
@@ -72,7 +72,7 @@ def make_plan(
 ) -> dict[str, Any]:
     """List the source and cut it into lots. Raises ValueError where there is nothing to write."""
     with tempfile.TemporaryDirectory() as folder:
-        catalog = Catalog(os.path.join(folder, "catalog.sqlite"))
+        catalog = Staging(os.path.join(folder, "catalog.sqlite"))
         with Progress(f"listing {source.format}") as progress:
             for found in source.entries():
                 catalog.add(found, join)
@@ -118,7 +118,7 @@ def _joined(counts: Counter[str], num_bad: int) -> dict[str, int]:
     }
 
 
-def _nothing_joined(join: Join, catalog: Catalog) -> str:
+def _nothing_joined(join: Join, catalog: Staging) -> str:
     samples = [row["id"] for row in islice(catalog.unmatched(), 3)]
     rows = [row["id"] for row in catalog.unmatched() if row["side"] == "table"][:3]
     return (

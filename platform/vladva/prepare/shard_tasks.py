@@ -2,8 +2,8 @@
 
     _prepare/lots/000000.parquet --one Ray task--> 000000.tar, and last _prepare/receipts/000000.parquet
 
-A receipt has a row per sample of the lot: its key in the shard with the checksum of its picture, or why it was refused.
-A lot with a receipt is not written again. What a shard holds follows from its lot and the pictures alone.
+A receipt has a row per sample of the lot: its key in the shard with the checksum of its image, or why it was refused.
+A lot with a receipt is not written again. What a shard holds follows from its lot and the images alone.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vladva.core import storage
-from vladva.core.errors import BadDataError
-from vladva.core.images import MAX_PIXELS, check_picture, picture_ending
+from vladva.core.errors import InvalidSampleError
+from vladva.core.images import MAX_PIXELS, check_image, image_suffix
 from vladva.core.storage import RangedFile
 from vladva.data.sidecar import parquet_bytes, sidecar_uri
-from vladva.prepare.image_fetch import fetch, place_of, read_pictures
+from vladva.prepare.image_fetch import fetch, place_of, read_images
 from vladva.prepare.sources import Rejected, clean, texts_of
 
 LOT = pa.schema(
@@ -72,7 +72,7 @@ class LotWriter:
         facts = self._known(number, shard_uri)
         if facts is None:
             samples = pq.read_table(RangedFile(lot_uri(self.out_uri, number))).to_pylist()
-            content, rows = pack(samples, read_pictures(self.images_uri, samples), self.images_uri)
+            content, rows = pack(samples, read_images(self.images_uri, samples), self.images_uri)
             if content:
                 storage.write_bytes_atomically(shard_uri, content)
             elif storage.exists(shard_uri):
@@ -96,47 +96,47 @@ class LotWriter:
 
 
 def pack(
-    samples: list[dict[str, Any]], pictures: list[bytes | BadDataError], images_uri: str
+    samples: list[dict[str, Any]], pictures: list[bytes | InvalidSampleError], images_uri: str
 ) -> tuple[bytes, list[dict[str, Any]]]:
     """The tar of a lot (no bytes where nothing of it is good) and the rows of its receipt, one a sample.
 
-    Pictures go into it as they are. Of a picture the header is read here; the scan that follows decodes it.
+    Images go into it as they are. Of an image the header is read here; the scan that follows decodes it.
     """
     body = io.BytesIO()
     rows = []
     with tarfile.open(fileobj=body, mode="w", encoding="utf-8") as tar:
-        for sample, picture in zip(samples, pictures, strict=True):
+        for sample, image in zip(samples, pictures, strict=True):
             key = f"{sample['number']:09d}"
             row = {"key": key, "id": sample["id"], "place": sample["place"], "crc32": None, "reason": None}
             try:
                 captions = captions_of(sample, images_uri)
-                if isinstance(picture, BadDataError):
-                    raise picture
-                check_picture(picture, verify=False, max_pixels=MAX_PIXELS)
+                if isinstance(image, InvalidSampleError):
+                    raise image
+                check_image(image, verify=False, max_pixels=MAX_PIXELS)
                 if not captions:
-                    raise BadDataError("no caption")
+                    raise InvalidSampleError("no caption")
                 about = {"captions": captions, **({"negatives": sample["negatives"]} if sample["negatives"] else {})}
                 # Not the path of a table: a source that was moved gives the same bytes.
                 named = ("id", "place") if sample["column"] else ("id", "place", "file")
                 about["source"] = {name: sample[name] for name in named}
                 content = json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
-                for ending, data in ((picture_ending(picture), picture), ("json", content)):
+                for ending, data in ((image_suffix(image), image), ("json", content)):
                     header = tarfile.TarInfo(f"{key}.{ending}")  # time, owner and rights are constants
                     header.size = len(data)
                     tar.addfile(header, io.BytesIO(data))
-                row["crc32"] = zlib.crc32(picture)
-            except BadDataError as problem:
+                row["crc32"] = zlib.crc32(image)
+            except InvalidSampleError as problem:
                 row |= {"reason": problem.reason, "detail": problem.detail}
             rows.append(row)
     return (body.getvalue() if any(row["reason"] is None for row in rows) else b""), rows
 
 
 def captions_of(sample: dict[str, Any], images_uri: str) -> list[str]:
-    """The captions in the text file beside the picture, then the others. Raises BadDataError."""
+    """The captions in the text file beside the image, then the others. Raises InvalidSampleError."""
     lines = []
     if sample["beside"]:
         content = fetch(lambda: storage.read_bytes(place_of(images_uri, sample["beside"])))
-        if isinstance(content, BadDataError):
+        if isinstance(content, InvalidSampleError):
             raise content
         (whole,) = texts_of(content.removeprefix(b"\xef\xbb\xbf")) or [""]
         lines = whole.splitlines()
@@ -168,7 +168,7 @@ class LotChecker:
         rejected = {name.removeprefix(f"{shard}#"): [reason, detail] for name, reason, detail in facts["quarantined"]}
         indexed = sidecar.read(["key", "crc32"]).to_pydict()
         found = dict(zip(indexed["key"], indexed["crc32"], strict=True))
-        if rejected:  # of these the scan keeps no checksum: was the picture bad, or is it the shard?
+        if rejected:  # of these the scan keeps no checksum: was the image bad, or is it the shard?
             found |= checksums(storage.join(self.out_uri, shard), rejected.keys())
         expected = {key: row["crc32"] for key, row in written.items()}
         wrong = sorted(key for key in expected.keys() | found.keys() if found.get(key) != expected.get(key))
@@ -177,7 +177,7 @@ class LotChecker:
 
 
 def checksums(shard_uri: str, keys: Collection[str]) -> dict[str, int]:
-    """Key -> CRC-32 of its picture, of those keys that the tar holds."""
+    """Key -> CRC-32 of its image, of those keys that the tar holds."""
     found = {}
     try:
         with tarfile.open(fileobj=storage.open_stream(shard_uri), mode="r:") as tar:

@@ -1,6 +1,6 @@
-"""Catalog: the entries of a source put together into samples, on this machine's disk, then cut into lots.
+"""Staging: the entries of a source put together into samples, on this machine's disk, then cut into lots.
 
-Rows of one picture are joined into one sample, second pictures of one id are refused, captions of another table are
+Rows of one image are joined into one sample, second images of one id are refused, captions of another table are
 looked up. A source may have them in any order and in any number, so this is done in an SQLite file and not in memory.
 """
 
@@ -34,7 +34,7 @@ JOINED = (
 )
 
 
-class Catalog:
+class Staging:
     """Samples have numbers 0 .. N-1, in the order in which the source first names them.
 
     counts: `found` is what the source named: `samples`, `merged` (more captions of a sample), `left_out` and

@@ -1,7 +1,7 @@
 """Summary: what a scanned data set holds, in counts, from its sidecars alone.
 
 One Ray task a shard counts, and the counts are added up here, so that memory does not grow with the data set. Only for
-the duplicates something of single samples is kept: of a big data set, of every n-th different picture and caption (all
+the duplicates something of single samples is kept: of a big data set, of every n-th different image and caption (all
 copies of it, by checksum), and the numbers are multiplied by n.
 """
 
@@ -27,16 +27,16 @@ from vladva.data.shard_index import ShardIndex
 from vladva.data.sidecar import sidecar_uri
 
 TOKEN_BOUNDS = (0, 5, 10, 15, 20, 25, 30, 40, 50, 75, 100, 150, 200, 300, 400, 500, 1000)  # the last bin is open
-PER_PICTURE = 11  # captions from which pictures are counted together
+CAPTIONS_PER_IMAGE = 11  # captions from which images are counted together
 SIDE_BOUNDS = tuple(round(2 ** (power / 2)) for power in range(34))  # pixels: 1, 1, 2, 3, 4, 6, 8, 11, 16 ..
 MEGAPIXEL_BOUNDS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # the last bin is open
-KEPT = 500_000  # different pictures, and captions, that are watched for copies
-CAPTIONS_EXPECTED = 4  # per picture, for the same
+KEPT = 500_000  # different images, and captions, that are watched for copies
+CAPTIONS_EXPECTED = 4  # per image, for the same
 LARGEST = 5
 
 
 @dataclass
-class Copies:
+class Duplicates:
     """What occurs more than once, of one in `every`: key -> [how often, name of one of them]."""
 
     every: int
@@ -49,7 +49,7 @@ class Copies:
         known[1] = min(known[1], name)  # the tasks come in any order
 
     @property
-    def superfluous(self) -> int:
+    def num_duplicates(self) -> int:
         """Copies beyond the first; an estimate where `every` is more than 1."""
         return self.every * sum(count - 1 for count, _ in self.seen.values())
 
@@ -65,30 +65,30 @@ class Copies:
 
 
 @dataclass
-class Summary:
+class DatasetStatistics:
     """Counts of a data set. Histograms are bin number -> count; sizes are (width's bin, height's bin) -> count."""
 
     num_samples: int
     num_shards: int
-    pictures: Copies
-    captions: Copies
+    images: Duplicates
+    captions: Duplicates
     fingerprint: str
     num_captions: int = 0
-    picture_bytes: int = 0
+    image_bytes: int = 0
     texts_alone: int = 0
     tokens: Counter[int] = field(default_factory=Counter)
-    per_picture: Counter[int] = field(default_factory=Counter)
+    captions_per_image: Counter[int] = field(default_factory=Counter)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     megapixels: Counter[int] = field(default_factory=Counter)
 
     def add(self, counts: dict[str, Any]) -> None:
         """Take what `ShardCounter` gives."""
-        for name in ("num_captions", "picture_bytes", "texts_alone"):
+        for name in ("num_captions", "image_bytes", "texts_alone"):
             setattr(self, name, getattr(self, name) + counts[name])
-        for name in ("tokens", "per_picture", "megapixels"):
+        for name in ("tokens", "captions_per_image", "megapixels"):
             getattr(self, name).update(dict(counts[name]))
         self.sizes.update({(width, height): count for width, height, count in counts["sizes"]})
-        for copies, rows in ((self.pictures, counts["pictures"]), (self.captions, counts["captions"])):
+        for copies, rows in ((self.images, counts["images"]), (self.captions, counts["captions"])):
             for row in rows:
                 copies.add(*row)
 
@@ -104,23 +104,25 @@ class Summary:
 
     def __str__(self) -> str:
         kinds = self.kinds()
-        about = "about " if self.pictures.every > 1 else ""
+        about = "about " if self.images.every > 1 else ""
         return (
-            f"{self.picture_bytes / 1e6:,.1f} MB of pictures, {self.num_captions:,} captions: {kinds['short']:,} short "
+            f"{self.image_bytes / 1e6:,.1f} MB of images, {self.num_captions:,} captions: {kinds['short']:,} short "
             f"(below {DataConfig.short_below} tokens), {kinds['long']:,} long, {kinds['unused']:,} of "
-            f"{DataConfig.long_below} tokens or more; {about}{self.pictures.superfluous:,} pictures and "
-            f"{about}{self.captions.superfluous:,} captions are copies of another"
+            f"{DataConfig.long_below} tokens or more; {about}{self.images.num_duplicates:,} images and "
+            f"{about}{self.captions.num_duplicates:,} captions are copies of another"
         )
 
 
-def summarise(data_uri: str, index_uri: str | None = None) -> Summary:
+def summarise(data_uri: str, index_uri: str | None = None) -> DatasetStatistics:
     """Count what is in the index of a scanned data set; needs a Ray cluster. Raises ValueError where there is none."""
     index = ShardIndex.open(data_uri, index_uri)
     every = max(1, math.ceil(index.num_samples / KEPT))
     captions_every = max(1, math.ceil(index.num_samples * CAPTIONS_EXPECTED / KEPT))
     counter = ShardCounter(index.index_uri, index.shards, every, captions_every)
     shards = range(len(index.shards))
-    summary = Summary(index.num_samples, len(shards), Copies(every), Copies(captions_every), index.fingerprint)
+    summary = DatasetStatistics(
+        index.num_samples, len(shards), Duplicates(every), Duplicates(captions_every), index.fingerprint
+    )
     with Progress("counting shards", len(shards)) as progress:
         for counts in ray_tasks.each(counter, shards):
             summary.add(counts)
@@ -143,23 +145,23 @@ class ShardCounter:
         width, height, length = (table[name].to_numpy().astype(np.int64) for name in ("width", "height", "length"))
         shown = width > 0
         tokens = pc.list_flatten(table["caption_tokens"]).to_numpy()
-        per_picture = pc.list_value_length(table["captions"]).to_numpy()
+        captions_per_image = pc.list_value_length(table["captions"]).to_numpy()
         sides = [np.searchsorted(SIDE_BOUNDS, side[shown], side="right") - 1 for side in (width, height)]
         megapixels = (width * height)[shown] / 1e6
         keys = table["crc32"].to_numpy().astype(np.int64) << 30 | length & 0x3FFFFFFF
         return {
             "num_captions": len(tokens),
-            "picture_bytes": int(length[shown].sum()),
+            "image_bytes": int(length[shown].sum()),
             "texts_alone": int((~shown).sum()),
             "tokens": _counted(np.searchsorted(TOKEN_BOUNDS, tokens, side="right") - 1),
-            "per_picture": _counted(np.minimum(per_picture, PER_PICTURE)),
+            "captions_per_image": _counted(np.minimum(captions_per_image, CAPTIONS_PER_IMAGE)),
             "megapixels": _counted(np.searchsorted(MEGAPIXEL_BOUNDS, megapixels, side="right") - 1),
             "sizes": [[place // 100, place % 100, count] for place, count in _counted(sides[0] * 100 + sides[1])],
-            "pictures": list(self._pictures(keys, table["id"])),
+            "images": list(self._images(keys, table["id"])),
             "captions": list(self._captions(table)),
         }
 
-    def _pictures(self, keys: np.ndarray, ids: pa.ChunkedArray) -> Iterator[tuple[int, int, str]]:
+    def _images(self, keys: np.ndarray, ids: pa.ChunkedArray) -> Iterator[tuple[int, int, str]]:
         # The checksum's bits are as good as random: its remainder draws one in `every`, in all shards the same ones.
         unique, first, counts = np.unique(keys, return_index=True, return_counts=True)
         for key, place, count in zip(unique.tolist(), first.tolist(), counts.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Summary page: what a source has become, with plots and pictures, as one self-contained HTML page."""
+"""Summary page: what a source has become, with plots and images, as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from vladva.core import storage
 from vladva.core.sampling import spread
 from vladva.data.shard_index import ShardIndex, read_samples
 from vladva.prepare.pipeline import Prepared
-from vladva.prepare.statistics import MEGAPIXEL_BOUNDS, PER_PICTURE, SIDE_BOUNDS, TOKEN_BOUNDS, Summary
+from vladva.prepare.statistics import CAPTIONS_PER_IMAGE, MEGAPIXEL_BOUNDS, SIDE_BOUNDS, TOKEN_BOUNDS, DatasetStatistics
 from vladva.report.html import Highlight, data_uri, page_environment
 from vladva.report.svg import heat_map, histogram
 
-PICTURES = 12
+IMAGES = 12
 EXAMPLES = 3  # of each reason
-CAPTIONS_SHOWN = 3  # of each picture
+CAPTIONS_SHOWN = 3  # of each image
 CAPTION_WIDTH = 240  # characters of each
 SHORT, LONG, UNUSED = 1, 2, 0  # numbers of colours
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture of the contact sheet, with a few of its captions and how many more there are."""
+    """An image of the contact sheet, with a few of its captions and how many more there are."""
 
     id: str
-    picture: str
+    image: str
     size: str
     captions: Sequence[str]
     more: int
 
 
-def write_page(uri: str, prepared: Prepared, summary: Summary, command: str) -> str:
+def write_page(uri: str, prepared: Prepared, summary: DatasetStatistics, command: str) -> str:
     """Write the page to `uri`, or to summary.html beside the index; where it is."""
     page = (
         page_environment()
@@ -52,12 +52,12 @@ def write_page(uri: str, prepared: Prepared, summary: Summary, command: str) -> 
             highlights=highlights(prepared, summary),
             ledger=ledger(prepared),
             tokens=token_figure(summary),
-            per_picture=per_picture_figure(summary),
+            captions_per_image=per_image_figure(summary),
             megapixels=megapixel_figure(summary),
             sizes=size_figure(summary),
-            copies={"pictures": summary.pictures, "captions": summary.captions},
+            copies={"images": summary.images, "captions": summary.captions},
             quarantine=quarantine(prepared.quarantine_uri),
-            pictures=contact_sheet(prepared.uri),
+            images=contact_sheet(prepared.uri),
             command=command,
         )
     )
@@ -66,20 +66,20 @@ def write_page(uri: str, prepared: Prepared, summary: Summary, command: str) -> 
     return uri
 
 
-def highlights(prepared: Prepared, summary: Summary) -> list[Highlight]:
+def highlights(prepared: Prepared, summary: DatasetStatistics) -> list[Highlight]:
     """The figures at the head of the page."""
     kinds = summary.kinds()
-    pictures = summary.num_samples - summary.texts_alone
-    mean = summary.picture_bytes / max(1, pictures)
+    images = summary.num_samples - summary.texts_alone
+    mean = summary.image_bytes / max(1, images)
     per_sample = summary.num_captions / max(1, summary.num_samples)
     bad = sum(prepared.quarantined.values())
     return [
         Highlight("samples", f"{summary.num_samples:,}", f"in {summary.num_shards:,} shards"),
-        Highlight("pictures", size_of(summary.picture_bytes), f"{size_of(mean)} each"),
+        Highlight("images", size_of(summary.image_bytes), f"{size_of(mean)} each"),
         Highlight("captions", f"{summary.num_captions:,}", f"{per_sample:.1f} per sample; {kinds['long']:,} long"),
         Highlight("quarantined", f"{bad:,}", f"{bad / max(1, bad + summary.num_samples):.2%} of the samples"),
         Highlight(
-            "copies", f"{summary.pictures.superfluous:,}", f"pictures; {summary.captions.superfluous:,} captions"
+            "copies", f"{summary.images.num_duplicates:,}", f"images; {summary.captions.num_duplicates:,} captions"
         ),
     ]
 
@@ -89,11 +89,7 @@ def ledger(prepared: Prepared) -> list[tuple[str, int]]:
     return [
         ("found in the source", prepared.found),
         ("samples in the index", prepared.samples),
-        *(
-            [("further rows of the same pictures: their captions were added", prepared.merged)]
-            if prepared.merged
-            else []
-        ),
+        *([("further rows of the same images: their captions were added", prepared.merged)] if prepared.merged else []),
         *((f"left out: {reason}", count) for reason, count in prepared.left_out.items()),
         *((f"quarantined: {reason}", count) for reason, count in prepared.quarantined.items()),
     ]
@@ -102,7 +98,7 @@ def ledger(prepared: Prepared) -> list[tuple[str, int]]:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def token_figure(summary: Summary) -> str:
+def token_figure(summary: DatasetStatistics) -> str:
     """Captions by length, coloured by what training does with them."""
     used = bins_of(summary.tokens, len(TOKEN_BOUNDS))
     kinds = [
@@ -115,24 +111,24 @@ def token_figure(summary: Summary) -> str:
     return histogram(counts, kinds=kinds, label="Captions by length in tokens", width=760)
 
 
-def per_picture_figure(summary: Summary) -> str:
+def per_image_figure(summary: DatasetStatistics) -> str:
     """Samples by their number of captions."""
-    counts = {f"{number}{'+' * (number == PER_PICTURE)}": summary.per_picture[number] for number in bins_of(
-        summary.per_picture, PER_PICTURE + 1)}  # fmt: skip
+    bins = bins_of(summary.captions_per_image, CAPTIONS_PER_IMAGE + 1)
+    counts = {f"{n}{'+' * (n == CAPTIONS_PER_IMAGE)}": summary.captions_per_image[n] for n in bins}
     return histogram(counts, label="Samples by number of captions")
 
 
-def megapixel_figure(summary: Summary) -> str:
-    """Pictures by area."""
+def megapixel_figure(summary: DatasetStatistics) -> str:
+    """Images by area."""
     used = bins_of(summary.megapixels, len(MEGAPIXEL_BOUNDS))
     counts = {span(MEGAPIXEL_BOUNDS, place): summary.megapixels[place] for place in used}
-    return histogram(counts, label="Pictures by area in megapixels")
+    return histogram(counts, label="Images by area in megapixels")
 
 
-def size_figure(summary: Summary) -> str:
-    """Pictures by width and height."""
+def size_figure(summary: DatasetStatistics) -> str:
+    """Images by width and height."""
     return heat_map(
-        summary.sizes, SIDE_BOUNDS, label="Pictures by width and height", axes=("width, pixels", "height, pixels")
+        summary.sizes, SIDE_BOUNDS, label="Images by width and height", axes=("width, pixels", "height, pixels")
     )
 
 
@@ -170,14 +166,14 @@ def quarantine(uri: str) -> dict[str, tuple[int, list[dict[str, Any]]]]:
 
 
 def contact_sheet(data_folder_uri: str) -> list[Shown]:
-    """Pictures at even distances of the whole data set."""
+    """Images at even distances of the whole data set."""
     index = ShardIndex.open(data_folder_uri)
-    refs = [index.samples(number, 1)[0] for number in spread(index.num_samples, PICTURES)]
+    refs = [index.samples(number, 1)[0] for number in spread(index.num_samples, IMAGES)]
     refs = [ref for ref in refs if ref.width]
     return [
         Shown(
             id=ref.id,
-            picture=data_uri(data),
+            image=data_uri(data),
             size=f"{ref.width} x {ref.height}",
             captions=[shorten(caption, CAPTION_WIDTH, placeholder=" ...") for caption in ref.captions[:CAPTIONS_SHOWN]],
             more=max(0, len(ref.captions) - CAPTIONS_SHOWN),

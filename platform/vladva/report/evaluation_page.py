@@ -1,6 +1,6 @@
-"""Scores, curves, pictures -> one self-contained HTML page.
+"""Scores, curves, images -> one self-contained HTML page.
 
-The page needs no network: styles, figures and pictures are inside it. It follows the reader's light or dark setting,
+The page needs no network: styles, figures and images are inside it. It follows the reader's light or dark setting,
 fits a phone and prints. Sections without material are left out, so the same page serves one evaluation or a whole run.
 """
 

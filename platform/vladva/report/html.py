@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import jinja2
 
 
-THUMBNAIL = 256  # pixels; larger pictures are shrunk to this
+THUMBNAIL = 256  # pixels; larger images are shrunk to this
 
 
 class Highlight(NamedTuple):
@@ -61,7 +61,7 @@ def header_rows(table: ScoreTable) -> list[list[tuple[str, int, bool]]]:
 
 
 def data_uri(picture: bytes) -> str:
-    """An encoded picture as a `data:` URI, shrunk to what the page can show."""
+    """An encoded image as a `data:` URI, shrunk to what the page can show."""
     image = Image.open(io.BytesIO(picture))
     form = image.format
     if max(image.size) > THUMBNAIL:

@@ -1,4 +1,4 @@
-"""Outcomes -> pictures to look at: what was found, what was confused with what, and which false caption won.
+"""Outcomes -> images to look at: what was found, what was confused with what, and which false caption won.
 
 Successes are taken at even distances, not picked. Failures are picked to teach: first the near misses of which the
 model was surest (the right one is among the five, another is clearly ahead), then the right ones ranked lowest.
@@ -22,8 +22,8 @@ HITS = 5
 T = TypeVar("T")
 
 
-class Hit(NamedTuple):
-    """One neighbour of a query: a picture (encoded bytes) or a text."""
+class GridHit(NamedTuple):
+    """One neighbour of a query: an image (encoded bytes) or a text."""
 
     content: bytes | str
     similarity: float
@@ -34,7 +34,7 @@ class GridRow(NamedTuple):
     """A query and its nearest neighbours, best first. `answer` is the right one where it is not among them."""
 
     query: bytes | str
-    hits: list[Hit]
+    hits: list[GridHit]
     rank: int  # of the right one, from 1
     answer: bytes | str | None = None
 
@@ -48,7 +48,7 @@ class Grid(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A picture, a true and a false caption, and their cosines with it."""
+    """An image, a true and a false caption, and their cosines with it."""
 
     kind: str
     image: ImageRef
@@ -59,7 +59,7 @@ class Choice(NamedTuple):
 
 
 class WrongChoice(NamedTuple):
-    """A picture for which the false caption won."""
+    """An image for which the false caption won."""
 
     kind: str
     image: bytes
@@ -70,12 +70,12 @@ class WrongChoice(NamedTuple):
 
 
 class CaptionComparison(NamedTuple):
-    """What several systems write about one picture."""
+    """What several systems write about one image."""
 
     image: bytes
     prompt: str
     captions: Mapping[str, str]  # by system
-    objects: Sequence[str] = ()  # known to be in the picture
+    objects: Sequence[str] = ()  # known to be in the image
 
 
 def grids_of(scores: Mapping[str, Any], tasks: Mapping[str, Task], out_uri: str, label: str) -> dict[str, list[Grid]]:
@@ -101,7 +101,7 @@ def wrong_choices_of(
 def caption_comparisons(
     captions: pa.Table, images: Sequence[ImageRef], *, pictures: int = 6
 ) -> list[CaptionComparison]:
-    """From the table of `captions.write_captions`: a few pictures at even distances, each with all prompts."""
+    """From the table of `captions.write_captions`: a few images at even distances, each with all prompts."""
     by_prompt: dict[tuple[str, str], dict[str, str]] = {}
     objects: dict[str, list[str]] = {}
     for row in captions.to_pylist():
@@ -119,7 +119,7 @@ def caption_comparisons(
 def retrieval_grids(
     outcomes: pa.Table, images: Sequence[ImageRef], *, successes: int = 3, near: int = 4, far: int = 2
 ) -> list[Grid]:
-    """Grids of a retrieval benchmark, from its outcomes and the pictures of its task."""
+    """Grids of a retrieval benchmark, from its outcomes and the images of its task."""
     by_name = {image.name: image for image in images}
     rows = [row for row in outcomes.to_pylist() if row["task"] == "t2i"]
     first = [row for row in rows if row["rank"] == 1]
@@ -133,18 +133,18 @@ def retrieval_grids(
             _spread(first, successes),
         ),
         ("Near misses", f"{len(missed):,} captions; the surest mistakes first.", missed[:near]),
-        (f"Not among the first {HITS}", f"{len(lost):,} captions; the right picture is ranked lowest.", lost[:far]),
+        (f"Not among the first {HITS}", f"{len(lost):,} captions; the right image is ranked lowest.", lost[:far]),
     ]
-    pictures = _pictures([row for _, _, chosen in grids for row in chosen], by_name)
+    pictures = _images([row for _, _, chosen in grids for row in chosen], by_name)
     return [
         Grid(title, note, [_text_to_image(row, pictures) for row in chosen]) for title, note, chosen in grids if chosen
     ] + _image_to_text(outcomes, by_name, successes)
 
 
 def choices_of(task: CaptionChoiceTask | TwoCaptionsTask | MatchingTask, outcomes: pa.Table) -> list[Choice]:
-    """Every picture with a true and a false caption that a compositional benchmark sets against each other.
+    """Every image with a true and a false caption that a compositional benchmark sets against each other.
 
-    Of two true captions (SugarCrepe++) the weaker one; Winoground sets each picture's caption against the other's.
+    Of two true captions (SugarCrepe++) the weaker one; Winoground sets each image's caption against the other's.
     """
     rows = outcomes.to_pylist()
     if isinstance(task, MatchingTask):
@@ -171,7 +171,7 @@ def choices_of(task: CaptionChoiceTask | TwoCaptionsTask | MatchingTask, outcome
 
 
 def wrong_choices(choices: Sequence[Choice], *, per_kind: int = 2, most: int = 14) -> list[WrongChoice]:
-    """For each kind of choice, the pictures where the false caption won by most; kinds with the worst ones first."""
+    """For each kind of choice, the images where the false caption won by most; kinds with the worst ones first."""
     lost: dict[str, list[Choice]] = {}
     for choice in sorted(choices, key=lambda choice: choice.caption_score - choice.negative_score):
         if choice.negative_score >= choice.caption_score:
@@ -195,8 +195,8 @@ def _image_to_text(outcomes: pa.Table, by_name: dict[str, ImageRef], count: int)
         GridRow(picture, _hits(row, row["nearest"]), row["rank"]) for row, picture in zip(missed, pictures, strict=True)
     ]
     total = sum(row["rank"] > 1 for row in rows)
-    note = f"{total:,} of {len(rows):,} pictures whose nearest caption belongs to another picture; the surest first."
-    return [Grid("Pictures given another's caption", note, grid)] if grid else []
+    note = f"{total:,} of {len(rows):,} images whose nearest caption belongs to another image; the surest first."
+    return [Grid("Images given another's caption", note, grid)] if grid else []
 
 
 def _text_to_image(row: dict, pictures: dict[str, bytes]) -> GridRow:
@@ -205,12 +205,12 @@ def _text_to_image(row: dict, pictures: dict[str, bytes]) -> GridRow:
     return GridRow(row["query"], hits, row["rank"], answer)
 
 
-def _hits(row: dict, contents: Sequence[bytes] | Sequence[str]) -> list[Hit]:
+def _hits(row: dict, contents: Sequence[bytes] | Sequence[str]) -> list[GridHit]:
     found = zip(contents[:HITS], row["similarity"], row["right"], strict=False)
-    return [Hit(content, similarity, right) for content, similarity, right in found]
+    return [GridHit(content, similarity, right) for content, similarity, right in found]
 
 
-def _pictures(rows: list[dict], by_name: dict[str, ImageRef]) -> dict[str, bytes]:
+def _images(rows: list[dict], by_name: dict[str, ImageRef]) -> dict[str, bytes]:
     names = list(dict.fromkeys(name for row in rows for name in [*row["nearest"][:HITS], row["image"]]))
     return dict(zip(names, read_images([by_name[name] for name in names]), strict=True))
 

@@ -185,7 +185,7 @@ def score_tables(scores: dict[str, Any]) -> list[ScoreTable]:
             rows = [_measured(label, model, columns, layout, reported) for label, model in scores["models"].items()]
             rows += [row for name in reported if (row := _reported(name, columns, layout, reported))]
             headings = tuple(column.heading for column in columns)
-            note = f"The paper's rows are on {layout.other_data}, other pictures: compare the changes, not the numbers."
+            note = f"The paper's rows are on {layout.other_data}, other images: compare the changes, not the numbers."
             tables.append(ScoreTable(layout.title, note if layout.other_data else "", headings, tuple(rows)))
     return tables
 
@@ -288,5 +288,5 @@ def statistics_table(captions: pa.Table) -> ScoreTable:
         ]
         rows.append(Row(prompt, tuple(cells), reported=False))
     headings = tuple((system, column) for system in systems for column in columns)
-    note = f"Means over {len(set(captions['picture'].to_pylist()))} pictures."
+    note = f"Means over {len(set(captions['image'].to_pylist()))} images."
     return ScoreTable("Captions (figure 1)", note, headings, tuple(rows), unit="prompt")

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from vladva.core import storage
 
 if TYPE_CHECKING:
-    from vladva.models.batch import Batch
+    from vladva.models.batch import MicroBatch
 
 FOLDER = "audit"
 SCHEMA = pa.schema({"step": pa.int64(), "chunk": pa.int64(), "ids": pa.list_(pa.string())})
@@ -38,7 +38,7 @@ class AuditLog:
         self.run_uri, self.rank, self.world, self.start = run_uri, rank, world, start
         self.rows: list[dict[str, Any]] = []
 
-    def step(self, step: int, batch: list[Batch]) -> None:
+    def step(self, step: int, batch: list[MicroBatch]) -> None:
         """Keep the ids of this worker's chunks of a step."""
         self.rows += [
             {"step": step, "chunk": int(chunk.number), "ids": [str(name) for name in chunk.ids]} for chunk in batch

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     import ray.data
 
     from vladva.data.examples import Example
-    from vladva.data.sampler import Run
+    from vladva.data.sampler import SampleRange
     from vladva.data.sidecar import SampleRef
-    from vladva.models.batch import Batch
+    from vladva.models.batch import MicroBatch
     from vladva.models.preprocessor import Preprocessor
 
-CHUNKS_PER_TASK = 4  # starting a task costs as much as decoding a few pictures
+CHUNKS_PER_TASK = 4  # starting a task costs as much as decoding a few images
 
 
 def chunk_stream(config: RunConfig, first_step: int) -> ray.data.Dataset:
@@ -74,10 +74,10 @@ class ChunkReader:
         self.find = SampleFinder(config)
         self.preprocessor: Preprocessor = preprocessor_of(config)
 
-    def __call__(self, number: int) -> Batch:
+    def __call__(self, number: int) -> MicroBatch:
         return self.collate(number, self.fetch(number))
 
-    def batches(self, numbers: Iterable[int]) -> Iterator[Batch]:
+    def batches(self, numbers: Iterable[int]) -> Iterator[MicroBatch]:
         """The chunks of these numbers, in order; the bytes of the next one are read meanwhile."""
         with ThreadPoolExecutor(1) as ahead:
             waiting = None
@@ -89,7 +89,7 @@ class ChunkReader:
             if waiting:
                 yield self.collate(waiting[0], waiting[1].result())
 
-    def fetch(self, number: int) -> list[tuple[Run, SampleRef, bytes]]:
+    def fetch(self, number: int) -> list[tuple[SampleRange, SampleRef, bytes]]:
         """The chunk's samples with their files, as they are in the shards."""
         from vladva.data.shard_index import read_mixed_samples
 
@@ -97,23 +97,23 @@ class ChunkReader:
         contents = read_mixed_samples([(self.find.indexes[run.source].data_uri, ref) for run, ref in samples])
         return [(run, ref, content) for (run, ref), content in zip(samples, contents, strict=True)]
 
-    def collate(self, number: int, samples: list[tuple[Run, SampleRef, bytes]]) -> Batch:
+    def collate(self, number: int, samples: list[tuple[SampleRange, SampleRef, bytes]]) -> MicroBatch:
         """The chunk from its samples."""
         return self.preprocessor.collate(number, self.examples(number, samples))
 
-    def examples(self, number: int, samples: list[tuple[Run, SampleRef, bytes]]) -> list[Example]:
+    def examples(self, number: int, samples: list[tuple[SampleRange, SampleRef, bytes]]) -> list[Example]:
         """The chunk's samples, decoded, with the captions that are used."""
         with_captions = self.has_captions(number)
         return [self.example(*sample, with_captions) for sample in samples]
 
-    def example(self, run: Run, ref: SampleRef, content: bytes, with_captions: bool) -> Example:
+    def example(self, run: SampleRange, ref: SampleRef, content: bytes, with_captions: bool) -> Example:
         """A sample as its data set's epoch uses it; the long caption only where the step takes the caption loss."""
         from vladva.core.images import decode_image
         from vladva.data.examples import Example, choose_captions, choose_negatives, read_text
 
         data = self.config.data
         if (ref.width == 0) != data.texts_only:
-            found = "has a picture" if data.texts_only else "has no picture"
+            found = "has an image" if data.texts_only else "has no image"
             raise ValueError(f"{ref.id} {found}, but data.texts_only is {data.texts_only}, for all samples")
         drawn_by = {"seed": self.config.seed, "epoch": run.epoch, "sample_id": ref.id}
         short, long = choose_captions(

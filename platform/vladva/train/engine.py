@@ -89,7 +89,7 @@ class Engine:
         return self.engine(*args, **kwargs)
 
     def see(self, pixels: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-        """Pictures as the model's frozen vision tower gives them, where it can go on from those."""
+        """Images as the model's frozen vision tower gives them, where it can go on from those."""
         return self.model.see(pixels)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, distributed
 
 from vladva.losses.pairs import PairLoss
-from vladva.models.batch import Batch, as_tensors
+from vladva.models.batch import MicroBatch, as_tensors
 
 if TYPE_CHECKING:
     from vladva.models.batch import Tokens
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 KEPT_FEATURES = 1 << 30  # bytes of image features that a worker keeps from step 1 to step 3
 
 Contrastive = Callable[..., PairLoss]
-"""images [G, D], texts [G, D], scalars [2] (log scale, bias); the columns of `Columns` by name."""
+"""images [G, D], texts [G, D], scalars [2] (log scale, bias); the columns of `GlobalBatch` by name."""
 
 
 class Backward(Protocol):
@@ -63,7 +63,7 @@ class StepLoss:
 
 
 @dataclass
-class Columns:
+class GlobalBatch:
     """What is known of the rows of gathered matrices: of G pairs, and of H hard-negative captions if there are any."""
 
     valid: Tensor  # bool [G]
@@ -109,7 +109,7 @@ def total(value: Tensor) -> Tensor:
 
 
 def global_loss(
-    contrastive: Contrastive, chunks: Sequence[Batch], images: list[Tensor], texts: list[Tensor], scalars: Tensor
+    contrastive: Contrastive, chunks: Sequence[MicroBatch], images: list[Tensor], texts: list[Tensor], scalars: Tensor
 ) -> PairLoss:
     """The contrastive loss of the global batch from each own chunk's images [b, D] and texts [b + n, D].
 
@@ -130,7 +130,7 @@ def global_loss(
     def negatives(columns: list[Tensor]) -> Tensor:
         return gather_ragged(torch.cat([column[count:] for column, count in zip(columns, pairs, strict=True)]))
 
-    columns = Columns(
+    columns = GlobalBatch(
         gather_ragged(torch.cat([torch.tensor(chunk.has_short, device=device) for chunk in chunks]).long()).bool(),
         gather_ragged(torch.cat([torch.tensor(chunk.image_keys, device=device) for chunk in chunks])),
         captions(keys),
@@ -141,20 +141,20 @@ def global_loss(
     return contrastive(gather_ragged(torch.cat(images)), captions(texts), scalars, **vars(columns))
 
 
-def weighted(chunks: Sequence[Batch], device: torch.device) -> list[tuple[Batch, float]]:
+def weighted(chunks: Sequence[MicroBatch], device: torch.device) -> list[tuple[MicroBatch, float]]:
     """The chunks at weight 1, and the last one again at weight 0 until every rank has as many."""
     most = int(gather(torch.tensor([len(chunks)], device=device)).max())
     return [(chunk, 1.0) for chunk in chunks] + [(chunks[-1], 0.0)] * (most - len(chunks))
 
 
-def count_caption_tokens(chunks: Sequence[Batch], device: torch.device) -> int:
+def count_caption_tokens(chunks: Sequence[MicroBatch], device: torch.device) -> int:
     """Caption tokens (with their end tokens) in the global batch."""
     own = sum(int((chunk.image.lengths - chunk.image.prompt_lengths).sum()) for chunk in chunks)
     return int(total(torch.tensor(own, device=device)))
 
 
-def pixels_of(chunk: Batch, device: torch.device) -> dict[str, Tensor] | None:
-    """The pictures on the device; None where the chunk has texts in their stead."""
+def pixels_of(chunk: MicroBatch, device: torch.device) -> dict[str, Tensor] | None:
+    """The images on the device; None where the chunk has texts in their stead."""
     return None if chunk.pixels is None else as_tensors(chunk.pixels, device)
 
 
@@ -166,7 +166,7 @@ def prompts_only(tokens: Tokens, device: torch.device) -> dict[str, Tensor]:
 
 
 def single_pass(
-    engine: Backward, chunks: Sequence[Batch], contrastive: Contrastive, *, next_token_weight: float
+    engine: Backward, chunks: Sequence[MicroBatch], contrastive: Contrastive, *, next_token_weight: float
 ) -> StepLoss:
     """Forward all chunks, keep their activations, one backward."""
     size, device = world()[1], engine.device
@@ -193,7 +193,7 @@ def single_pass(
 
 def cached(
     engine: Backward,
-    chunks: Sequence[Batch],
+    chunks: Sequence[MicroBatch],
     contrastive: Contrastive,
     *,
     next_token_weight: float,
@@ -254,7 +254,7 @@ def cached(
 
 
 def keep(pixels: dict[str, Tensor] | None, kept: list[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
-    """The pictures as the vision tower gave them, for step 3, as long as there is room for those of another chunk."""
+    """The images as the vision tower gave them, for step 3, as long as there is room for those of another chunk."""
     if pixels is None or "features" not in pixels:
         return None
     there = [each["features"] for each in kept if each is not None] + [pixels["features"]]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from vladva.config import LossConfig
     from vladva.losses.pairs import PairLoss
-    from vladva.models.batch import Batch
+    from vladva.models.batch import MicroBatch
     from vladva.train.engine import Engine
     from vladva.train.grad_cache import Contrastive, StepLoss
 
@@ -96,7 +96,7 @@ def check_data(config: RunConfig) -> None:
     """Scan the shards (only those that are new or changed), load nothing else; fail now rather than on the cluster."""
     from vladva.data.sampler import SampleFinder
     from vladva.data.scan import scan
-    from vladva.models.packed.training import why_plain
+    from vladva.models.packed.training import packing_unsupported
     from vladva.train.data_loader import preprocessor_of
     from vladva.train.memory_plan import check_memory
     from vladva.train.validation import Validation
@@ -106,7 +106,7 @@ def check_data(config: RunConfig) -> None:
     if max(config.loss.matryoshka, default=0) >= width:
         raise ValueError(f"loss.matryoshka {config.loss.matryoshka}: the model's embeddings have {width} dimensions")
     backbone = import_module(f"vladva.models.backbones.{preprocessor.config.model_type}")
-    if reason := why_plain(backbone, preprocessor.config.get_text_config(), config):
+    if reason := packing_unsupported(backbone, preprocessor.config.get_text_config(), config):
         print(f"training with padding, which takes longer: {reason}")
     for uri in config.data.uris:
         print(scan(uri, preprocessor.count_tokens, max_bad_fraction=config.data.max_bad_fraction))
@@ -248,17 +248,17 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 def numbered_chunks(
     rows: Iterator[dict[str, Any]], config: RunConfig, rank: int, world: int
-) -> Iterator[tuple[int, list[Batch]]]:
+) -> Iterator[tuple[int, list[MicroBatch]]]:
     """(step, this worker's chunks of its global batch). Chunk i of the stream must be on worker i % W.
 
     Ray Data deals them so. Where W does not divide the chunks of a batch, some workers have one less than others.
     """
-    from vladva.models.batch import Batch
+    from vladva.models.batch import MicroBatch
 
     expected = None
-    share: list[Batch] = []
+    share: list[MicroBatch] = []
     for row in rows:
-        chunk = Batch.from_row(row)
+        chunk = MicroBatch.from_row(row)
         step = chunk.number // config.chunks_per_batch
         if expected is None:
             expected = step * config.chunks_per_batch + rank
@@ -311,7 +311,7 @@ def build_model(config: RunConfig, start: int) -> Any:
     return model.train()
 
 
-def backward_of(config: RunConfig) -> Callable[[Engine, list[Batch]], StepLoss]:
+def backward_of(config: RunConfig) -> Callable[[Engine, list[MicroBatch]], StepLoss]:
     """Forward and backward of one global batch, by the configured losses and path."""
     from vladva.train import grad_cache
 

@@ -1,7 +1,7 @@
 """Memory: what a run needs on each worker's device, told before there is a device, a weight or a cluster.
 
 The model is built on the meta device from its configuration. Texts and captions are taken as long as the run's
-settings allow, pictures as 640 x 480: the plan errs on the high side. b pairs a chunk, G pairs in the global batch,
+settings allow, images as 640 x 480: the plan errs on the high side. b pairs a chunk, G pairs in the global batch,
 W workers, D width, V vocabulary.
 """
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 GIB = 1 << 30
-PICTURE = (640, 480)
-PROMPT_TOKENS = 32  # around a picture or a text: chat template, written or soft prompt
+IMAGE = (640, 480)
+PROMPT_TOKENS = 32  # around an image or a text: chat template, written or soft prompt
 LOSS_ROWS, LOGIT_ROWS = 256, 512  # rows of a block in the contrastive losses, positions in the next-token loss
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: gathered at a time
 RESERVE = int(1.5 * GIB)  # on a GPU: CUDA's context, and what its allocator cannot use
@@ -32,7 +32,7 @@ class MemoryPlan:
 
     parameters: int
     trainable: int
-    image_tokens: int  # of one picture with its prompt and long caption, at most
+    image_tokens: int  # of one image with its prompt and long caption, at most
     text_tokens: int  # of one caption with its prompt, at most
     tokens_per_step: int
     device: dict[str, int]
@@ -81,7 +81,7 @@ def _advice(config: RunConfig, limit: float) -> str:
 
 def plan_memory(config: RunConfig) -> MemoryPlan:
     """Expected sizes of a run, from its configuration alone."""
-    from vladva.models.packed.training import why_plain
+    from vladva.models.packed.training import packing_unsupported
     from vladva.train.grad_cache import KEPT_FEATURES
 
     settings = settings_of(config.model.checkpoint)
@@ -91,7 +91,7 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
     tokens_per_pair = image + text * (1 + config.data.hard_negatives)
     chunks = 1 if config.caches_gradients else config.chunks_per_worker
     kept = tokens_per_pair * config.train.chunk_size * chunks
-    plain = why_plain(import_module(f"vladva.models.backbones.{settings.model_type}"), text_settings, config)
+    plain = packing_unsupported(import_module(f"vladva.models.backbones.{settings.model_type}"), text_settings, config)
 
     device, host = states(config, parameters, trainable), {}
     if config.train.offload:
@@ -103,8 +103,8 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
         device["token table"] = table_bytes(settings, config)
     if not plain and config.caches_gradients and not config.data.texts_only:
         features = image * text_settings.hidden_size * element_bytes(config)
-        pictures = config.chunks_per_worker * config.train.chunk_size
-        device["image features"] = min(KEPT_FEATURES, pictures * features)
+        images = config.chunks_per_worker * config.train.chunk_size
+        device["image features"] = min(KEPT_FEATURES, images * features)
     device |= loss_bytes(text_settings, config)
     if config.cluster.gpus_per_worker:
         device["reserve"] = RESERVE
@@ -156,7 +156,7 @@ def side_tokens(settings: PreTrainedConfig, config: RunConfig) -> tuple[int, int
     if config.model.max_image_tokens is not None:
         backbone.limit_image_tokens(settings, processor, config.model.max_image_tokens)
     caption = data.long_below if config.loss.next_token_weight else 0
-    return backbone.num_image_tokens(settings, processor, PICTURE) + PROMPT_TOKENS + caption, text
+    return backbone.num_image_tokens(settings, processor, IMAGE) + PROMPT_TOKENS + caption, text
 
 
 def states(config: RunConfig, parameters: int, trainable: int) -> dict[str, int]:
@@ -255,7 +255,7 @@ def memory_table(config: RunConfig, plan: MemoryPlan) -> Table:
     table.columns[1].justify = "right"
     table.add_row("parameters", f"{plan.parameters / 1e9:.3f} B")
     table.add_row("trained", f"{plan.trainable / 1e6:.2f} M")
-    table.add_row("tokens of a picture, prompt and caption, at most", f"{plan.image_tokens:,}")
+    table.add_row("tokens of an image, prompt and caption, at most", f"{plan.image_tokens:,}")
     table.add_row("tokens of a text and prompt, at most", f"{plan.text_tokens:,}")
     table.add_row("training forward", f"with padding: {plan.plain}" if plan.plain else "packed tokens")
     table.add_row("tokens of a step, all workers, at most", f"{plan.tokens_per_step:,}", end_section=True)

@@ -13,7 +13,7 @@ from vladva.train.audit_log import AuditLog
 from vladva.train.tracking import Tracker
 
 if TYPE_CHECKING:
-    from vladva.models.batch import Batch
+    from vladva.models.batch import MicroBatch
     from vladva.train.grad_cache import StepLoss
 
 
@@ -31,7 +31,7 @@ class TrainingLog:
         self,
         step: int,
         losses: StepLoss,
-        batch: list[Batch],
+        batch: list[MicroBatch],
         *,
         rate: float,
         norm: float,

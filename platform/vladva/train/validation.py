@@ -1,6 +1,6 @@
 """Validation: the workers of a run score what they have, on a benchmark, between two steps.
 
-Each worker embeds every W-th text and picture, all as many (under ZeRO-3 they must take every forward together); the
+Each worker embeds every W-th text and image, all as many (under ZeRO-3 they must take every forward together); the
 embeddings are gathered, and rank 0 scores them as `evaluate.py` would. N items, W workers, D width.
 """
 
@@ -66,10 +66,10 @@ class Validation:
         return engine(as_tensors(engine.model.preprocessor.texts(texts), engine.device))[0]
 
     def images(self, engine: Engine, refs: list[ImageRef]) -> Tensor:
-        """Embeddings of pictures."""
+        """Embeddings of images."""
         from vladva.data.image_refs import read_images
 
         preprocessor = engine.model.preprocessor
         pictures = [decode_image(data) for data in read_images(refs)]
-        tokens = preprocessor.images([picture.size for picture in pictures], [None] * len(pictures))
+        tokens = preprocessor.images([image.size for image in pictures], [None] * len(pictures))
         return engine(as_tensors(tokens, engine.device), as_tensors(preprocessor.pixels(pictures), engine.device))[0]

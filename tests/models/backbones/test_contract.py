@@ -60,7 +60,7 @@ def adapter(folder: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str,
             parameter.data += 0.1 * torch.randn_like(parameter)
     path = tmp_path_factory.mktemp("adapter")
     save_adapter(model, config, path)
-    return str(path), Embedder(model.eval(), config, None, merged=False).embed_images(PICTURES)
+    return str(path), Embedder(model.eval(), config, None, merged=False).embed_images(IMAGES)
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -68,7 +68,7 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(values)
 
 
-PICTURES = [picture(*size) for size in SIZES]
+IMAGES = [picture(*size) for size in SIZES]
 
 
 def asking(prompt: str, pictures: int = 1) -> list[dict[str, Any]]:
@@ -102,7 +102,7 @@ def by_transformers(folder: str, images: list[Image.Image], messages: list[dict[
     return inputs
 
 
-@pytest.mark.parametrize("image", PICTURES, ids=[str(size) for size in SIZES])
+@pytest.mark.parametrize("image", IMAGES, ids=[str(size) for size in SIZES])
 def test_tokens_and_pixels_are_those_of_the_processor(embedder: Embedder, folder: str, image: Image.Image) -> None:
     preprocessor = embedder.preprocessor
     expected = by_transformers(folder, [image], asking(IMAGE_PROMPT))
@@ -121,7 +121,7 @@ def test_tokens_and_pixels_are_those_of_the_processor(embedder: Embedder, folder
         assert name not in found or found[name].tolist() == expected[name].tolist()
 
 
-def test_larger_pictures_are_made_smaller_as_the_processor_does(folder: str) -> None:
+def test_larger_images_are_made_smaller_as_the_processor_does(folder: str) -> None:
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     if "qwen" not in Path(folder).name:
@@ -130,7 +130,7 @@ def test_larger_pictures_are_made_smaller_as_the_processor_does(folder: str) -> 
         return
     limited, whole = Preprocessor(folder, max_image_tokens=8), Preprocessor(folder)
     expected = AutoImageProcessor.from_pretrained(folder, backend="pil", max_pixels=8 * 16 * 16)
-    for image in PICTURES:
+    for image in IMAGES:
         grid = expected(images=[image], return_tensors="pt")["image_grid_thw"][0].tolist()
         found = limited.pixels([image])
         assert found.sizes[0].tolist() == grid[1:]
@@ -138,8 +138,8 @@ def test_larger_pictures_are_made_smaller_as_the_processor_does(folder: str) -> 
         assert np.prod(grid) // 4 <= 8 or min(image.size) < 20  # one row of tokens is the least
         unscaled = expected(images=[image], do_rescale=False, do_normalize=False, temporal_patch_size=1)
         assert np.abs(found.values.reshape(len(found.values), -1) - unscaled["pixel_values"]).max() <= 0.5
-    assert max(whole.num_image_tokens(image.size) for image in PICTURES) > 8
-    with pytest.raises(ValueError, match="max_image_tokens is 1, but the checkpoint's pictures have at least 4"):
+    assert max(whole.num_image_tokens(image.size) for image in IMAGES) > 8
+    with pytest.raises(ValueError, match="max_image_tokens is 1, but the checkpoint's images have at least 4"):
         Preprocessor(folder, max_image_tokens=1)
 
 
@@ -188,11 +188,11 @@ def test_layer_k_is_the_model_cut_off_after_k_layers(
     preprocessor = embedder.preprocessor
     texts = ["a red circle", "a small blue ring to the left of a large green star"]
     with torch.inference_mode():
-        conversations = [by_transformers(folder, [image], asking(IMAGE_PROMPT)) for image in PICTURES]
+        conversations = [by_transformers(folder, [image], asking(IMAGE_PROMPT)) for image in IMAGES]
         conversations += [by_transformers(folder, [], asking(f"{text}\n{TEXT_PROMPT}", pictures=0)) for text in texts]
         last = torch.cat([short.model(**inputs).last_hidden_state[:, -1] for inputs in conversations])
         images = as_tensors(preprocessor.images(SIZES, [None] * len(SIZES)), "cpu")
-        pixels = as_tensors(preprocessor.pixels(PICTURES), "cpu")
+        pixels = as_tensors(preprocessor.pixels(IMAGES), "cpu")
         several = embed_layers(whole, images, pixels, [1, 2, 3])[layer - 1]
         for module in [whole.base.lm_head, *whole.base.model.language_model.layers[layer:]]:
             fail_if_called(module)
@@ -202,7 +202,7 @@ def test_layer_k_is_the_model_cut_off_after_k_layers(
     torch.testing.assert_close(found, normalize(last, dim=-1), atol=2e-6, rtol=0)
     torch.testing.assert_close(several, found[: len(SIZES)], atol=1e-6, rtol=0)
     if layer == 3:
-        fast = np.concatenate([embedder.embed_images(PICTURES), embedder.embed_texts(texts)])
+        fast = np.concatenate([embedder.embed_images(IMAGES), embedder.embed_texts(texts)])
         np.testing.assert_allclose(fast, found.numpy(), atol=2e-6)
 
 
@@ -211,7 +211,7 @@ def test_one_forward_serves_both_losses(embedder: Embedder, folder: str) -> None
     model, preprocessor = embedder.model, embedder.preprocessor
     worded = [captions(scene, random)[-1] for scene, random in islice(scenes("train"), len(SIZES))]
     with torch.inference_mode():
-        pixels = as_tensors(preprocessor.pixels(PICTURES), "cpu")
+        pixels = as_tensors(preprocessor.pixels(IMAGES), "cpu")
         alone = model(as_tensors(preprocessor.images(SIZES, [None] * len(SIZES)), "cpu"), pixels)[0]
         tokens = as_tensors(preprocessor.images(SIZES, worded), "cpu")
         labels = caption_labels(tokens)
@@ -228,12 +228,12 @@ def test_one_forward_serves_both_losses(embedder: Embedder, folder: str) -> None
 @pytest.mark.parametrize("pictures", [0, 2])
 def test_generation_is_that_of_transformers(embedder: Embedder, folder: str, pictures: int) -> None:
     messages = asking("What is in it?", pictures)
-    list(embedder.generate(asking("Before."), PICTURES[3:], max_tokens=2))  # must leave nothing behind
-    inputs = by_transformers(folder, PICTURES[1 : 1 + pictures], messages)
+    list(embedder.generate(asking("Before."), IMAGES[3:], max_tokens=2))  # must leave nothing behind
+    inputs = by_transformers(folder, IMAGES[1 : 1 + pictures], messages)
     fresh = cut_off(folder, 3)
     ids = fresh.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
     expected = embedder.preprocessor.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
-    found = "".join(embedder.generate(messages, PICTURES[1 : 1 + pictures], max_tokens=8))
+    found = "".join(embedder.generate(messages, IMAGES[1 : 1 + pictures], max_tokens=8))
     assert found == expected != ""
 
 
@@ -244,7 +244,7 @@ def test_an_adapter_can_be_saved_turned_off_and_merged(adapter: tuple[str, np.nd
     with torch.inference_mode():
         plain = embedder.model
         tokens = as_tensors(embedder.preprocessor.images(SIZES, ["two objects."] * len(SIZES)), "cpu")
-        pixels = as_tensors(preprocessor.pixels(PICTURES), "cpu")
+        pixels = as_tensors(preprocessor.pixels(IMAGES), "cpu")
         expected = plain.base(**plain.inputs(tokens, pixels)).logits
         with trained.model.lvlm.disable_adapter():
             off = trained.model.base(**trained.model.inputs(tokens, pixels)).logits
@@ -253,10 +253,10 @@ def test_an_adapter_can_be_saved_turned_off_and_merged(adapter: tuple[str, np.nd
     rows = plain.base.get_input_embeddings().num_embeddings  # a table that had no room for soft prompts has grown
     assert torch.equal(off[..., :rows], expected)
     torch.testing.assert_close(folded, on, atol=1e-5, rtol=1e-5)
-    found = trained.embed_images(PICTURES)
+    found = trained.embed_images(IMAGES)
     np.testing.assert_array_equal(found, before)
-    np.testing.assert_allclose(merged.embed_images(PICTURES), found, atol=1e-5)
-    assert abs(found - embedder.embed_images(PICTURES)).max() > 1e-2
+    np.testing.assert_allclose(merged.embed_images(IMAGES), found, atol=1e-5)
+    assert abs(found - embedder.embed_images(IMAGES)).max() > 1e-2
     base = merged.model.base
     assert (base.lm_head.weight is base.get_input_embeddings().weight) == base.config.tie_word_embeddings
 
@@ -267,7 +267,7 @@ def test_a_new_adapter_changes_nothing_yet(folder: str, embedder: Embedder) -> N
     add_adapter(model, config)
     fresh = Embedder(model, config, None, merged=False)
     np.testing.assert_allclose(fresh.embed_texts(["a red circle"]), embedder.embed_texts(["a red circle"]), atol=1e-6)
-    np.testing.assert_allclose(fresh.embed_images(PICTURES), embedder.embed_images(PICTURES), atol=1e-6)
+    np.testing.assert_allclose(fresh.embed_images(IMAGES), embedder.embed_images(IMAGES), atol=1e-6)
 
 
 def test_activations_computed_again_give_the_same_gradients(folder: str) -> None:
@@ -276,7 +276,7 @@ def test_activations_computed_again_give_the_same_gradients(folder: str) -> None
     model.requires_grad_(False)
     add_adapter(model, config)
     model.train()
-    pixels = as_tensors(model.preprocessor.pixels(PICTURES), "cpu")
+    pixels = as_tensors(model.preprocessor.pixels(IMAGES), "cpu")
     tokens = as_tensors(model.preprocessor.images(SIZES, ["two objects."] * len(SIZES)), "cpu")
     found, calls = [], []
     for layer in model.base.model.language_model.layers:
@@ -296,7 +296,7 @@ def test_activations_computed_again_give_the_same_gradients(folder: str) -> None
 
 def test_bfloat16_is_float32_but_for_its_rounding(folder: str, embedder: Embedder) -> None:
     half = load_embedder(folder, dtype="bfloat16")
-    for method, items in (("embed_images", PICTURES), ("embed_texts", ["a red circle", "two blue stars"])):
+    for method, items in (("embed_images", IMAGES), ("embed_texts", ["a red circle", "two blue stars"])):
         found, exact = (getattr(one, method)(items) for one in (half, embedder))
         assert ((found * exact).sum(axis=1) > 0.99).all()
 
@@ -308,7 +308,7 @@ def test_positions_are_those_of_get_rope_index(family: str, tmp_path: Path) -> N
     rows = [(preprocessor.render(asking("Which is larger?", 2), SIZES[:2]), []), (preprocessor.text_prompt("x"), [])]
     rows += [(preprocessor.image_prompt(size), [7] * 5) for size in SIZES[2:]]
     tokens = as_tensors(preprocessor.pad(rows), "cpu")
-    inputs = embedder.model.inputs(tokens, as_tensors(preprocessor.pixels(PICTURES), "cpu"))
+    inputs = embedder.model.inputs(tokens, as_tensors(preprocessor.pixels(IMAGES), "cpu"))
     types = (inputs["input_ids"] == base.config.image_token_id).int()
     expected, _ = base.model.get_rope_index(
         inputs["input_ids"],

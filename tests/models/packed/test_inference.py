@@ -14,9 +14,9 @@ from support.packed_inputs import FAST, TEXTS, inputs, load
 from torch.nn.functional import cosine_similarity
 
 from vladva.models.packed import inference
-from vladva.models.packed.clip_tower import FastTower
-from vladva.models.packed.cpu_linear import added, in_threads, product
-from vladva.models.packed.inference import FastForward, Layer, embedding_forward
+from vladva.models.packed.clip_tower import PackedTower
+from vladva.models.packed.cpu_linear import in_threads, linear_residual, product
+from vladva.models.packed.inference import Layer, PackedInference, embedding_forward
 from vladva.models.packed.packing import full, groups, pack
 
 IMAGE_TOKEN = 9
@@ -34,7 +34,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_embeddings_are_those_of_the_plain_forward(folder: str, kind: str, layer: int | None, adapter: bool) -> None:
     model = load(folder, layer=layer, adapter=adapter)
     fast = embedding_forward(model)
-    assert isinstance(fast, FastForward)
+    assert isinstance(fast, PackedInference)
     tokens, pixels = inputs(model, kind)
     plain = model(tokens, pixels)[0]
     torch.testing.assert_close(fast(tokens, pixels), plain, atol=1e-5, rtol=0)
@@ -55,7 +55,7 @@ def test_small_groups_and_fused_attention_change_nothing(
     monkeypatch.setattr(inference, "SHORT", 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # each of which has groups of its own
-    found = FastForward(model)(tokens, pixels)
+    found = PackedInference(model)(tokens, pixels)
     torch.set_num_threads(threads)
     torch.testing.assert_close(found, plain, atol=1e-5, rtol=0)
 
@@ -65,7 +65,7 @@ def test_small_groups_and_fused_attention_change_nothing(
 def test_with_bfloat16_the_direction_is_the_same(folder: str, kind: str) -> None:
     model = load(folder, "bfloat16")
     tokens, pixels = inputs(model, kind)
-    fast, plain = FastForward(model)(tokens, pixels), model(tokens, pixels)[0]
+    fast, plain = PackedInference(model)(tokens, pixels), model(tokens, pixels)[0]
     exact = load(folder)(tokens, pixels)[0]
     assert cosine_similarity(fast, exact).min() > 0.999
     assert (fast - exact).abs().max() < 1.5 * (plain - exact).abs().max() + 1e-3  # no further from it than the plain
@@ -85,7 +85,7 @@ def test_what_an_embedding_does_not_need_is_not_computed(tmp_path: Path, monkeyp
     for name, module in model.base.named_modules():
         if name.endswith(("_proj", "lm_head")):
             module.register_forward_hook(count(name.split("language_model.")[-1]))
-    FastForward(model)(tokens)
+    PackedInference(model)(tokens)
     prompts = len(TEXTS)
     assert set(rows) == {name for name in rows if name.startswith(("layers.0.", "layers.1."))}
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
@@ -99,7 +99,7 @@ def test_the_tower_gives_the_layers_that_are_asked_for_and_computes_no_more(tmp_
     model = load(families.build("llava", tmp_path))
     tower = model.base.model.vision_tower
     pixels = torch.randn(40, 3, 32, 32)  # more than a thread takes at a time
-    fast = FastTower(tower, [-2, 0])
+    fast = PackedTower(tower, [-2, 0])
     found = fast(pixel_values=pixels).hidden_states
     every = tower(pixels, output_hidden_states=True).hidden_states
     torch.testing.assert_close(found, {-2: every[-2], 0: every[0]}, atol=1e-5, rtol=0)
@@ -119,7 +119,7 @@ def test_tasks_share_the_threads_that_there_are_and_their_results_are_in_order()
 def test_a_family_that_is_not_known_takes_the_plain_forward(tmp_path: Path) -> None:
     model = load(families.build("qwen3_vl", tmp_path))
     forward = embedding_forward(model)
-    assert not isinstance(forward, FastForward)
+    assert not isinstance(forward, PackedInference)
     tokens, _ = inputs(model, "text")
     with torch.inference_mode():
         assert torch.equal(forward(tokens, None), model(tokens)[0])
@@ -148,7 +148,7 @@ def test_a_token_is_packed_once_if_all_before_it_are_the_same() -> None:
     assert packed.index.flatten()[packed.place].tolist() == list(range(10))
 
 
-def test_nothing_is_shared_from_the_picture_on() -> None:
+def test_nothing_is_shared_from_the_image_on() -> None:
     ids, lengths = prompts_of([1, IMAGE_TOKEN, IMAGE_TOKEN, 4], [1, IMAGE_TOKEN, IMAGE_TOKEN, 4])
     packed = pack(ids, lengths, np.arange(2), IMAGE_TOKEN)
     assert packed.ids.tolist() == [1, IMAGE_TOKEN, IMAGE_TOKEN, 4, IMAGE_TOKEN, IMAGE_TOKEN, 4]
@@ -211,4 +211,4 @@ def test_packed_products_are_those_of_the_layers(tmp_path: Path) -> None:
     assert (found - plain.roll(1, 0)).abs().max() > 0.1
     # With a bias and something to add, both within the product.
     query = attention.q_proj(x).float() + x.float()
-    torch.testing.assert_close(added(attention.q_proj)(x, x).float(), query, atol=0.02, rtol=0.01)
+    torch.testing.assert_close(linear_residual(attention.q_proj)(x, x).float(), query, atol=0.02, rtol=0.01)

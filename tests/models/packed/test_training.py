@@ -12,7 +12,7 @@ from support.packed_inputs import FAST, TEXTS, inputs, load
 
 from vladva.models.embedding_model import EmbeddingModel, checkpoint_activations
 from vladva.models.packed import autograd_ops, training
-from vladva.models.packed.training import TrainingForward
+from vladva.models.packed.training import PackedTraining
 from vladva.train import grad_cache
 
 
@@ -56,7 +56,7 @@ def test_gradients_are_those_of_the_plain_forward(
     model = load(folder, layer=layer, adapter=True)
     tokens, pixels = pairs(model, kind)
     expected, plain = gradients(model, tokens, pixels, caption_tokens=captions)
-    model.packed = TrainingForward(model)
+    model.packed = PackedTraining(model)
     found, fast = gradients(model, tokens, pixels, caption_tokens=captions)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert fast.keys() == plain.keys()
@@ -64,9 +64,9 @@ def test_gradients_are_those_of_the_plain_forward(
         assert (fast[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
     assert max(gradient.abs().max() for gradient in plain.values()) > 0.1
 
-    # Pictures that the vision tower has seen before; activations that are computed again.
+    # Images that the vision tower has seen before; activations that are computed again.
     checkpoint_activations(model)
-    model.packed = TrainingForward(model)
+    model.packed = PackedTraining(model)
     again, recomputed = gradients(model, tokens, model.see(pixels), caption_tokens=captions)
     assert torch.equal(again, found)
     for name, gradient in fast.items():
@@ -83,7 +83,7 @@ def test_with_bfloat16_gradients_have_the_same_direction(folder: str, kind: str)
     _, exact = gradients(exact_model, *pairs(exact_model, kind), caption_tokens=50)
     arguments = pairs(model, kind)
     _, plain = gradients(model, *arguments, caption_tokens=50)
-    model.packed = TrainingForward(model)
+    model.packed = PackedTraining(model)
     _, fast = gradients(model, *arguments, caption_tokens=50)
     errors = [sum((each[name] - exact[name]).square().sum() for name in exact).sqrt() for each in (plain, fast)]
     assert errors[1] < 1.3 * errors[0]
@@ -98,18 +98,18 @@ def test_what_is_not_needed_is_not_computed(tmp_path: Path, monkeypatch: pytest.
     def counted(x: torch.Tensor, *modules: torch.nn.Module) -> torch.Tensor:
         for module in modules:
             rows.setdefault(names[module], []).append(len(x))
-        return autograd_ops.products(x, *modules)
+        return autograd_ops.lora_linear(x, *modules)
 
     monkeypatch.setattr(training, "products", counted)
     monkeypatch.setitem(training.GROUP_TOKENS, "cpu", 10_000)  # one group
-    TrainingForward(model)(tokens)
+    PackedTraining(model)(tokens)
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
         assert rows[f"layers.2.{name}"] == [len(TEXTS)]
         assert rows[f"layers.0.{name}"] == rows["layers.2.self_attn.k_proj"]
     assert len(TEXTS) < rows["layers.0.mlp.up_proj"][0] < tokens["lengths"].sum()  # shared beginnings: once
 
 
-def test_features_of_pictures_are_kept_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_of_images_are_kept_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grad_cache, "KEPT_FEATURES", 100)
     chunks = [
         {"features": torch.zeros(10)},

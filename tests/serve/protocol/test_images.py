@@ -1,4 +1,4 @@
-"""Pictures from strangers: each gets an answer or a clear refusal, and the replica lives."""
+"""Images from strangers: each gets an answer or a clear refusal, and the replica lives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from support.wire import data_uri, encode, error_of, picture
+from support.wire import data_uri, encode, error_of, image
 
 from serve.protocol.images import MAX_RATIO, image_size, parse_data_uri
 
@@ -27,16 +27,16 @@ def claiming(width: int, height: int) -> bytes:
     )
 
 
-FRAMES = {"save_all": True, "append_images": [picture(8), picture(9)]}
+FRAMES = {"save_all": True, "append_images": [image(8), image(9)]}
 GOOD = {
     "1x1": encode(Image.new("RGB", (1, 1), "red")),
-    "cmyk": encode(picture(1).convert("CMYK"), "JPEG"),
-    "animated gif": encode(picture(1), "GIF", **FRAMES),
-    "animated webp": encode(picture(1), "WEBP", **FRAMES),
+    "cmyk": encode(image(1).convert("CMYK"), "JPEG"),
+    "animated gif": encode(image(1), "GIF", **FRAMES),
+    "animated webp": encode(image(1), "WEBP", **FRAMES),
     "16 bit": encode(Image.fromarray(np.full((64, 64), 40_000, np.uint16))),
-    "palette": encode(picture(1).convert("P")),
-    "transparent": encode(picture(1).convert("RGBA")),
-    "black and white": encode(picture(1).convert("1")),
+    "palette": encode(image(1).convert("P")),
+    "transparent": encode(image(1).convert("RGBA")),
+    "black and white": encode(image(1).convert("1")),
 }
 BAD = {
     "truncated png": encode(Image.effect_noise((64, 64), 50))[:600],
@@ -45,20 +45,20 @@ BAD = {
     "bomb below the cap": claiming(7_000, 7_000),
     "50 million x 1": claiming(50_000_000, 1),
     "empty": b"",
-    "bmp": encode(picture(1), "BMP"),
+    "bmp": encode(image(1), "BMP"),
     "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
 }
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_odd_pictures_are_answered(client: httpx.Client, name: str) -> None:
+def test_odd_images_are_answered(client: httpx.Client, name: str) -> None:
     response = client.post("/v1/embeddings", json={"input": {"image": data_uri(GOOD[name])}})
     assert response.status_code == 200, response.text
     assert np.linalg.norm(response.json()["data"][0]["embedding"]) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_pictures_are_refused(client: httpx.Client, name: str) -> None:
+def test_bad_images_are_refused(client: httpx.Client, name: str) -> None:
     start = time.monotonic()
     uri = data_uri(BAD[name])
     assert error_of(client.post("/v1/embeddings", json={"input": {"image": uri}}), 422, "invalid_image")
@@ -69,14 +69,14 @@ def test_bad_pictures_are_refused(client: httpx.Client, name: str) -> None:
 
 
 def test_only_the_first_frame_counts(client: httpx.Client) -> None:
-    still, moving = encode(picture(1), "GIF"), GOOD["animated gif"]
+    still, moving = encode(image(1), "GIF"), GOOD["animated gif"]
     response = client.post("/v1/embeddings", json={"input": [data_uri(still), data_uri(moving)], "modality": "image"})
     first, second = (entry["embedding"] for entry in response.json()["data"])
     np.testing.assert_allclose(first, second, atol=1e-5)
 
 
 def test_data_uris() -> None:
-    data = encode(picture(0))
+    data = encode(image(0))
     uri = data_uri(data)
     assert parse_data_uri(uri, len(data)) == data
     assert parse_data_uri(uri.replace("image/png", "image/png;charset=x"), len(data)) == data

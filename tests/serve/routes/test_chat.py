@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from support.wire import ADAPTER, data_uri, error_of, picture
+from support.wire import ADAPTER, data_uri, error_of, image
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from vladva.models.embedder import Embedder
 
 QUESTION = "Describe the image in detail."
-IMAGE_PART = {"type": "image_url", "image_url": {"url": data_uri(picture(3))}}
+IMAGE_PART = {"type": "image_url", "image_url": {"url": data_uri(image(3))}}
 MESSAGES = [{"role": "user", "content": [IMAGE_PART, {"type": "text", "text": QUESTION}]}]
 
 
 def expected(embedder: Embedder, **options: Any) -> str:
     """What the model says in this process."""
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-    return "".join(embedder.generate([{"role": "user", "content": content}], [picture(3)], **options))
+    return "".join(embedder.generate([{"role": "user", "content": content}], [image(3)], **options))
 
 
 def test_the_base_model_answers_unless_the_adapter_is_named(openai_client: OpenAI, embedder: Embedder) -> None:
@@ -112,7 +112,7 @@ def test_text_alone_and_several_turns(client: httpx.Client) -> None:
     turns = [
         {"role": "system", "content": "Be brief."},
         *MESSAGES,
-        {"role": "assistant", "content": "a picture"},
+        {"role": "assistant", "content": "an image"},
         {"role": "user", "content": [{"type": "text", "text": "And now?"}]},
     ]
     for messages in (turns, [{"role": "user", "content": "Hello"}]):

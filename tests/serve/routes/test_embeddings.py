@@ -91,7 +91,7 @@ def test_concurrent_requests_share_batches_and_get_their_own_vectors(client: htt
     ("item", "code"),
     [
         ("", "invalid_value"),
-        ("a picture <image> here", "invalid_value"),
+        ("an image <image> here", "invalid_value"),
         (7, "invalid_value"),
         ({"txt": "a"}, "invalid_value"),
         ({"text": "a", "image": data_uri(picture(0))}, "invalid_value"),
@@ -99,7 +99,7 @@ def test_concurrent_requests_share_batches_and_get_their_own_vectors(client: htt
         ({"image": "http://127.0.0.1:8265/api/version"}, "invalid_image"),
         ({"image": "data:image/png;base64,@@@@"}, "invalid_image"),
         ({"image": "data:text/html;base64,AAAA"}, "invalid_image"),
-        ({"image": data_uri(b"no picture")}, "invalid_image"),
+        ({"image": data_uri(b"no image")}, "invalid_image"),
         ("word " * 600, "context_length_exceeded"),
     ],
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 import pytest
-from support.wire import ADAPTER, CAPTIONS, data_uri, error_of, picture
+from support.wire import ADAPTER, CAPTIONS, data_uri, error_of, image
 
 if TYPE_CHECKING:
     from vladva.models.embedder import Embedder
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def gallery(embedder: Embedder) -> np.ndarray:
-    """Embeddings [N, D] of the indexed pictures."""
-    return embedder.embed_images([picture(i) for i in range(len(CAPTIONS))])
+    """Embeddings [N, D] of the indexed images."""
+    return embedder.embed_images([image(i) for i in range(len(CAPTIONS))])
 
 
 def search(client: httpx.Client, **body: Any) -> dict[str, Any]:
@@ -36,8 +36,8 @@ def test_hits_are_the_nearest_rows(client: httpx.Client, embedder: Embedder, gal
     queries = [
         ({"query": "a red circle"}, vector),
         ({"query": {"text": "a red circle"}}, vector),
-        ({"query": {"image": data_uri(picture(3))}}, gallery[3]),
-        ({"query": data_uri(picture(3)), "modality": "image"}, gallery[3]),
+        ({"query": {"image": data_uri(image(3))}}, gallery[3]),
+        ({"query": data_uri(image(3)), "modality": "image"}, gallery[3]),
         ({"query": vector.tolist()}, vector),
         ({"query": (5 * vector).tolist()}, vector),
     ]
@@ -47,7 +47,7 @@ def test_hits_are_the_nearest_rows(client: httpx.Client, embedder: Embedder, gal
         best = np.argsort(-cosines)[:3]
         assert [hit["score"] for hit in reply["data"]] == pytest.approx(cosines[best], abs=1e-4)
         assert ids(reply) == [f"g#{i}" for i in best]
-    assert ids(search(client, query={"image": data_uri(picture(3))}, k=1)) == ["g#3"]
+    assert ids(search(client, query={"image": data_uri(image(3))}, k=1)) == ["g#3"]
 
 
 def test_the_reply_says_what_was_searched(client: httpx.Client, embedder: Embedder) -> None:
@@ -62,7 +62,7 @@ def test_the_reply_says_what_was_searched(client: httpx.Client, embedder: Embedd
 
 def test_versions_stay_as_they_were(client: httpx.Client) -> None:
     def caption(**version: Any) -> tuple[str, int]:
-        reply = search(client, query=data_uri(picture(0)), modality="image", k=1, **version)
+        reply = search(client, query=data_uri(image(0)), modality="image", k=1, **version)
         return reply["data"][0]["columns"]["caption"], reply["version"]
 
     newest, number = caption()
@@ -74,7 +74,7 @@ def test_versions_stay_as_they_were(client: httpx.Client) -> None:
 
 
 def test_filters_are_applied_before_the_search(client: httpx.Client) -> None:
-    reply = search(client, query="a red circle", k=3, filter="caption IN ('picture number 6', 'picture number 7')")
+    reply = search(client, query="a red circle", k=3, filter="caption IN ('image number 6', 'image number 7')")
     assert sorted(ids(reply)) == ["g#6", "g#7"]
 
 
@@ -87,7 +87,7 @@ def test_filters_are_applied_before_the_search(client: httpx.Client) -> None:
         ({"query": [0.0] * 192}, 422, "invalid_value"),
         ({"query": [True] * 192}, 422, "invalid_value"),
         ({"query": {"image": "file:///etc/passwd"}}, 422, "invalid_image"),
-        ({"query": {"image": data_uri(b"no picture")}}, 422, "invalid_image"),
+        ({"query": {"image": data_uri(b"no image")}}, 422, "invalid_image"),
         ({"k": 0}, 422, "invalid_value"),
         ({"filter": "no_such_column = 1"}, 422, "invalid_value"),
         ({"filter": "caption = '"}, 422, "invalid_value"),

@@ -1,4 +1,4 @@
-"""Choosing a caption: is the true caption nearer to the picture than one false caption? SugarCrepe's protocol.
+"""Choosing a caption: is the true caption nearer to the image than one false caption? SugarCrepe's protocol.
 
 One score per subset, strict: a tie is a failure. Beside them the two averages in use, labelled: `_macro` is the mean of
 subset scores (most papers), `_micro` the mean over all rows (SugarCrepe's own table 5).

@@ -1,4 +1,4 @@
-"""Zero-shot classification: is a picture's class, described in words, the nearest of all classes? (CLIP's protocol.)
+"""Zero-shot classification: is an image's class, described in words, the nearest of all classes? (CLIP's protocol.)
 
 A class is the normalised mean of the normalised embeddings of its name in several templates. Classes of the same name
 are equal and tie; the reported score gives them their expected share (`metrics.Outcomes`).

@@ -1,4 +1,4 @@
-"""Matching two captions to two pictures: Winoground's protocol. See `metrics.winoground` for text, image and group."""
+"""Matching two captions to two images: Winoground's protocol. See `metrics.winoground` for text, image and group."""
 
 from dataclasses import dataclass
 
@@ -50,7 +50,7 @@ class Matching:
 
 @dataclass(frozen=True)
 class MatchingTask:
-    """See `Task`. `captions` is int [2, N]; picture 0 of example n is `images[n]`, picture 1 is `images[N + n]`."""
+    """See `Task`. `captions` is int [2, N]; image 0 of example n is `images[n]`, image 1 is `images[N + n]`."""
 
     texts: tuple[str, ...]
     images: list[ImageRef]

@@ -1,8 +1,8 @@
-"""Image-text retrieval: is one of a picture's own captions nearest to it, and is a caption nearest to its own picture?
+"""Image-text retrieval: is one of an image's own captions nearest to it, and is a caption nearest to its own image?
 
-`t2i_r<k>`: of all captions, the share whose picture is among the k nearest pictures. `i2t_r<k>`: of all pictures, the
+`t2i_r<k>`: of all captions, the share whose image is among the k nearest images. `i2t_r<k>`: of all images, the
 share with at least one of their captions among the k nearest captions of the whole split. Any number of captions per
-picture; a caption of another picture is a negative even when it reads the same, which makes a tie. Where the pictures
+image; a caption of another image is a negative even when it reads the same, which makes a tie. Where the images
 are in groups (nocaps' domains), each score is there for the queries of each group too, against the whole gallery.
 """
 
@@ -38,9 +38,9 @@ class Retrieval:
     num_captions: int | tuple[int, ...] | None = None
     min_captions_per_image: int = 1
     max_captions_per_image: int | None = None  # keep only the first ones (some papers cut COCO at 5); None keeps all
-    tables: tuple[str, ...] = ()  # patterns of Parquet files that hold pictures and captions, tried first
-    groups: Mapping[str, int] | None = None  # group -> its pictures, where the annotations name groups
-    image_ids: str = ""  # sha256 of the numbers in the pictures' names, sorted, one a line; empty expects nothing
+    tables: tuple[str, ...] = ()  # patterns of Parquet files that hold images and captions, tried first
+    groups: Mapping[str, int] | None = None  # group -> its images, where the annotations name groups
+    image_ids: str = ""  # sha256 of the numbers in the images' names, sorted, one a line; empty expects nothing
     ties: Ties = "expected"
 
     def read(self, data_uri: str) -> "RetrievalTask":
@@ -53,11 +53,11 @@ class Retrieval:
             file = read_first(data_uri, self.annotations, self.title)
             rows = read_captions(file.path, file.data)
             check_ids(self.title, file.path, [row.name for row in rows], self.image_ids)
-        check(self.title, f"pictures in {file.path}", self.num_images, len(rows))
-        check(self.title, f"distinct pictures in {file.path}", len(rows), len({row.name for row in rows}))
+        check(self.title, f"images in {file.path}", self.num_images, len(rows))
+        check(self.title, f"distinct images in {file.path}", len(rows), len({row.name for row in rows}))
         check(self.title, f"captions in {file.path}", self.num_captions, sum(len(row.captions) for row in rows))
         poor = [row.name for row in rows if len(row.captions) < self.min_captions_per_image]
-        check(self.title, f"pictures with fewer than {self.min_captions_per_image} captions", 0, len(poor))
+        check(self.title, f"images with fewer than {self.min_captions_per_image} captions", 0, len(poor))
 
         rows = [row._replace(captions=row.captions[: self.max_captions_per_image]) for row in rows]
         owners = np.repeat(np.arange(len(rows)), [len(row.captions) for row in rows])
@@ -70,14 +70,14 @@ class Retrieval:
         groups = np.array([row.group for row in rows])
         if self.groups and groups[0]:
             for name, expected in self.groups.items():
-                check(self.title, f"{name} pictures in {file.path}", expected, int((groups == name).sum()))
+                check(self.title, f"{name} images in {file.path}", expected, int((groups == name).sum()))
         return RetrievalTask(
             texts.items, images, caption_text, owners, self.ties, counts, {file.path: file.sha256}, groups
         )
 
 
 def check_ids(title: str, path: str, names: Sequence[str], expected: str) -> None:
-    """Raise ValueError unless the numbers that end the pictures' names are those expected; "" expects nothing."""
+    """Raise ValueError unless the numbers that end the images' names are those expected; "" expects nothing."""
     if not expected:
         return
     numbers = [name.rpartition(".")[0].rpartition("_")[2].lstrip("0") for name in names]
@@ -86,7 +86,7 @@ def check_ids(title: str, path: str, names: Sequence[str], expected: str) -> Non
     found, other = (sha256("".join(f"{number}\n" for number in order).encode()).hexdigest() for order in orders)
     if expected not in (found, other):
         raise ValueError(
-            f"{title}: the pictures of {path} are not those of the split: expected sha256 {expected[:16]}... of their "
+            f"{title}: the images of {path} are not those of the split: expected sha256 {expected[:16]}... of their "
             f"sorted numbers, found {found[:16]}..."
         )
 

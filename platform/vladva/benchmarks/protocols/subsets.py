@@ -33,7 +33,7 @@ def read_subsets(data_uri: str, folders: Sequence[str], subsets: Sequence[Subset
         rows = read_rows(file.path, file.data)
         editions = subset.editions or {len(rows): None}
         check(title, f"rows in {file.path}", list(editions), len(rows))
-        check(title, f"distinct pictures in {file.path}", subset.num_images, len({row.image for row in rows}))
+        check(title, f"distinct images in {file.path}", subset.num_images, len({row.image for row in rows}))
         if file.path.endswith(".json"):
             check_hash(title, file, editions[len(rows)])
         read.rows[subset.metric] = rows

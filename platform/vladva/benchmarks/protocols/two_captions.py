@@ -1,6 +1,6 @@
 """Two true captions against one false one: SugarCrepe++'s protocol. All scores are strict: a tie is a failure.
 
-`<subset>_itt` (image-text): both true captions are nearer to the picture than the false one. `<subset>_tot` (text
+`<subset>_itt` (image-text): both true captions are nearer to the image than the false one. `<subset>_tot` (text
 only): the true captions are nearer to each other than either is to the false one. `<subset>_p1` and `_p2` are the two
 halves of ITT. `itt_macro` and `tot_macro` are means over subsets. The three texts get the same prompt.
 """
@@ -49,7 +49,7 @@ class TwoCaptions:
             )
             for metric, rows in subsets.rows.items()
         }
-        check(self.title, "distinct pictures in all subsets", self.num_images, len(images.items))
+        check(self.title, "distinct images in all subsets", self.num_images, len(images.items))
         unwinnable = sum(
             int(((negative == p1) | (negative == p2)).sum()) for _, p1, p2, negative in quadruples.values()
         )

@@ -1,4 +1,4 @@
-"""What all kinds need: annotations -> unique texts and pictures to embed, and outcomes -> columns of a table."""
+"""What all kinds need: annotations -> unique texts and images to embed, and outcomes -> columns of a table."""
 
 from collections.abc import Iterable, Sequence
 

@@ -1,1 +1,1 @@
-"""Readers: the forms in which annotations and pictures come -> plain rows. Nothing here knows what is measured."""
+"""Readers: the forms in which annotations and images come -> plain rows. Nothing here knows what is measured."""

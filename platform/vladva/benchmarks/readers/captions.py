@@ -1,4 +1,4 @@
-"""Captioned pictures, from every form their annotations are published in.
+"""Captioned images, from every form their annotations are published in.
 
 | form | for instance | looks like |
 |---|---|---|
@@ -29,7 +29,7 @@ CAPTION_COLUMNS = ("text", "annotations_captions", "captions", "caption")
 
 
 class CaptionedImage(NamedTuple):
-    """A picture's name and its captions, as written, and the group that it belongs to where there are any."""
+    """An image's name and its captions, as written, and the group that it belongs to where there are any."""
 
     name: str
     captions: tuple[str, ...]
@@ -37,7 +37,7 @@ class CaptionedImage(NamedTuple):
 
 
 class CaptionTables(NamedTuple):
-    """Captioned pictures from Parquet files that hold both."""
+    """Captioned images from Parquet files that hold both."""
 
     rows: list[CaptionedImage]
     images: list[ImageRef]
@@ -47,7 +47,7 @@ class CaptionTables(NamedTuple):
 def read_caption_tables(data_uri: str, patterns: Sequence[str]) -> CaptionTables | None:
     """Rows of all files that match the first of `patterns` (relative to `data_uri`) to match any; None where none does.
 
-    Pictures are called by file and row. Raises ValueError where there is no column of captions.
+    Images are called by file and row. Raises ValueError where there is no column of captions.
     """
     root = absolute(data_uri)
     for pattern in patterns:

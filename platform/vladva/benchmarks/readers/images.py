@@ -1,6 +1,6 @@
-"""Where the pictures of a benchmark are, and their bytes.
+"""Where the images of a benchmark are, and their bytes.
 
-A picture is a file in a folder, a member of a tar shard (found by the member's name), or a cell of a Parquet column.
+An image is a file in a folder, a member of a tar shard (found by the member's name), or a cell of a Parquet column.
 In all three cases an `ImageRef` says where its bytes lie, so that a worker elsewhere can read just those.
 """
 
@@ -18,9 +18,9 @@ READ_AHEAD = 1 << 20  # bytes; headers of small tar members then cost one reques
 
 
 def find_images(data_uri: str, folders: Sequence[str]) -> dict[str, ImageRef]:
-    """All pictures under the first of `folders` (relative to `data_uri`) that has any, files and tar members alike.
+    """All images under the first of `folders` (relative to `data_uri`) that has any, files and tar members alike.
 
-    Keys are paths relative to the folder (files) and member names (tars). Empty when no folder has pictures.
+    Keys are paths relative to the folder (files) and member names (tars). Empty when no folder has images.
     """
     for folder in folders:
         base = join(absolute(data_uri), folder)
@@ -39,7 +39,7 @@ def find_images(data_uri: str, folders: Sequence[str]) -> dict[str, ImageRef]:
 
 
 def pick_images(data_uri: str, folders: Sequence[str], wanted: Iterable[str], title: str) -> list[ImageRef]:
-    """The pictures called `wanted`, in that order, found by whole path or else by file name alone.
+    """The images called `wanted`, in that order, found by whole path or else by file name alone.
 
     Raises ValueError with the number and the first names of those that are missing: leaving them out would change the
     denominators.
@@ -51,14 +51,14 @@ def pick_images(data_uri: str, folders: Sequence[str], wanted: Iterable[str], ti
     missing = [name for name, ref in zip(wanted, refs, strict=True) if ref is None]
     if missing:
         raise ValueError(
-            f"{title}: expected {len(wanted)} pictures under {data_uri} (looked in {', '.join(folders)}), found "
+            f"{title}: expected {len(wanted)} images under {data_uri} (looked in {', '.join(folders)}), found "
             f"{len(wanted) - len(missing)}; missing {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         )
     return [ref._replace(name=name) for name, ref in zip(wanted, refs, strict=True) if ref is not None]
 
 
 def parquet_images(data_uri: str, path: str, column: str, names: Sequence[str]) -> list[ImageRef]:
-    """The pictures in a column of the Parquet file `path` below `data_uri`, one per row, to be called `names`."""
+    """The images in a column of the Parquet file `path` below `data_uri`, one per row, to be called `names`."""
     file = join(absolute(data_uri), path)
     version = next(_version(info) for info in list_infos(file.rpartition("/")[0]) if info.uri == file)
     return [
@@ -67,7 +67,7 @@ def parquet_images(data_uri: str, path: str, column: str, names: Sequence[str]) 
 
 
 def _members(uri: str) -> list[tuple[str, int, int]]:
-    """Name, offset and length of every picture in a tar."""
+    """Name, offset and length of every image in a tar."""
     with io.BufferedReader(RangedFile(uri), READ_AHEAD) as file, tarfile.open(fileobj=file) as tar:
         return [
             (member.name, member.offset_data, member.size)

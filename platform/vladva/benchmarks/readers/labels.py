@@ -1,4 +1,4 @@
-"""Labelled pictures -> the pictures and their classes.
+"""Labelled images -> the images and their classes.
 
 | form | looks like |
 |---|---|
@@ -21,7 +21,7 @@ from vladva.data.image_refs import ImageRef
 
 
 class Labelled(NamedTuple):
-    """Pictures and their classes, and the number of class folders (0 where the form has none)."""
+    """Images and their classes, and the number of class folders (0 where the form has none)."""
 
     images: list[ImageRef]
     labels: list[int]
@@ -37,7 +37,7 @@ def read_labelled(data_uri: str, folders: Sequence[str], title: str) -> Labelled
             return _parquet(data_uri, parquet)
     images = find_images(data_uri, folders)
     if not images:
-        raise FileNotFoundError(f"{title}: no pictures under {data_uri}; looked in {', '.join(folders)}")
+        raise FileNotFoundError(f"{title}: no images under {data_uri}; looked in {', '.join(folders)}")
     tars = sorted({ref.uri for ref in images.values() if ref.uri.endswith(".tar")})
     return _webdataset(images, tars, title) if tars else _class_folders(images, title)
 
@@ -46,7 +46,7 @@ def _class_folders(images: dict[str, ImageRef], title: str) -> Labelled:
     flat = [name for name in images if "/" not in name]
     if flat:
         raise ValueError(
-            f"{title}: {flat[0]} lies in no class folder; sort the pictures into one folder per WordNet id (the ids in "
+            f"{title}: {flat[0]} lies in no class folder; sort the images into one folder per WordNet id (the ids in "
             "ILSVRC2012_validation_ground_truth.txt are in another order than the class names)"
         )
     classes = sorted({PurePosixPath(name).parent.name for name in images})
@@ -66,7 +66,7 @@ def _webdataset(images: dict[str, ImageRef], tars: list[str], title: str) -> Lab
                     labels[member.name.removesuffix(".cls")] = int(content.read())
     missing = [name for name in images if str(PurePosixPath(name).with_suffix("")) not in labels]
     if missing:
-        raise ValueError(f"{title}: {len(missing)} pictures have no .cls member, the first is {missing[0]}")
+        raise ValueError(f"{title}: {len(missing)} images have no .cls member, the first is {missing[0]}")
     return Labelled(list(images.values()), [labels[str(PurePosixPath(name).with_suffix(""))] for name in images], 0)
 
 

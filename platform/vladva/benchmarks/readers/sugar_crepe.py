@@ -13,7 +13,7 @@ from vladva.benchmarks.readers.files import parse_json
 
 
 class Row(NamedTuple):
-    """A picture, its true caption(s) and one false caption, as written."""
+    """An image, its true caption(s) and one false caption, as written."""
 
     key: str
     image: str

@@ -1,4 +1,4 @@
-"""Winoground's annotations -> examples: Parquet with the pictures inside, or the older JSON lines beside PNG files."""
+"""Winoground's annotations -> examples: Parquet with the images inside, or the older JSON lines beside PNG files."""
 
 import io
 import json
@@ -10,7 +10,7 @@ IMAGE_COLUMNS = ("image_0", "image_1")
 
 
 class Example(NamedTuple):
-    """Two captions and the two pictures they belong to, in that order."""
+    """Two captions and the two images they belong to, in that order."""
 
     id: int
     captions: tuple[str, str]
@@ -19,7 +19,7 @@ class Example(NamedTuple):
 
 
 def read_examples(path: str, data: bytes) -> list[Example]:
-    """Read either form. The pictures of a Parquet file are found by row, in its columns `image_0` and `image_1`."""
+    """Read either form. The images of a Parquet file are found by row, in its columns `image_0` and `image_1`."""
     if path.endswith(".parquet"):
         rows = pq.read_table(io.BytesIO(data), columns=["id", "caption_0", "caption_1", "collapsed_tag"]).to_pylist()
         stems = [(f"ex_{row['id']}_img_0", f"ex_{row['id']}_img_1") for row in rows]

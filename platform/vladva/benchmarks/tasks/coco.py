@@ -1,6 +1,6 @@
-"""COCO retrieval, Karpathy's test split: 5,000 val2014 pictures with all their captions (Lin et al. 2014).
+"""COCO retrieval, Karpathy's test split: 5,000 val2014 images with all their captions (Lin et al. 2014).
 
-25,010 captions, as at most ten pictures have more than five. Some papers keep the first five (25,000): both counts are
+25,010 captions, as at most ten images have more than five. Some papers keep the first five (25,000): both counts are
 accepted, and the number found is in the scores.
 """
 
@@ -21,5 +21,5 @@ BENCHMARK = Retrieval(
     min_captions_per_image=5,
     image_ids="d20da3dd48646d91a7ff7837c1c1f591d52c75e72921b2fd7f6854dc1093339f",
     source="https://cs.stanford.edu/people/karpathy/deepimagesent/",
-    licence="CC BY 4.0 (captions); COCO terms of use (pictures)",
+    licence="CC BY 4.0 (captions); COCO terms of use (images)",
 )

@@ -1,4 +1,4 @@
-"""Flickr30K retrieval, Karpathy's test split: 1,000 pictures with 5 captions each (Young et al. 2014)."""
+"""Flickr30K retrieval, Karpathy's test split: 1,000 images with 5 captions each (Young et al. 2014)."""
 
 from vladva.benchmarks.protocols.retrieval import Retrieval
 

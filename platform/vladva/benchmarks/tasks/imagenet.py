@@ -1,8 +1,8 @@
-"""ImageNet-1k zero-shot: 50,000 validation pictures against OpenAI's 1,000 class names (Radford et al. 2021).
+"""ImageNet-1k zero-shot: 50,000 validation images against OpenAI's 1,000 class names (Radford et al. 2021).
 
 `top1`, `top5` with the ensemble of 80 templates, `_seven` with CLIP's subset of seven, `_single` with "a photo of a
 {c}." alone.
-Two names stand for two classes each (missile, sunglasses), so that 200 pictures tie.
+Two names stand for two classes each (missile, sunglasses), so that 200 images tie.
 """
 
 from vladva.benchmarks.protocols.classification import Classification
@@ -13,5 +13,5 @@ BENCHMARK = Classification(
     prompts="imagenet_prompts.json",
     num_images=50_000,
     source="https://www.image-net.org (ILSVRC2012 validation)",
-    licence="ImageNet terms of access (pictures); MIT, OpenAI (class names and templates)",
+    licence="ImageNet terms of access (images); MIT, OpenAI (class names and templates)",
 )

@@ -1,4 +1,4 @@
-"""nocaps retrieval, validation split: 4,500 Open Images pictures with ten captions each (Agrawal et al. 2019).
+"""nocaps retrieval, validation split: 4,500 Open Images images with ten captions each (Agrawal et al. 2019).
 
 The test split has no public captions. Text retrieval is easier than on COCO, as ten captions are right instead of five.
 """

@@ -1,4 +1,4 @@
-"""The project's own scenes, retrieval: 1,000 held-out pictures and 1,000 different captions (`vladva.scenes`)."""
+"""The project's own scenes, retrieval: 1,000 held-out images and 1,000 different captions (`vladva.scenes`)."""
 
 from vladva.benchmarks.protocols.retrieval import Retrieval
 

@@ -1,7 +1,7 @@
-"""SugarCrepe (Hsieh et al., NeurIPS 2023): one true caption of a COCO val2017 picture against one hard negative.
+"""SugarCrepe (Hsieh et al., NeurIPS 2023): one true caption of a COCO val2017 image against one hard negative.
 
 swap_obj has 245 rows since its row "108" was taken out (2023-11-18); the paper's own numbers are on 246. Of the 1,560
-pictures 1,200 are in Karpathy's COCO training split: models fine-tuned on COCO have seen the true captions.
+images 1,200 are in Karpathy's COCO training split: models fine-tuned on COCO have seen the true captions.
 """
 
 from vladva.benchmarks.protocols.caption_choice import CaptionChoice
@@ -26,5 +26,5 @@ BENCHMARK = CaptionChoice(
         "add_macro": ("add_object", "add_attribute"),
     },
     source="https://github.com/RAIVNLab/sugar-crepe/tree/0047054/data",
-    licence="MIT (annotations); COCO terms of use (pictures)",
+    licence="MIT (annotations); COCO terms of use (images)",
 )

@@ -24,5 +24,5 @@ BENCHMARK = TwoCaptions(
     ),
     num_images=1542,
     source="https://github.com/Sri-Harsha/scpp/tree/c083bbf/data",
-    licence="see the source; COCO terms of use (pictures)",
+    licence="see the source; COCO terms of use (images)",
 )

@@ -1,4 +1,4 @@
-"""Winoground (Thrush et al., CVPR 2022): 400 pairs of pictures and captions made of the same words in another order."""
+"""Winoground (Thrush et al., CVPR 2022): 400 pairs of images and captions made of the same words in another order."""
 
 from vladva.benchmarks.protocols.matching import Matching
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from random import Random
 
-from vladva.data.scenes.scene import COLOURS, PICTURE_SIZE, SHAPES, Scene, SceneObject, relation
+from vladva.data.scenes.scene import COLOURS, IMAGE_SIZE, SHAPES, Scene, SceneObject, relation
 
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big")}
@@ -99,7 +99,7 @@ def short_caption(claim: Claim, random: Random) -> str:
 
 def place(thing: SceneObject) -> str:
     """Where an object is, on a three by three grid."""
-    return PLACES[int(3 * thing.y / PICTURE_SIZE)][int(3 * thing.x / PICTURE_SIZE)]
+    return PLACES[int(3 * thing.y / IMAGE_SIZE)][int(3 * thing.x / IMAGE_SIZE)]
 
 
 def long_caption(scene: Scene, random: Random) -> str:

@@ -68,7 +68,7 @@ def write_scenes(
 ) -> None:
     """Write the corpus under `uri`: train/ and test/ shards, test/retrieval.json, compositionality/KIND.json.
 
-    `retrieval.json` is a list of {"image", "caption": [str]} with one complete caption a picture, the compositionality
+    `retrieval.json` is a list of {"image", "caption": [str]} with one complete caption an image, the compositionality
     files are in SugarCrepe's own form with `negatives` rows each (fewer where the test scenes do not give as many).
     """
     from vladva.core import storage

@@ -1,10 +1,10 @@
-"""Scenes: generated pictures of two or three coloured shapes, with captions whose truth is known exactly.
+"""Scenes: generated images of two or three coloured shapes, with captions whose truth is known exactly.
 
-The corpus of the demo and of the tests. Every picture has several short captions in different wordings, one long
+The corpus of the demo and of the tests. Every image has several short captions in different wordings, one long
 caption, and hard negatives of the seven SugarCrepe kinds. Everything follows from a seed.
 
 The test split holds out *combinations*: one pair of (colour, shape) objects in five never appears together in a
-training picture, and every test picture contains such a pair. Colours and shapes themselves are all seen in training.
+training image, and every test image contains such a pair. Colours and shapes themselves are all seen in training.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 if TYPE_CHECKING:
     pass
 
-PICTURE_SIZE = 64  # pixels, width and height
+IMAGE_SIZE = 64  # pixels, width and height
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLOURS = {
     "red": (215, 40, 40),
@@ -46,7 +46,7 @@ RADII = {"small": (6.0, 7.0), "large": (10.0, 11.5)}  # pixels
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape in a picture; x, y and radius in pixels, angle in degrees."""
+    """One shape in an image; x, y and radius in pixels, angle in degrees."""
 
     shape: str
     colour: str
@@ -59,7 +59,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. No two objects share both colour and shape, so `the red circle` is one object."""
+    """What an image shows. No two objects share both colour and shape, so `the red circle` is one object."""
 
     objects: tuple[SceneObject, ...]
     background: str
@@ -89,9 +89,7 @@ def random_scene(random: Random, split: str) -> Scene:
     sizes = [random.choice(("small", "large")) for _ in chosen]
     radii = [random.uniform(*RADII[size]) for size in sizes]
     while True:
-        places = [
-            (random.uniform(r + 1, PICTURE_SIZE - r - 1), random.uniform(r + 1, PICTURE_SIZE - r - 1)) for r in radii
-        ]
+        places = [(random.uniform(r + 1, IMAGE_SIZE - r - 1), random.uniform(r + 1, IMAGE_SIZE - r - 1)) for r in radii]
         if all(is_clear(*pair) for pair in combinations(zip(places, radii, strict=True), 2)):
             break
     objects = tuple(
@@ -123,7 +121,7 @@ def is_possible(objects: tuple[SceneObject, ...]) -> bool:
     return (
         len(set(kinds)) == len(kinds)
         and not any(is_held_out(a, b) for a, b in combinations(kinds, 2))
-        and all(o.radius <= min(o.x, o.y, PICTURE_SIZE - o.x, PICTURE_SIZE - o.y) for o in objects)
+        and all(o.radius <= min(o.x, o.y, IMAGE_SIZE - o.x, IMAGE_SIZE - o.y) for o in objects)
         and all(is_clear(*pair) for pair in combinations([((o.x, o.y), o.radius) for o in objects], 2))
     )
 
@@ -136,7 +134,7 @@ def is_clear(a: tuple[tuple[float, float], float], b: tuple[tuple[float, float],
     return math.hypot(dx, dy) > ar + br + 2 and abs(dx - dy) > 5
 
 
-# ---------------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------------------- images
 
 
 def outline(shape: str) -> list[tuple[float, float]]:
@@ -154,9 +152,9 @@ def outline(shape: str) -> list[tuple[float, float]]:
 
 
 def render(scene: Scene) -> Image.Image:
-    """The picture of a scene: RGB, 64 x 64, drawn four times as large and averaged down."""
+    """The image of a scene: RGB, 64 x 64, drawn four times as large and averaged down."""
     scale = 4
-    canvas = Image.new("RGB", (PICTURE_SIZE * scale, PICTURE_SIZE * scale), BACKGROUNDS[scene.background])
+    canvas = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(canvas)
     for thing in scene.objects:
         x, y, r = thing.x * scale, thing.y * scale, thing.radius * scale
@@ -172,10 +170,10 @@ def render(scene: Scene) -> Image.Image:
     return canvas.reduce(scale)
 
 
-def png(picture: Image.Image) -> bytes:
-    """The picture as PNG bytes."""
+def png(image: Image.Image) -> bytes:
+    """The image as PNG bytes."""
     out = io.BytesIO()
-    picture.save(out, "PNG")
+    image.save(out, "PNG")
     return out.getvalue()
 
 

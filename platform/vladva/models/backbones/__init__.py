@@ -5,13 +5,13 @@ A file holds only what differs between families, under agreed names:
     load(checkpoint, dtype)                    the pretrained model
     LORA_TARGETS                               regular expression of the language model's linear layers
     EMBED_TOKENS                               name of the token embedding, for PEFT's trainable_token_indices
-    FAST_DECODERS                              `model_type`s of its language models that fast_forward.py computes
-    num_image_tokens(config, processor, size)  image tokens of a picture of (width, height)
-    pixels(processor, image)                   a picture as the image processor cuts it up, neither rescaled nor
+    PACKED_DECODERS                              `model_type`s of its language models that fast_forward.py computes
+    num_image_tokens(config, processor, size)  image tokens of an image of (width, height)
+    pixels(processor, image)                   an image as the image processor cuts it up, neither rescaled nor
                                                normalised [R, 3, h, w], and its (height, width) where that matters
-    limit_image_tokens(config, processor, most)  has the processor make larger pictures smaller
+    limit_image_tokens(config, processor, most)  has the processor make larger images smaller
     model_inputs(config, inputs, values, sizes)  what the model takes: `inputs` holds input_ids and attention_mask;
-                                               normalised pixels [R, 3, h, w] and sizes [N, 2], or None without pictures
+                                               normalised pixels [R, 3, h, w] and sizes [N, 2], or None without images
     hidden_states(model, inputs, layer)        final-normed hidden states [B, T, D] of layer `layer` (None: the last)
 
 Adding a family is adding a file; nothing is registered.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 EMBED_TOKENS = "embed_tokens"
-FAST_DECODERS = ("llama", "mistral", "qwen2")
+PACKED_DECODERS = ("llama", "mistral", "qwen2")
 
 
 def load(checkpoint: str, dtype: torch.dtype) -> LlavaForConditionalGeneration:
@@ -25,17 +25,17 @@ def load(checkpoint: str, dtype: torch.dtype) -> LlavaForConditionalGeneration:
 
 
 def num_image_tokens(config: LlavaConfig, processor: BaseImageProcessor, size: tuple[int, int]) -> int:
-    """Every picture is resized to one square, so its size does not matter."""
+    """Every image is resized to one square, so its size does not matter."""
     return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
 
 
 def limit_image_tokens(config: LlavaConfig, processor: BaseImageProcessor, most: int) -> None:
-    """Raises ValueError: the size of the vision tower alone says how many tokens a picture, or a tile of it, has."""
+    """Raises ValueError: the size of the vision tower alone says how many tokens an image, or a tile of it, has."""
     raise ValueError(f"model.max_image_tokens: {config.model_type} models have no such limit; leave it out")
 
 
 def pixels(processor: BaseImageProcessor, image: Image) -> tuple[np.ndarray, tuple[int, int]]:
-    """The picture, resized and cropped [1, 3, H, W]; its own (height, width) does not matter afterwards."""
+    """The image, resized and cropped [1, 3, H, W]; its own (height, width) does not matter afterwards."""
     processed = processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
     return processed["pixel_values"], (image.height, image.width)
 

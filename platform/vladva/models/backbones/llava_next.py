@@ -1,4 +1,4 @@
-"""LLaVA-Next: pictures of any resolution in tiles of the vision tower's size, and no tokens for what only pads them."""
+"""LLaVA-Next: images of any resolution in tiles of the vision tower's size, and no tokens for what only pads them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers.image_processing_utils import select_best_resolution
 
-from vladva.models.backbones.llava import EMBED_TOKENS, FAST_DECODERS, LORA_TARGETS, hidden_states, limit_image_tokens
+from vladva.models.backbones.llava import EMBED_TOKENS, LORA_TARGETS, PACKED_DECODERS, hidden_states, limit_image_tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EMBED_TOKENS",
-    "FAST_DECODERS",
     "LORA_TARGETS",
+    "PACKED_DECODERS",
     "hidden_states",
     "limit_image_tokens",
     "load",
@@ -34,7 +34,7 @@ def load(checkpoint: str, dtype: torch.dtype) -> LlavaNextForConditionalGenerati
 
 
 def num_image_tokens(config: LlavaNextConfig, processor: BaseImageProcessor, size: tuple[int, int]) -> int:
-    """The picture as one tile, then all tiles without the rows or columns that only pad, each row with its newline."""
+    """The image as one tile, then all tiles without the rows or columns that only pad, each row with its newline."""
     width, height = size
     tile = config.vision_config.image_size
     side = tile // config.vision_config.patch_size
@@ -48,7 +48,7 @@ def num_image_tokens(config: LlavaNextConfig, processor: BaseImageProcessor, siz
 
 
 def pixels(processor: BaseImageProcessor, image: Image) -> tuple[np.ndarray, tuple[int, int]]:
-    """The picture's tiles [R, 3, H, W], the first of them all of it; its own (height, width) says what is padding."""
+    """The image's tiles [R, 3, H, W], the first of them all of it; its own (height, width) says what is padding."""
     processed = processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
     return processed["pixel_values"][0], (image.height, image.width)
 
@@ -56,5 +56,5 @@ def pixels(processor: BaseImageProcessor, image: Image) -> tuple[np.ndarray, tup
 def model_inputs(
     config: LlavaNextConfig, inputs: dict[str, torch.Tensor], values: torch.Tensor | None, sizes: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
-    """What the Hugging Face model takes; values [R, 3, H, W]: the tiles of all pictures."""
+    """What the Hugging Face model takes; values [R, 3, H, W]: the tiles of all images."""
     return inputs if values is None else inputs | {"pixel_values": values, "image_sizes": sizes}

@@ -26,7 +26,7 @@ __all__ = [
     "pixels",
 ]
 
-FAST_DECODERS = ("qwen2_5_vl_text",)
+PACKED_DECODERS = ("qwen2_5_vl_text",)
 
 
 def load(checkpoint: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:

@@ -1,4 +1,4 @@
-"""Qwen2-VL: pictures of any size as patches, 2 x 2 of which make a token, and a Qwen2 with positions on three axes."""
+"""Qwen2-VL: images of any size as patches, 2 x 2 of which make a token, and a Qwen2 with positions on three axes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
     "pixels",
 ]
 
-FAST_DECODERS = ("qwen2_vl_text",)
+PACKED_DECODERS = ("qwen2_vl_text",)
 
 
 def load(checkpoint: str, dtype: torch.dtype) -> Qwen2VLForConditionalGeneration:
@@ -34,7 +34,7 @@ def load(checkpoint: str, dtype: torch.dtype) -> Qwen2VLForConditionalGeneration
 
 
 def num_image_tokens(config: Qwen2VLConfig, processor: BaseImageProcessor, size: tuple[int, int]) -> int:
-    """As many as the picture has room for, in the image processor's limits. Raises ValueError for one too narrow."""
+    """As many as the image has room for, in the image processor's limits. Raises ValueError for one too narrow."""
     width, height = size
     return processor.get_number_of_image_patches(height, width, {}) // config.vision_config.spatial_merge_size**2
 
@@ -44,13 +44,13 @@ def limit_image_tokens(config: PreTrainedConfig, processor: BaseImageProcessor, 
     of_a_token = (processor.patch_size * config.vision_config.spatial_merge_size) ** 2
     least = -(-processor.size["shortest_edge"] // of_a_token)
     if most < least:
-        raise ValueError(f"model.max_image_tokens is {most}, but the checkpoint's pictures have at least {least}")
+        raise ValueError(f"model.max_image_tokens is {most}, but the checkpoint's images have at least {least}")
     processor.size["longest_edge"] = most * of_a_token
 
 
 def pixels(processor: BaseImageProcessor, image: Image) -> tuple[np.ndarray, tuple[int, int]]:
-    """The picture's patches [R, 3, p, p], in the order in which they are merged, and how many it is high and wide."""
-    # The model takes every picture as a film of two equal frames: the second is made on the device.
+    """The image's patches [R, 3, p, p], in the order in which they are merged, and how many it is high and wide."""
+    # The model takes every image as a film of two equal frames: the second is made on the device.
     processed = processor(
         images=[image], do_rescale=False, do_normalize=False, temporal_patch_size=1, return_tensors="np"
     )
@@ -62,7 +62,7 @@ def pixels(processor: BaseImageProcessor, image: Image) -> tuple[np.ndarray, tup
 def model_inputs(
     config: PreTrainedConfig, inputs: dict[str, torch.Tensor], values: torch.Tensor | None, sizes: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
-    """What the Hugging Face model takes; values [R, 3, p, p]: the patches of all pictures, sizes [N, 2] in patches."""
+    """What the Hugging Face model takes; values [R, 3, p, p]: the patches of all images, sizes [N, 2] in patches."""
     is_image_BT = inputs["input_ids"] == config.image_token_id
     if values is None:
         return inputs | {"position_ids": positions(is_image_BT)}
@@ -78,9 +78,9 @@ def model_inputs(
 def positions(is_image_BT: torch.Tensor, grids_N2: torch.Tensor | None = None, num_tokens: int = 0) -> torch.Tensor:
     """Positions [3, B, T] on the axes of time, height and width.
 
-    A picture's tokens are at the place where it starts, plus their row and column in its grid of `grids_N2` tokens;
+    An image's tokens are at the place where it starts, plus their row and column in its grid of `grids_N2` tokens;
     what follows goes on after the longer side. Text tokens come one after the other on all axes. The same as Hugging
-    Face's `get_rope_index`, for all samples at once; with the `num_tokens` of all pictures, which the host knows, it
+    Face's `get_rope_index`, for all samples at once; with the `num_tokens` of all images, which the host knows, it
     never waits for the device.
     """
     steps_BT = torch.ones_like(is_image_BT, dtype=torch.long)
@@ -88,11 +88,11 @@ def positions(is_image_BT: torch.Tensor, grids_N2: torch.Tensor | None = None, n
     if grids_N2 is not None:
         heights_N, widths_N = grids_N2.unbind(1)
         counts_N = heights_N * widths_N
-        picture_K = torch.repeat_interleave(counts_N, output_size=num_tokens)
-        index_K = torch.arange(num_tokens, device=counts_N.device) - (counts_N.cumsum(0) - counts_N)[picture_K]
-        is_last_K = index_K == counts_N[picture_K] - 1
-        steps_BT.masked_scatter_(is_image_BT, is_last_K * torch.maximum(heights_N, widths_N)[picture_K])
-        rows_BT.masked_scatter_(is_image_BT, index_K // widths_N[picture_K])
-        columns_BT.masked_scatter_(is_image_BT, index_K % widths_N[picture_K])
+        image_K = torch.repeat_interleave(counts_N, output_size=num_tokens)
+        index_K = torch.arange(num_tokens, device=counts_N.device) - (counts_N.cumsum(0) - counts_N)[image_K]
+        is_last_K = index_K == counts_N[image_K] - 1
+        steps_BT.masked_scatter_(is_image_BT, is_last_K * torch.maximum(heights_N, widths_N)[image_K])
+        rows_BT.masked_scatter_(is_image_BT, index_K // widths_N[image_K])
+        columns_BT.masked_scatter_(is_image_BT, index_K % widths_N[image_K])
     starts_BT = steps_BT.cumsum(1) - steps_BT
     return torch.stack([starts_BT, starts_BT + rows_BT, starts_BT + columns_BT])

@@ -26,7 +26,7 @@ __all__ = [
     "pixels",
 ]
 
-FAST_DECODERS = ()  # features of the vision tower go into several layers
+PACKED_DECODERS = ()  # features of the vision tower go into several layers
 
 
 def load(checkpoint: str, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:

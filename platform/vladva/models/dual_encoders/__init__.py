@@ -4,7 +4,7 @@ A file holds only what differs between families, under agreed names:
 
     tools(checkpoint)                      configuration, tokenizer and image processor
     load(checkpoint, dtype)                the pretrained model
-    shape(config)                          vectors of a picture, and their width D; a text has one vector
+    shape(config)                          vectors of an image, and their width D; a text has one vector
     token_ids(config, tokenizer, text)     a text as the family reads it, cut where its context ends
     text_vectors(model, ids, mask)         token ids and attention mask [B, T] -> [B, D]
     image_vectors(model, pixels)           normalised pixels [B, 3, H, W] -> [B, D], or [B, Q, D] of Q vectors each

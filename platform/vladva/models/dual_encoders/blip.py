@@ -21,7 +21,7 @@ def load(checkpoint: str, dtype: torch.dtype) -> BlipForImageTextRetrieval:
 
 
 def shape(config: BlipConfig) -> tuple[int, int]:
-    """One vector a picture."""
+    """One vector an image."""
     return 1, config.image_text_hidden_size
 
 
@@ -41,5 +41,5 @@ def text_vectors(model: BlipForImageTextRetrieval, ids: torch.Tensor, mask: torc
 
 
 def image_vectors(model: BlipForImageTextRetrieval, pixels: torch.Tensor) -> torch.Tensor:
-    """The projected state at the picture's class token [B, D]."""
+    """The projected state at the image's class token [B, D]."""
     return model.vision_proj(model.vision_model(pixel_values=pixels).last_hidden_state[:, 0])

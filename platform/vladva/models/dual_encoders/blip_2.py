@@ -1,6 +1,6 @@
-"""BLIP-2's image-text contrastive head (Li et al. 2023): a picture is as near as the nearest of its query tokens.
+"""BLIP-2's image-text contrastive head (Li et al. 2023): an image is as near as the nearest of its query tokens.
 
-So a picture has as many vectors as there are query tokens (32), and the scorer takes the largest cosine.
+So an image has as many vectors as there are query tokens (32), and the scorer takes the largest cosine.
 """
 
 from __future__ import annotations

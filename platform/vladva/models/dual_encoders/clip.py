@@ -16,7 +16,7 @@ def load(checkpoint: str, dtype: torch.dtype) -> CLIPModel:
 
 
 def shape(config: CLIPConfig) -> tuple[int, int]:
-    """One vector a picture."""
+    """One vector an image."""
     return 1, config.projection_dim
 
 

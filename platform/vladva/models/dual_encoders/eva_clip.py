@@ -34,7 +34,7 @@ def load(checkpoint: str, dtype: torch.dtype) -> nn.Module:
 
 
 def shape(config: Any) -> tuple[int, int]:
-    """One vector a picture."""
+    """One vector an image."""
     return 1, config.projection_dim
 
 

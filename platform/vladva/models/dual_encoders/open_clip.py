@@ -1,7 +1,7 @@
 """Any model of the open_clip package (`pip install 'vladva[open_clip]'`), as checkpoint `open_clip:MODEL:WEIGHTS`.
 
 MODEL is one of open_clip's, WEIGHTS a tag of its own or the path of a file, `open_clip:ViT-B-32:weights.pt`.
-Weights from OpenAI need a `-quickgelu` model: without it the activation is silently another one. Pictures are prepared
+Weights from OpenAI need a `-quickgelu` model: without it the activation is silently another one. Images are prepared
 by transformers' CLIPImageProcessor, with the sizes and statistics that open_clip gives.
 """
 
@@ -71,7 +71,7 @@ def load(checkpoint: str, dtype: torch.dtype) -> nn.Module:
 
 
 def shape(config: SimpleNamespace) -> tuple[int, int]:
-    """One vector a picture."""
+    """One vector an image."""
     return 1, config.embed_dim
 
 

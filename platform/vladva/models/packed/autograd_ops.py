@@ -52,7 +52,7 @@ class Linear:
         )
 
 
-def products(x_ND: Tensor, *modules: nn.Module) -> Tensor:
+def lora_linear(x_ND: Tensor, *modules: nn.Module) -> Tensor:
     """The outputs of linear layers with the same input, side by side [N, sum of O]."""
     linears = [Linear.of(module) for module in modules]
     factors = [factor for each in linears if each.down is not None for factor in (each.down, each.up)]
@@ -106,7 +106,7 @@ class _Products(Function):
         return grad_x_ND, None, *(grad for pair in zip(grad_downs, grad_ups, strict=True) for grad in pair)
 
 
-def gated(both_NE: Tensor) -> Tensor:
+def swiglu(both_NE: Tensor) -> Tensor:
     """silu(gate) * up of [gate, up] side by side, [N, 2 O] -> [N, O]."""
     return _Gated.apply(both_NE)
 
@@ -160,14 +160,14 @@ class _Norm(Function):
 
 
 @dataclass(frozen=True)
-class Turn:
+class RotaryEmbedding:
     """Rotary positions: cosine and sine [B or 1, T, 1, d]; the first half of the sine is negative."""
 
     cos: Tensor
     sin: Tensor
 
     @classmethod
-    def by(cls, cos_BTd: Tensor, sin_BTd: Tensor) -> Turn:
+    def by(cls, cos_BTd: Tensor, sin_BTd: Tensor) -> RotaryEmbedding:
         """The turn by angles whose second half repeats the first."""
         half = cos_BTd.shape[-1] // 2
         signed = torch.cat([-sin_BTd[..., :half], sin_BTd[..., half:]], dim=-1)
@@ -177,11 +177,11 @@ class Turn:
         """Heads turned by their positions."""
         return _Turned.apply(heads_BTHd, self.cos, self.sin)
 
-    def at(self, places_B: Tensor) -> Turn:
+    def at(self, places_B: Tensor) -> RotaryEmbedding:
         """For one token of each prompt, [B, 1, 1, d]."""
         rows = torch.arange(len(places_B), device=places_B.device)
         tables = (table.expand(len(places_B), -1, -1, -1)[rows, places_B][:, None] for table in (self.cos, self.sin))
-        return Turn(*tables)
+        return RotaryEmbedding(*tables)
 
 
 class _Turned(Function):
@@ -206,7 +206,7 @@ def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- attention
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask_TT: Tensor | None) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask_TT: Tensor | None) -> Tensor:
     """Causal attention [B, T, H * d] of query [B, T, H, d], key and value [B, T, K, d].
 
     By a fused kernel, or, with a mask (0, -inf after the diagonal), as products and softmax.
@@ -251,7 +251,7 @@ class _Attended(Function):
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedPrefix:
     """The S tokens that several of a group's prompts begin with."""
 
     tokens: Tensor  # [S] their places among the packed ones
@@ -259,7 +259,7 @@ class Shared:
     numbers: Tensor  # which of the S is there
 
     @classmethod
-    def of(cls, packed: Packed) -> Shared:
+    def of(cls, packed: Packed) -> SharedPrefix:
         """Those of a group."""
         index, lengths = packed.index.numpy(), packed.lengths.numpy()
         repeated = np.arange(index.shape[1]) < lengths[:, None]
@@ -270,14 +270,14 @@ class Shared:
         return cls(*map(torch.from_numpy, (tokens, places, np.searchsorted(tokens, index.ravel()[places]))))
 
 
-def padded(tokens_NC: Tensor, packed: Packed, shared: Shared) -> Tensor:
+def padded(tokens_NC: Tensor, packed: Packed, shared: SharedPrefix) -> Tensor:
     """Packed tokens as rows [B, T, C]; a token that several prompts begin with is in each of their rows."""
     return _Padded.apply(tokens_NC, packed, shared)
 
 
 class _Padded(Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, tokens_NC: Tensor, packed: Packed, shared: Shared) -> Tensor:
+    def forward(ctx: FunctionCtx, tokens_NC: Tensor, packed: Packed, shared: SharedPrefix) -> Tensor:
         ctx.packed, ctx.shared = packed, shared
         return tokens_NC.index_select(0, packed.index.flatten()).view(*packed.index.shape, -1)
 
@@ -295,7 +295,7 @@ class _Padded(Function):
 
 
 @dataclass(frozen=True)
-class Table:
+class TokenEmbedding:
     """A token embedding or an LM head [V, D], and the rows [S, D] that PEFT trains in the stead of those of `soft` [S].
 
     PEFT's own forward copies the whole table, and gives it a gradient as large.
@@ -306,7 +306,7 @@ class Table:
     rows: Tensor | None = None
 
     @classmethod
-    def of(cls, module: nn.Module) -> Table:
+    def of(cls, module: nn.Module) -> TokenEmbedding:
         """What a module of torch's or of PEFT's holds as it is now."""
         adapter = getattr(module, "token_adapter", module)
         if not hasattr(adapter, "trainable_tokens_delta"):
@@ -325,8 +325,8 @@ class Table:
 def embedded(
     module: nn.Module, ids_N: Tensor, is_image_N: Tensor | None = None, features: Tensor | None = None
 ) -> Tensor:
-    """Token embeddings [N, D], with the features of pictures in the stead of the image tokens'."""
-    table = Table.of(module)
+    """Token embeddings [N, D], with the features of images in the stead of the image tokens'."""
+    table = TokenEmbedding.of(module)
     with torch.no_grad():
         hidden_ND = table.base(ids_N)
         if features is not None:

@@ -1,6 +1,6 @@
 """Fast tower: a CLIP vision tower as inference wants it, with no layer after those that a model asks for.
 
-R pictures or tiles, S patches and the class token, D width.
+R images or tiles, S patches and the class token, D width.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vladva.models.packed.cpu_linear import CPU_TOKENS, activated, added, in_threads, product
+from vladva.models.packed.cpu_linear import CPU_TOKENS, in_threads, linear_residual, mlp_residual, product
 
 
-def with_fast_tower(model: nn.Module) -> nn.Module:
+def with_packed_tower(model: nn.Module) -> nn.Module:
     """A view of a LLaVA whose vision tower is fast; a model with another kind of tower as it is."""
     if model.config.vision_config.model_type != "clip_vision_model":
         return model
     asked = model.config.vision_feature_layer
     view = copy.copy(model)
     view._modules = dict(model._modules)
-    view.vision_tower = FastTower(model.vision_tower, [asked] if isinstance(asked, int) else asked)
+    view.vision_tower = PackedTower(model.vision_tower, [asked] if isinstance(asked, int) else asked)
     return view
 
 
-class FastTower(nn.Module):
+class PackedTower(nn.Module):
     """Pixels [R, 3, h, w] -> hidden states [R, S, D] of the layers that are asked for, by their number."""
 
     def __init__(self, tower: nn.Module, asked: list[int]) -> None:
@@ -35,7 +35,7 @@ class FastTower(nn.Module):
         every = len(tower.encoder.layers) + 1  # before the first layer and after each
         self.asked = {layer: layer % every for layer in asked}
         self.threads = torch.get_num_threads()
-        self.layers = [TowerLayer(layer) for layer in tower.encoder.layers[: max(self.asked.values())]]
+        self.layers = [PackedTowerLayer(layer) for layer in tower.encoder.layers[: max(self.asked.values())]]
 
     def forward(self, pixel_values: torch.Tensor, **_: object) -> BaseModelOutputWithPooling:
         """As the tower's own, with the hidden states that are asked for."""
@@ -56,15 +56,15 @@ class FastTower(nn.Module):
         return {depth: states[depth] for depth in self.asked.values()}
 
 
-class TowerLayer:
+class PackedTowerLayer:
     """A layer of the tower: queries, keys and values by one product; the activation is part of another."""
 
     def __init__(self, layer: nn.Module) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.before, self.after, self.heads = layer.layer_norm1, layer.layer_norm2, attention.num_heads
         self.project = product(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.output = added(attention.out_proj)
-        self.mlp = activated(mlp.fc1, mlp.fc2, mlp.config.hidden_act, mlp.activation_fn)
+        self.output = linear_residual(attention.out_proj)
+        self.mlp = mlp_residual(mlp.fc1, mlp.fc2, mlp.config.hidden_act, mlp.activation_fn)
 
     def __call__(self, hidden_RSD: torch.Tensor) -> torch.Tensor:
         """Hidden states [R, S, D] after the layer."""

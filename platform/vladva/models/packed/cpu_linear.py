@@ -30,16 +30,16 @@ Addition = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 def product(*linears: nn.Module) -> Product:
     """x [N, D] -> the outputs of linear layers side by side."""
-    if packable(*linears):
+    if can_prepack(*linears):
         return packed(torch.cat([linear.weight for linear in linears]), bias_of(*linears))
     if len(linears) == 1:
         return linears[0]
     return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
 
 
-def normed(norm: nn.Module, *linears: nn.Module) -> Product:
+def rms_norm_linear(norm: nn.Module, *linears: nn.Module) -> Product:
     """x [N, D] -> the outputs, side by side, of linear layers that take x after the root-mean-square norm."""
-    if packable(*linears):
+    if can_prepack(*linears):
         weight = torch.cat([linear.weight for linear in linears]).float() * norm.weight
         after, epsilon = packed(weight.bfloat16(), bias_of(*linears)), norm.variance_epsilon
         return lambda x: after(unit(x, epsilon))
@@ -47,24 +47,24 @@ def normed(norm: nn.Module, *linears: nn.Module) -> Product:
     return lambda x: after(norm(x))
 
 
-def added(linear: nn.Module) -> Addition:
+def linear_residual(linear: nn.Module) -> Addition:
     """x [N, D], residual -> linear(x) + residual."""
-    if packable(linear):
+    if can_prepack(linear):
         return packed_added(linear.weight, bias_of(linear))
     return lambda x, residual: linear(x).add_(residual)
 
 
-def gated(norm: nn.Module, mlp: nn.Module) -> Product:
+def swiglu(norm: nn.Module, mlp: nn.Module) -> Product:
     """x [N, D] -> act(gate(y)) * up(y) of y = norm(x)."""
     gate, up, epsilon = mlp.gate_proj, mlp.up_proj, norm.variance_epsilon
-    if not packable(gate, up) or mlp.config.hidden_act != "silu" or gate.bias is not None:
+    if not can_prepack(gate, up) or mlp.config.hidden_act != "silu" or gate.bias is not None:
 
         def plain(x: torch.Tensor) -> torch.Tensor:
             x = norm(x)
             return mlp.act_fn(gate(x)) * up(x)
 
         return plain
-    gate, up = (reordered((linear.weight.float() * norm.weight).bfloat16()) for linear in (gate, up))
+    gate, up = (prepack((linear.weight.float() * norm.weight).bfloat16()) for linear in (gate, up))
     pointwise = torch.ops.mkldnn._linear_pointwise
 
     def fused(x: torch.Tensor) -> torch.Tensor:
@@ -74,10 +74,10 @@ def gated(norm: nn.Module, mlp: nn.Module) -> Product:
     return fused
 
 
-def activated(first: nn.Module, second: nn.Module, name: str, activation: nn.Module) -> Addition:
+def mlp_residual(first: nn.Module, second: nn.Module, name: str, activation: nn.Module) -> Addition:
     """x [N, D], residual -> second(activation(first(x))) + residual."""
-    if not packable(first, second) or name != "quick_gelu":
-        first, second = product(first), added(second)
+    if not can_prepack(first, second) or name != "quick_gelu":
+        first, second = product(first), linear_residual(second)
         return lambda x, residual: second(activation(first(x)), residual)
     # oneDNN has no such activation, but swish(a x) / a, with a in the weights before it and 1 / a in those after it.
     before = packed((first.weight.float() * QUICK_GELU).bfloat16(), bias_of(first, scale=QUICK_GELU), "swish")
@@ -91,7 +91,7 @@ def unit(x: torch.Tensor, epsilon: float) -> torch.Tensor:
     return x * length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_().to(x.dtype)
 
 
-def packable(*linears: nn.Module) -> bool:
+def can_prepack(*linears: nn.Module) -> bool:
     """Whether oneDNN has a layout of its own for these weights: plain linear layers in bfloat16 on a CPU."""
     return all(
         type(linear) is nn.Linear and linear.weight.dtype == torch.bfloat16 and linear.weight.device.type == "cpu"
@@ -101,17 +101,17 @@ def packable(*linears: nn.Module) -> bool:
 
 def packed(weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none") -> Product:
     """x [N, D] -> activation(x weight^T + bias)."""
-    weight = reordered(weight)
+    weight = prepack(weight)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
 
 
 def packed_added(weight: torch.Tensor, bias: torch.Tensor | None) -> Addition:
     """x [N, D], residual -> x weight^T + bias + residual."""
-    weight = reordered(weight)
+    weight = prepack(weight)
     return lambda x, residual: torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
 
 
-def reordered(weight: torch.Tensor) -> torch.Tensor:
+def prepack(weight: torch.Tensor) -> torch.Tensor:
     """A copy of the weight in oneDNN's layout."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), CPU_TOKENS)
 

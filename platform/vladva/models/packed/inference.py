@@ -5,14 +5,14 @@
 2. Nothing is padded in the linear layers: they run on the tokens of all prompts, one after the other (packing.py).
    Attention runs on padded rows of like length. It is causal and the padding is on the right, so that no token sees
    any, and no mask is needed.
-3. Tokens that follow the same tokens are computed once: all prompts share what comes before the text or picture, and
+3. Tokens that follow the same tokens are computed once: all prompts share what comes before the text or image, and
    many texts begin with the same words.
 4. On a CPU with bfloat16 products the weights are packed for them (products.py), and what is cheap beside float32
    products is made as cheap as these: a norm's weight is in the product after it, and positions turn heads by one.
 5. On a CPU every thread has groups of its own, small enough for its cache: threads need not wait for each other after
    every operation.
 
-The vision tower sees all pictures of a call at once, whatever the groups are (a CLIP: fast_tower.py).
+The vision tower sees all images of a call at once, whatever the groups are (a CLIP: fast_tower.py).
 
 B prompts, T tokens of the longest, N packed tokens, D width, H heads, K key-value heads, d width of a head.
 """
@@ -27,8 +27,16 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
-from vladva.models.packed.clip_tower import with_fast_tower
-from vladva.models.packed.cpu_linear import CPU_TOKENS, Product, added, gated, in_threads, keep_freed_memory, normed
+from vladva.models.packed.clip_tower import with_packed_tower
+from vladva.models.packed.cpu_linear import (
+    CPU_TOKENS,
+    Product,
+    in_threads,
+    keep_freed_memory,
+    linear_residual,
+    rms_norm_linear,
+    swiglu,
+)
 from vladva.models.packed.packing import Packed, groups, pack
 
 if TYPE_CHECKING:
@@ -45,12 +53,12 @@ Forward = Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor] | None], to
 def embedding_forward(model: EmbeddingModel) -> Forward:
     """Tokens, pixels -> embeddings [B, D]: fast where the backbone says that its decoder is of a kind known here."""
     text = model.base.config.get_text_config()
-    if text.model_type in model.backbone.FAST_DECODERS and text.to_dict().get("sliding_window") is None:
-        return FastForward(model)
+    if text.model_type in model.backbone.PACKED_DECODERS and text.to_dict().get("sliding_window") is None:
+        return PackedInference(model)
     return lambda tokens, pixels: model(tokens, pixels)[0]
 
 
-class FastForward:
+class PackedInference:
     """Tokens, pixels -> embeddings [B, D], of a model with a Llama's decoder (Qwen2's has biases besides).
 
     Takes the memory of the decoder's weights once more where it packs them.
@@ -59,11 +67,11 @@ class FastForward:
     def __init__(self, model: EmbeddingModel) -> None:
         self.model = model
         self.language = model.base.model.language_model
-        self.vision = with_fast_tower(model.base.model)
+        self.vision = with_packed_tower(model.base.model)
         self.threads = torch.get_num_threads()  # now: it is each thread's own, and that of a new one may be any
         if model.log_scale.device.type == "cpu":
             keep_freed_memory()
-        self.heads_of_kv = self.language.config.num_attention_heads // self.language.config.num_key_value_heads
+        self.num_key_value_groups = self.language.config.num_attention_heads // self.language.config.num_key_value_heads
         *layers, last = self.language.layers[: model.layer]
         self.layers = [Layer(layer) for layer in layers]
         self.last = LastLayer(last)
@@ -87,10 +95,10 @@ class FastForward:
         return embeddings_BD
 
     def image_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Features [K, D] of the K image tokens of all pictures."""
+        """Features [K, D] of the K image tokens of all images."""
         of_text = ("input_ids", "attention_mask", "position_ids")
-        of_pictures = {name: value for name, value in inputs.items() if name not in of_text}
-        return torch.cat(list(self.vision.get_image_features(**of_pictures).pooler_output))
+        of_images = {name: value for name, value in inputs.items() if name not in of_text}
+        return torch.cat(list(self.vision.get_image_features(**of_images).pooler_output))
 
     def embed(self, packed: Packed, inputs: dict[str, torch.Tensor], features_KD: torch.Tensor | None) -> torch.Tensor:
         """Embeddings [B, D] of a group."""
@@ -98,15 +106,19 @@ class FastForward:
         hidden_ND = self.language.embed_tokens(packed.ids)
         if features_KD is not None:
             hidden_ND[packed.is_image] = features_KD[packed.feature].to(hidden_ND.dtype)
-        if "position_ids" in inputs:  # [3, B, T]: where the pictures are, they differ
-            turn = Turn.by(*self.language.rotary_emb(hidden_ND, packed.positions(inputs["position_ids"])))
+        if "position_ids" in inputs:  # [3, B, T]: where the images are, they differ
+            turn = RotaryEmbedding.by(*self.language.rotary_emb(hidden_ND, packed.positions(inputs["position_ids"])))
         else:
-            turn = SharedTurn.by(
+            turn = SharedRotaryEmbedding.by(
                 *self.language.rotary_emb(hidden_ND, torch.arange(tokens, device=hidden_ND.device)[None])
             )
         mask = None
         if not hidden_ND.is_cuda and tokens <= SHORT:
-            mask = torch.full((tokens, tokens), -torch.inf, dtype=hidden_ND.dtype).triu_(1).repeat(self.heads_of_kv, 1)
+            mask = (
+                torch.full((tokens, tokens), -torch.inf, dtype=hidden_ND.dtype)
+                .triu_(1)
+                .repeat(self.num_key_value_groups, 1)
+            )
         for layer in self.layers:
             hidden_ND = layer(hidden_ND, packed, turn, mask)
         hidden_BD = self.last(hidden_ND, packed, turn)
@@ -117,14 +129,14 @@ class FastForward:
 
 
 @dataclass(frozen=True)
-class Turn:
+class RotaryEmbedding:
     """Rotary positions: cosine and sine [T, B, 1, d]; the first half of the sine is negative."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
     @classmethod
-    def by(cls, cos_BTd: torch.Tensor, sin_BTd: torch.Tensor) -> Turn:
+    def by(cls, cos_BTd: torch.Tensor, sin_BTd: torch.Tensor) -> RotaryEmbedding:
         """The turn by angles whose second half repeats the first."""
         return cls(cos_BTd.transpose(0, 1)[:, :, None], signed(sin_BTd).transpose(0, 1)[:, :, None])
 
@@ -134,20 +146,20 @@ class Turn:
         swapped = torch.cat([heads_TBHd[..., half:], heads_TBHd[..., :half]], dim=-1)
         return (heads_TBHd * self.cos).addcmul_(swapped, self.sin)
 
-    def at(self, places_B: torch.Tensor) -> Turn:
+    def at(self, places_B: torch.Tensor) -> RotaryEmbedding:
         """For one token of each prompt, [B, 1, 1, d]."""
         rows = torch.arange(len(places_B), device=places_B.device)
-        return Turn(self.cos[places_B, rows][:, None], self.sin[places_B, rows][:, None])
+        return RotaryEmbedding(self.cos[places_B, rows][:, None], self.sin[places_B, rows][:, None])
 
 
 @dataclass(frozen=True)
-class SharedTurn:
+class SharedRotaryEmbedding:
     """Rotary positions that are the same for all prompts, as matrices [T, d, d]: one product turns all heads."""
 
     matrix: torch.Tensor
 
     @classmethod
-    def by(cls, cos_1Td: torch.Tensor, sin_1Td: torch.Tensor) -> SharedTurn:
+    def by(cls, cos_1Td: torch.Tensor, sin_1Td: torch.Tensor) -> SharedRotaryEmbedding:
         """The turn by angles whose second half repeats the first."""
         same = torch.eye(cos_1Td.shape[-1], dtype=cos_1Td.dtype, device=cos_1Td.device)
         other = same.roll(len(same) // 2, dims=0)
@@ -157,9 +169,9 @@ class SharedTurn:
         """Heads turned by their positions."""
         return torch.bmm(heads_TBHd.flatten(1, 2), self.matrix).view(heads_TBHd.shape)
 
-    def at(self, places_B: torch.Tensor) -> SharedTurn:
+    def at(self, places_B: torch.Tensor) -> SharedRotaryEmbedding:
         """For one token of each prompt, [B, d, d]."""
-        return SharedTurn(self.matrix[places_B])
+        return SharedRotaryEmbedding(self.matrix[places_B])
 
 
 def signed(sin: torch.Tensor) -> torch.Tensor:
@@ -176,24 +188,28 @@ class Layer:
         self.width = attention.head_dim
         self.kv_heads = attention.k_proj.out_features // self.width
         self.project = self.projections(layer.input_layernorm, attention)
-        self.output, self.down = added(attention.o_proj), added(mlp.down_proj)
-        self.gated = gated(layer.post_attention_layernorm, mlp)
+        self.output, self.down = linear_residual(attention.o_proj), linear_residual(mlp.down_proj)
+        self.swiglu = swiglu(layer.post_attention_layernorm, mlp)
 
     def projections(self, norm: nn.Module, attention: nn.Module) -> Product:
         """Queries, keys and values side by side."""
-        return normed(norm, attention.q_proj, attention.k_proj, attention.v_proj)
+        return rms_norm_linear(norm, attention.q_proj, attention.k_proj, attention.v_proj)
 
     def __call__(
-        self, hidden_ND: torch.Tensor, packed: Packed, turn: Turn | SharedTurn, mask: torch.Tensor | None
+        self,
+        hidden_ND: torch.Tensor,
+        packed: Packed,
+        turn: RotaryEmbedding | SharedRotaryEmbedding,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Hidden states [N, D] after the layer."""
         turned_TBHd, value_BTKd = self.heads(hidden_ND, packed, turn)
         query_TBHd, key_TBKd = turned_TBHd.tensor_split([-self.kv_heads], dim=2)
-        attended_BTD = attend(query_TBHd, key_TBKd, value_BTKd, mask)
+        attended_BTD = causal_attention(query_TBHd, key_TBKd, value_BTKd, mask)
         return self.mlp(self.output(attended_BTD.flatten(0, 1).index_select(0, packed.place), hidden_ND))
 
     def heads(
-        self, hidden_ND: torch.Tensor, packed: Packed, turn: Turn | SharedTurn
+        self, hidden_ND: torch.Tensor, packed: Packed, turn: RotaryEmbedding | SharedRotaryEmbedding
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries (in a layer that has all) and keys [T, B, heads, d], turned, and values [B, T, K, d]; padded."""
         turned_NE, value_NE = self.project(hidden_ND).tensor_split([-self.kv_heads * self.width], dim=1)
@@ -204,7 +220,7 @@ class Layer:
 
     def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states after the MLP."""
-        return self.down(self.gated(hidden), hidden)
+        return self.down(self.swiglu(hidden), hidden)
 
 
 class LastLayer(Layer):
@@ -212,10 +228,12 @@ class LastLayer(Layer):
 
     def projections(self, norm: nn.Module, attention: nn.Module) -> Product:
         """Keys and values side by side; few queries are needed."""
-        self.query = normed(norm, attention.q_proj)
-        return normed(norm, attention.k_proj, attention.v_proj)
+        self.query = rms_norm_linear(norm, attention.q_proj)
+        return rms_norm_linear(norm, attention.k_proj, attention.v_proj)
 
-    def __call__(self, hidden_ND: torch.Tensor, packed: Packed, turn: Turn | SharedTurn) -> torch.Tensor:
+    def __call__(
+        self, hidden_ND: torch.Tensor, packed: Packed, turn: RotaryEmbedding | SharedRotaryEmbedding
+    ) -> torch.Tensor:
         """Hidden states [B, D] of the last tokens after the layer."""
         ends = packed.lengths - 1
         hidden_BD = hidden_ND[packed.index.gather(1, ends[:, None])[:, 0]]
@@ -232,7 +250,9 @@ class LastLayer(Layer):
         return self.mlp(self.output(attended_BH1d.flatten(1), hidden_BD))
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
     """Causal attention [B, T, H * d] of query [T, B, H, d], key [T, B, K, d] and value [B, T, K, d].
 
     By a fused kernel, or, with a mask [H / K * T, T] (0, -inf after the diagonal), as products and softmax.

@@ -1,7 +1,7 @@
 """Packing: a padded batch of prompts -> groups of like length, in which every token is there once and none is padding.
 
 A token is the same as another if it and all before it are. Prompts are sorted, and each takes what it begins with from
-the prompt before it, up to its first picture. A few tokens that nothing looks at fill a group, and its prompts, up to
+the prompt before it, up to its first image. A few tokens that nothing looks at fill a group, and its prompts, up to
 one of few sizes: a CPU's products are compiled, and kept, for every size that they meet (2 ms, as long as many run).
 
 B prompts, T tokens of the longest (and a few more), N different tokens.

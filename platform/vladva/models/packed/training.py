@@ -3,7 +3,7 @@
 As the fast forward of embedding (fast_forward.py): tokens are packed, those that follow the same tokens are computed
 once, the last layer's output projection and MLP run only on the ends of prompts, and on captions where there is a
 caption loss. But weights are used where they are, with LoRA, and every operation has a gradient (operations.py). The
-frozen vision tower runs without; what it gave for a picture can be handed in again.
+frozen vision tower runs without; what it gave for an image can be handed in again.
 
 B prompts, T tokens of the longest, N packed tokens, K tokens of captions, D width, H heads, K key-value heads of d.
 """
@@ -20,8 +20,18 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from vladva.losses.next_token import cross_entropy_sum, mean_share
-from vladva.models.packed.autograd_ops import Shared, Table, Turn, attend, embedded, gated, norm, padded, products
-from vladva.models.packed.clip_tower import with_fast_tower
+from vladva.models.packed.autograd_ops import (
+    RotaryEmbedding,
+    SharedPrefix,
+    TokenEmbedding,
+    causal_attention,
+    embedded,
+    lora_linear,
+    norm,
+    padded,
+    swiglu,
+)
+from vladva.models.packed.clip_tower import with_packed_tower
 from vladva.models.packed.packing import Packed, full, groups, pack
 
 if TYPE_CHECKING:
@@ -36,7 +46,7 @@ GROUP_TOKENS = {"cpu": 1024, "cuda": 32_768}
 SHORT = 256  # tokens up to which a CPU computes attention as products and softmax, not by a fused kernel
 
 
-def why_plain(backbone: ModuleType, text: PreTrainedConfig, config: RunConfig) -> str | None:
+def packing_unsupported(backbone: ModuleType, text: PreTrainedConfig, config: RunConfig) -> str | None:
     """Why a run must train the plain forward; None where it can do with this one.
 
     Dropout draws a mask for padded tokens, ZeRO-3 partitions the weights.
@@ -45,7 +55,7 @@ def why_plain(backbone: ModuleType, text: PreTrainedConfig, config: RunConfig) -
         return "LoRA dropout"
     if config.train.zero_stage == 3:
         return "ZeRO-3"
-    if text.model_type not in backbone.FAST_DECODERS:
+    if text.model_type not in backbone.PACKED_DECODERS:
         return f"no packed forward for {text.model_type}"
     return "attention in a sliding window" if text.to_dict().get("sliding_window") is not None else None
 
@@ -55,7 +65,7 @@ class Group:
     """A group of prompts with their captions, packed."""
 
     packed: Packed
-    shared: Shared
+    shared: SharedPrefix
     ends: Tensor  # [B] the column of each prompt's last token
     wanted: Tensor  # [U] the tokens whose last hidden state is needed: ends, and what predicts captions
     summary: Tensor  # [B] the end of each prompt among the U
@@ -73,17 +83,17 @@ class Group:
         wanted = np.pad(wanted, (0, full(len(wanted)) - len(wanted)))
         targets = ids_BT[rows, 1:longest][predicts[:, :-1]]
         arrays = ends, wanted, order[: len(rows)], order[len(rows) :], targets
-        shared = Shared(**{name: places.to(device) for name, places in vars(Shared.of(packed)).items()})
+        shared = SharedPrefix(**{name: places.to(device) for name, places in vars(SharedPrefix.of(packed)).items()})
         return cls(packed.to(device), shared, *(torch.from_numpy(array).to(device) for array in arrays))
 
 
-class TrainingForward:
+class PackedTraining:
     """Tokens, pixels -> embeddings, hidden states, of a model with a Llama's decoder (Qwen2's has biases besides)."""
 
     def __init__(self, model: EmbeddingModel) -> None:
         self.model = model
         self.language = model.base.model.language_model
-        self.vision = with_fast_tower(model.base.model)
+        self.vision = with_packed_tower(model.base.model)
         self.depth = model.layer or len(self.language.layers)
         self.layers = [Layer(layer) for layer in self.language.layers]
         self.last = LastLayer(self.language.layers[self.depth - 1])
@@ -101,7 +111,7 @@ class TrainingForward:
             embeddings_BD = self.run(prompts, pixels, captions=False)[0]
             return embeddings_BD, embeddings_BD.new_zeros(())
         embeddings_BD, before_KD, targets_K = self.with_captions(tokens, pixels)
-        head = Table.of(self.model.base.lm_head)
+        head = TokenEmbedding.of(self.model.base.lm_head)
         replaced = None if head.rows is None else (head.soft, head.rows)
         total = cross_entropy_sum(before_KD, head.base.weight, targets_K, replaced=replaced)
         return embeddings_BD, mean_share(total, caption_tokens)
@@ -135,10 +145,10 @@ class TrainingForward:
 
     @torch.no_grad()
     def image_features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Features [K, D] of the K image tokens of all pictures."""
+        """Features [K, D] of the K image tokens of all images."""
         of_text = ("input_ids", "attention_mask", "position_ids")
-        of_pictures = {name: value for name, value in inputs.items() if name not in of_text}
-        return torch.cat(list(self.vision.get_image_features(**of_pictures).pooler_output))
+        of_images = {name: value for name, value in inputs.items() if name not in of_text}
+        return torch.cat(list(self.vision.get_image_features(**of_images).pooler_output))
 
     def states(
         self, group: Group, inputs: dict[str, Tensor], features_KD: Tensor | None, captions: bool
@@ -151,7 +161,7 @@ class TrainingForward:
         positions = torch.arange(tokens, device=hidden.device)[None]
         if "position_ids" in inputs:  # [3, B, T]
             positions = packed.positions(inputs["position_ids"])
-        turn = Turn.by(*self.language.rotary_emb(hidden, positions))
+        turn = RotaryEmbedding.by(*self.language.rotary_emb(hidden, positions))
         mask_TT = None
         if not hidden.is_cuda and tokens <= SHORT:
             mask_TT = torch.full((tokens, tokens), -torch.inf, dtype=hidden.dtype).triu_(1)
@@ -177,7 +187,12 @@ class Layer:
         self.kv_heads = self.attention.k_proj.out_features // self.width
 
     def __call__(
-        self, hidden_ND: Tensor, group: Group, turn: Turn, mask_TT: Tensor | None, wanted_U: Tensor | None = None
+        self,
+        hidden_ND: Tensor,
+        group: Group,
+        turn: RotaryEmbedding,
+        mask_TT: Tensor | None,
+        wanted_U: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the layer [N, D], or of the wanted tokens only [U, D]."""
         arguments = (hidden_ND, group, turn, mask_TT, wanted_U)
@@ -186,7 +201,7 @@ class Layer:
         return self.compute(*arguments)
 
     def compute(
-        self, hidden: Tensor, group: Group, turn: Turn, mask_TT: Tensor | None, wanted_U: Tensor | None
+        self, hidden: Tensor, group: Group, turn: RotaryEmbedding, mask_TT: Tensor | None, wanted_U: Tensor | None
     ) -> Tensor:
         """The layer itself."""
         normed_ND = norm(self.layer.input_layernorm, hidden)
@@ -194,7 +209,7 @@ class Layer:
         rest = heads_BTHd.shape[2] - self.kv_heads
         turned_BTHd, value_BTKd = heads_BTHd.split([rest, self.kv_heads], dim=2)
         query_BTHd, key_BTKd = turn(turned_BTHd).split([rest - self.kv_heads, self.kv_heads], dim=2)
-        attended_BTD = attend(query_BTHd, key_BTKd, value_BTKd, mask_TT)
+        attended_BTD = causal_attention(query_BTHd, key_BTKd, value_BTKd, mask_TT)
         place = group.packed.place
         if wanted_U is not None:
             hidden, place = hidden.index_select(0, wanted_U), place[wanted_U]
@@ -202,29 +217,29 @@ class Layer:
 
     def heads(self, group: Group, normed_ND: Tensor, *projections: nn.Module) -> Tensor:
         """Projections side by side, as padded rows of heads [B, T, heads, d]."""
-        return padded(products(normed_ND, *projections), group.packed, group.shared).unflatten(2, (-1, self.width))
+        return padded(lora_linear(normed_ND, *projections), group.packed, group.shared).unflatten(2, (-1, self.width))
 
     def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Hidden states after attention's output projection, and the MLP."""
-        hidden = hidden + products(attended, self.attention.o_proj)
-        normed, mlp = norm(self.layer.post_attention_layernorm, hidden), self.feed
+        hidden = hidden + lora_linear(attended, self.attention.o_proj)
+        rms_norm_linear, mlp = norm(self.layer.post_attention_layernorm, hidden), self.feed
         if mlp.config.hidden_act == "silu":
-            inner = gated(products(normed, mlp.gate_proj, mlp.up_proj))
+            inner = swiglu(lora_linear(rms_norm_linear, mlp.gate_proj, mlp.up_proj))
         else:
-            inner = mlp.act_fn(products(normed, mlp.gate_proj)) * products(normed, mlp.up_proj)
-        return hidden + products(inner, mlp.down_proj)
+            inner = mlp.act_fn(lora_linear(rms_norm_linear, mlp.gate_proj)) * lora_linear(rms_norm_linear, mlp.up_proj)
+        return hidden + lora_linear(inner, mlp.down_proj)
 
 
 class LastLayer(Layer):
     """The layer that is embedded from: packed tokens -> the last token of each prompt, whose query alone is needed."""
 
-    def __call__(self, hidden_ND: Tensor, group: Group, turn: Turn) -> Tensor:
+    def __call__(self, hidden_ND: Tensor, group: Group, turn: RotaryEmbedding) -> Tensor:
         """Hidden states [B, D] of the prompts' last tokens after the layer."""
         last_B = group.packed.index.gather(1, group.ends[:, None])[:, 0]
         normed_ND = norm(self.layer.input_layernorm, hidden_ND)
         pairs_BTHd = self.heads(group, normed_ND, self.attention.k_proj, self.attention.v_proj)
         key_BTKd, value_BTKd = pairs_BTHd.chunk(2, dim=2)
-        query_B1Hd = products(normed_ND[last_B], self.attention.q_proj).view(len(last_B), 1, -1, self.width)
+        query_B1Hd = lora_linear(normed_ND[last_B], self.attention.q_proj).view(len(last_B), 1, -1, self.width)
         seen_BT = torch.arange(key_BTKd.shape[1], device=last_B.device) <= group.ends[:, None]
         attended_BH1d = scaled_dot_product_attention(
             turn.at(group.ends)(query_B1Hd).transpose(1, 2),
@@ -238,7 +253,7 @@ class LastLayer(Layer):
 
 def pack_training(model: EmbeddingModel, config: RunConfig) -> str | None:
     """Train on packed tokens from now on; returns the reason where that cannot be."""
-    reason = why_plain(model.backbone, model.base.config.get_text_config(), config)
+    reason = packing_unsupported(model.backbone, model.base.config.get_text_config(), config)
     if reason is None:
-        model.packed = TrainingForward(model)
+        model.packed = PackedTraining(model)
     return reason

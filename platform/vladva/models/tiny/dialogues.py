@@ -44,13 +44,13 @@ def questions(scene: Scene, random: Random) -> list[Turn]:
     return random.sample(turns, 3)
 
 
-def picture_questions(scene: Scene, random: Random) -> Dialogue:
-    """Questions about a picture."""
+def image_questions(scene: Scene, random: Random) -> Dialogue:
+    """Questions about an image."""
     return render(scene), questions(scene, random)
 
 
 def caption_questions(scene: Scene, random: Random) -> Dialogue:
-    """The same questions about a complete short caption: reading, without a picture."""
+    """The same questions about a complete short caption: reading, without an image."""
     caption = short_caption(claim_of(scene, random), random)
     (first, answer), *rest = (turn for turn in questions(scene, random))
     return None, [(f"{caption}. {first}", answer), *rest]
@@ -72,6 +72,6 @@ def brief_caption(scene: Scene, random: Random) -> Dialogue:
 MIXTURE: tuple[tuple[Callable[[Scene, Random], Dialogue], int], ...] = (
     (detailed_caption, 22),
     (brief_caption, 8),
-    (picture_questions, 10),
+    (image_questions, 10),
     (caption_questions, 8),
 )

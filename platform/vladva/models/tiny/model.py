@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vladva.data.scenes.captions import long_caption
 from vladva.data.scenes.corpus import scenes
-from vladva.data.scenes.scene import PICTURE_SIZE
+from vladva.data.scenes.scene import IMAGE_SIZE
 from vladva.models.tiny.dialogues import BRIEF, DETAILED, MIXTURE, VERY_BRIEF
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
         intermediate_size=768,
         num_hidden_layers=4,
         num_attention_heads=6,
-        image_size=PICTURE_SIZE,
+        image_size=IMAGE_SIZE,
         patch_size=16,
         projection_dim=192,
     )
@@ -121,7 +121,7 @@ def save_checkpoint(model: LlavaForConditionalGeneration, tokenizer: PreTrainedT
     model.to(torch.float16).save_pretrained(folder)
     model.float().load_state_dict(kept)
     tokenizer.save_pretrained(folder)
-    size = PICTURE_SIZE
+    size = IMAGE_SIZE
     processor = {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,

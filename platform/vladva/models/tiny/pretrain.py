@@ -5,7 +5,7 @@ float16) and come from `jobs/pretrain_tiny.py`, which trains on scenes of the tr
 
 1. the vision tower alone learns to name, patch by patch, the object whose centre is there (real LVLMs, too, begin with
    a trained tower);
-2. the whole model learns to write captions of varied length and detail, to answer questions about pictures, and to
+2. the whole model learns to write captions of varied length and detail, to answer questions about images, and to
    answer the same questions about captions.
 
 No loss ever compares two examples, so nothing contrastive is learned.
@@ -21,7 +21,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from vladva.data.scenes.scene import COLOURS, PICTURE_SIZE, RADII, SHAPES, Scene, random_scene, render
+from vladva.data.scenes.scene import COLOURS, IMAGE_SIZE, RADII, SHAPES, Scene, random_scene, render
 from vladva.models.tiny.dialogues import MIXTURE, Dialogue
 from vladva.models.tiny.model import build_model, build_tokenizer, save_checkpoint
 
@@ -60,9 +60,9 @@ def collate(dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerFast) -> di
         "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in encoded]),
         "labels": torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in encoded]),
     }
-    pictures = [np.asarray(picture) for picture, _ in dialogues if picture is not None]
-    if pictures:
-        pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
+    images = [np.asarray(picture) for picture, _ in dialogues if picture is not None]
+    if images:
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
         batch["pixel_values"] = pixels / 127.5 - 1
     return batch
 
@@ -88,7 +88,7 @@ def learning_rate(step: int, steps: int, peak: float = 6e-4, warmup: int = 300) 
 def patch_labels(scene: Scene) -> list[list[int]]:
     """Colour, shape and size of the object whose centre is in each of the 16 patches, as class numbers; 0: none."""
     labels = [[0, 0, 0] for _ in range(16)]
-    patch = PICTURE_SIZE // 4
+    patch = IMAGE_SIZE // 4
     for thing in scene.objects:
         labels[4 * int(thing.y // patch) + int(thing.x // patch)] = [
             1 + tuple(COLOURS).index(thing.colour),
@@ -116,7 +116,7 @@ def average_gradients(model: torch.nn.Module, extra: torch.Tensor) -> torch.Tens
 def pretrain_tower(
     model: LlavaForConditionalGeneration, *, steps: int, seed: int = 0, say: Callable[[str], None] = print
 ) -> None:
-    """Stage 1: the vision tower learns to label its patches, `steps` steps of 128 pictures. The head is thrown away."""
+    """Stage 1: the vision tower learns to label its patches, `steps` steps of 128 images. The head is thrown away."""
     import numpy as np
     import torch
     from torch import distributed

@@ -1,4 +1,4 @@
-"""Sources: the forms in which people have pictures and captions, one file each.
+"""Sources: the forms in which people have images and captions, one file each.
 
 The folder listing is the menu: every module here is a format and is found by its file name. It has
 
@@ -6,9 +6,9 @@ The folder listing is the menu: every module here is a format and is found by it
     OPTIONS           the fields of `SourceOptions` that mean something for it
     PRIORITY          where several formats recognise a folder, the lowest number has it
     match(files)      the names of those files that make up a source of this format; none where it is another one
-    entries(source)   what is in them, in order, without the pictures: `Entry`, `Rejected` or `LeftOut` per row
+    entries(source)   what is in them, in order, without the images: `Entry`, `Rejected` or `LeftOut` per row
 
-Entries say where a picture's bytes lie and never carry them, so that a source of any size is listed in little memory.
+Entries say where an image's bytes lie and never carry them, so that a source of any size is listed in little memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from vladva.core import storage
-from vladva.core.errors import BadDataError
+from vladva.core.errors import InvalidSampleError
 from vladva.core.storage import FileInfo
 
 PATH_COLUMNS = ("path", "filepath", "file_path", "image_path", "file_name", "filename", "file", "image", "img")
@@ -59,7 +59,7 @@ class Source:
 
     @property
     def images_uri(self) -> str:
-        """Where relative paths of pictures start."""
+        """Where relative paths of images start."""
         return storage.absolute(self.options.images) if self.options.images else self.uri
 
     def entries(self) -> Iterator[Entry | Rejected | LeftOut]:
@@ -68,11 +68,11 @@ class Source:
 
 
 class Entry(NamedTuple):
-    """A picture with captions. `file` holds it: as a whole, from byte `offset` on, or in row `offset` of `column`."""
+    """An image with captions. `file` holds it: as a whole, from byte `offset` on, or in row `offset` of `column`."""
 
     id: str  # what the source calls it
     place: str  # in the source, for people
-    file: str  # relative to where pictures are, or an absolute URI
+    file: str  # relative to where images are, or an absolute URI
     captions: Sequence[str] = ()
     offset: int = -1
     length: int = -1
@@ -177,17 +177,17 @@ def check_options(name: str, options: SourceOptions) -> None:
 
 
 def texts_of(value: Any) -> list[str]:
-    """A cell with a caption or a list of them, as text or UTF-8. Raises BadDataError."""
+    """A cell with a caption or a list of them, as text or UTF-8. Raises InvalidSampleError."""
     values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
     texts = []
     for text in values:
         if not isinstance(text, (str, bytes)):
-            raise BadDataError("caption is not text", repr(text))
+            raise InvalidSampleError("caption is not text", repr(text))
         try:
             # Halves of characters stand for bytes that are no UTF-8 (CSV), or are spelled out in JSON.
             texts.append((text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text).decode())
         except UnicodeError as error:
-            raise BadDataError("caption is not UTF-8", str(error)) from None
+            raise InvalidSampleError("caption is not UTF-8", str(error)) from None
     return clean(texts)
 
 
@@ -212,7 +212,7 @@ def refuse_urls(path: str, file: str) -> None:
     """Raise ValueError for a link: nothing is downloaded."""
     if path.startswith(("http://", "https://")):
         raise ValueError(
-            f"{file} holds links ({path}), and this job downloads nothing: fetch the pictures with img2dataset "
+            f"{file} holds links ({path}), and this job downloads nothing: fetch the images with img2dataset "
             f"(--output_format webdataset), then prepare the folder it has written"
         )
 

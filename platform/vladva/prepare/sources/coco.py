@@ -1,4 +1,4 @@
-"""COCO's caption files (captions_train2017.json, nocaps) beside a folder of pictures."""
+"""COCO's caption files (captions_train2017.json, nocaps) beside a folder of images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from vladva.prepare.sources import Entry, FileSet, LeftOut, Rejected, Source
 from vladva.prepare.sources.karpathy import entry_of, read_document
 
-TITLE = "COCO captions JSON (images and annotations) and the folder of its pictures"
+TITLE = "COCO captions JSON (images and annotations) and the folder of its images"
 PRIORITY = 3
 OPTIONS = ("images", "id_column")
 BEGINS = re.compile(rb'^\s*\{\s*"(info|images|licenses|annotations|type)"\s*:')
@@ -27,9 +27,9 @@ def match(files: FileSet) -> list[str]:
 
 
 def entries(source: Source) -> Iterator[Entry | Rejected | LeftOut]:
-    """One entry a picture, with the captions that the annotations give it, in their order.
+    """One entry an image, with the captions that the annotations give it, in their order.
 
-    Counted are the pictures, and those annotations whose picture is not listed.
+    Counted are the images, and those annotations whose image is not listed.
     """
     for file in source.files:
         content = read_document(source, file, "images", "annotations")

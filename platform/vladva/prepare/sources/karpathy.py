@@ -1,4 +1,4 @@
-"""Karpathy's split files (dataset_coco.json, dataset_flickr30k.json) beside a folder of pictures."""
+"""Karpathy's split files (dataset_coco.json, dataset_flickr30k.json) beside a folder of images."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Iterator
 from typing import Any
 
 from vladva.core import storage
-from vladva.core.errors import BadDataError
+from vladva.core.errors import InvalidSampleError
 from vladva.prepare.sources import Entry, FileSet, LeftOut, Rejected, Source, texts_of
 
-TITLE = "Karpathy JSON (dataset_coco.json) and the folder of its pictures; --split picks"
+TITLE = "Karpathy JSON (dataset_coco.json) and the folder of its images; --split picks"
 PRIORITY = 2
 OPTIONS = ("images", "id_column", "splits")
 
 
 def match(files: FileSet) -> list[str]:
-    """JSON files at the top whose pictures have sentences."""
+    """JSON files at the top whose images have sentences."""
     return [name for name in files.ending(".json") if "/" not in name and b'"sentids"' in files.head(name)]
 
 
 def entries(source: Source) -> Iterator[Entry | Rejected | LeftOut]:
-    """One entry a picture; those of other splits are left out."""
+    """One entry an image; those of other splits are left out."""
     options = source.options
     for file in source.files:
         known = set()
@@ -48,7 +48,7 @@ def entry_of(source: Source, place: str, image: dict[str, Any], path: str, capti
         return Rejected(called or place, place, "no id or path")
     try:
         return Entry(called, place, path, texts_of([text for text in captions if text is not None]))
-    except BadDataError as problem:
+    except InvalidSampleError as problem:
         return Rejected(called, place, problem.reason, problem.detail)
 
 

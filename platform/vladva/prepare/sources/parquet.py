@@ -1,4 +1,4 @@
-"""Parquet: pictures as bytes, as Hugging Face's {bytes, path}, or as paths; captions in one column or several."""
+"""Parquet: images as bytes, as Hugging Face's {bytes, path}, or as paths; captions in one column or several."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vladva.core import storage
-from vladva.core.errors import BadDataError
-from vladva.core.object_store import PassingFaultError
+from vladva.core.errors import InvalidSampleError
+from vladva.core.object_store import TransientStorageError
 from vladva.prepare.sources import (
     CAPTION_COLUMNS,
     PATH_COLUMNS,
@@ -25,7 +25,7 @@ from vladva.prepare.sources import (
     texts_of,
 )
 
-TITLE = "Parquet with a column of pictures (bytes or {bytes, path}) or of their paths"
+TITLE = "Parquet with a column of images (bytes or {bytes, path}) or of their paths"
 PRIORITY = 1
 OPTIONS = ("images", "image_column", "caption_columns", "id_column")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes", *PATH_COLUMNS)
@@ -37,7 +37,7 @@ def match(files: FileSet) -> list[str]:
 
 
 def entries(source: Source) -> Iterator[Entry | Rejected | LeftOut]:
-    """One entry a row, read by row groups, the pictures' column only where it holds paths.
+    """One entry a row, read by row groups, the images' column only where it holds paths.
 
     Rows with bytes are called FILE#ROW, unless --id-column says what; rows with the same path are one sample.
     """
@@ -65,7 +65,7 @@ def _read_group(piece: tuple[Source, str, int | Rejected, pq.FileMetaData | None
     numbers = range(first, first + table.metadata.row_group(group).num_rows)
     try:
         rows = plain_rows(table.read_row_group(group, sorted(columns.read())), len(numbers))
-    except PassingFaultError:
+    except TransientStorageError:
         raise
     except (pa.ArrowInvalid, OSError) as error:
         return [Rejected(f"{file}#{n}", f"{file}, row {n}", "unreadable Parquet", str(error)[:200]) for n in numbers]
@@ -84,12 +84,12 @@ def _entry(source: Source, columns: Columns, file: str, number: int, row: dict[s
             refuse_urls(path, file)
             return Entry(name if columns.id else path, place, path, texts)
         return Entry(name, place, storage.join(source.uri, file), texts, offset=number, column=columns.image)
-    except BadDataError as problem:
+    except InvalidSampleError as problem:
         return Rejected(name, place, problem.reason, problem.detail)
 
 
 class Columns(NamedTuple):
-    """What is where in a file; `by_path`: the pictures' column holds paths."""
+    """What is where in a file; `by_path`: the images' column holds paths."""
 
     image: str
     by_path: bool
@@ -134,13 +134,13 @@ def plain_rows(table: pa.Table, num_rows: int) -> Iterator[dict[str, Any]]:
 
 
 def one_text(value: Any) -> str:
-    """The text or number in a cell. Raises BadDataError."""
+    """The text or number in a cell. Raises InvalidSampleError."""
     # Bytes that are no UTF-8 are for the catalog to refuse, as in the names of files.
     text = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
     if isinstance(text, int):
         text = str(text)
     if not isinstance(text, str) or not text.strip():
-        raise BadDataError("no id or path", repr(value))
+        raise InvalidSampleError("no id or path", repr(value))
     return text.strip()
 
 

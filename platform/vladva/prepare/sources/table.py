@@ -1,4 +1,4 @@
-"""CSV and TSV: a column with paths of pictures, one or several with captions. Rows of one path are one sample."""
+"""CSV and TSV: a column with paths of images, one or several with captions. Rows of one path are one sample."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vladva.core import storage
-from vladva.core.errors import BadDataError
+from vladva.core.errors import InvalidSampleError
 from vladva.prepare.sources import (
     PATH_COLUMNS,
     Entry,
@@ -40,7 +40,7 @@ def entries(source: Source) -> Iterator[Entry | Rejected | LeftOut]:
     for file in source.files:
         columns: list[str] = []
         for place, row in read_table(storage.join(source.uri, file), file):
-            if isinstance(row, BadDataError):
+            if isinstance(row, InvalidSampleError):
                 yield Rejected(place, place, row.reason, row.detail)
                 continue
             if not columns:
@@ -53,11 +53,11 @@ def entries(source: Source) -> Iterator[Entry | Rejected | LeftOut]:
                 refuse_urls(path, file)
                 texts = [text for column in captions for text in cell_texts(row[column])]
                 yield Entry(called, place, path, texts)
-            except BadDataError as problem:
+            except InvalidSampleError as problem:
                 yield Rejected(place, place, problem.reason, problem.detail)
 
 
-def read_table(uri: str, file: str) -> Iterator[tuple[str, dict[str, str] | BadDataError]]:
+def read_table(uri: str, file: str) -> Iterator[tuple[str, dict[str, str] | InvalidSampleError]]:
     """(place, row) of every line of a table, or what is wrong with it. Bytes that are no UTF-8 come as surrogates.
 
     Raises ValueError where there is no header.
@@ -74,16 +74,16 @@ def read_table(uri: str, file: str) -> Iterator[tuple[str, dict[str, str] | BadD
         except StopIteration:
             return
         except csv.Error as error:
-            yield place, BadDataError("broken row", str(error))
+            yield place, InvalidSampleError("broken row", str(error))
             continue
         if len(row) == len(header):
             yield place, dict(zip(header, row, strict=True))
         elif row:
-            yield place, BadDataError("broken row", f"{len(row)} cells where the header has {len(header)}: {row}")
+            yield place, InvalidSampleError("broken row", f"{len(row)} cells where the header has {len(header)}: {row}")
 
 
 def cell_texts(cell: str) -> list[str]:
-    """The captions in a cell: a text, or a list of texts in JSON. Raises BadDataError."""
+    """The captions in a cell: a text, or a list of texts in JSON. Raises InvalidSampleError."""
     values: Any = cell
     if cell.startswith("["):
         try:
