@@ -26,7 +26,7 @@ from vladva.core.hashing import digest
 from vladva.core.progress import Progress
 from vladva.embed.actor import EmbeddingActor
 from vladva.embed.batching import ContentDeduplicator, PreparedBatch
-from vladva.embed.corpus import open_corpus, read_images
+from vladva.embed.corpus import open_corpus
 from vladva.embed.layers_actor import LayersEmbeddingActor
 from vladva.embed.pipeline import encode, read_embeddings
 from vladva.embed.table import embedding_matrix, find_note, keys_of, open_table
@@ -418,7 +418,7 @@ def test_a_folder_of_images_may_have_captions(tmp_path: Path, ray_cluster: None)
     assert len(items) == 4
     assert items["one.png#1", "text"]["text"] == "second"
     assert [item["caption"] for item in pictures] == ["first", None]
-    assert read_images(str(tmp_path), pictures) == [image(1), image(2)]
+    assert read_item_images(str(tmp_path), pictures) == [image(1), image(2)]
 
 
 @pytest.mark.parametrize("as_struct", [False, True])
@@ -431,7 +431,7 @@ def test_parquet_files_are_read_by_the_usual_columns(tmp_path: Path, ray_cluster
     assert [items[f"part.parquet#{i}", "image"]["image"] for i in range(5)] == bodies
     assert items["part.parquet#3#0", "text"]["text"] == "image 3"
     assert items["part.parquet#3", "image"]["caption"] == "image 3"
-    assert read_images(str(tmp_path), [items["part.parquet#3", "image"]]) == [bodies[3]]
+    assert read_item_images(str(tmp_path), [items["part.parquet#3", "image"]]) == [bodies[3]]
     assert len(items_of(str(tmp_path), ["text"])) == 5
 
 
@@ -471,7 +471,7 @@ def test_shards_are_embedded_indexed_and_searched_by_the_jobs(tmp_path: Path, sc
 
     first = kinds.index("image")
     name, shard = embeddings["id"][first].as_py(), embeddings.slice(first, 1).to_pylist()[0]
-    (tmp_path / "query.png").write_bytes(read_images(open_table(table).corpus, [shard])[0])
+    (tmp_path / "query.png").write_bytes(read_item_images(open_table(table).corpus, [shard])[0])
     search = [sys.executable, "jobs/search.py", index, "--model", "tiny"]
     done = job(*search, "--image", str(tmp_path / "query.png"), "-k", "3", "--html", str(page))
     assert done.returncode == 0, done.stderr

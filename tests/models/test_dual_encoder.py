@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from support.checkpoints import build_blip, build_blip_2, build_clip
 
-from vladva.embed.actor import Encoder
-from vladva.embed.batching import Prepared
+from vladva.embed.actor import EmbeddingActor
+from vladva.embed.batching import PreparedBatch
 from vladva.models.dual_encoder_embedder import DualEncoder, describe_dual_encoder
 from vladva.models.dual_encoders import family_of
 from vladva.models.dual_encoders.blip import clean
@@ -88,7 +88,7 @@ def test_a_image_of_blip_2_is_as_near_as_its_nearest_query_token(checkpoints: di
 def test_the_batch_job_embeds_as_the_embedder(name: str, checkpoints: dict[str, str], tmp_path: Path) -> None:
     """What the job's actor does with a batch of texts and one of images, item by item too."""
     description = describe_dual_encoder(checkpoints[name], "float32")
-    encoder = Encoder({"model": checkpoints[name]}, str(tmp_path), description)
+    encoder = EmbeddingActor({"model": checkpoints[name]}, str(tmp_path), description)
     preprocessor, embedder = encoder.embedder.preprocessor, encoder.embedder
     items = pa.table({"id": ["a", "b", "c", "d"]})
     prompts = [preprocessor.text_prompt(text) for text in TEXTS]
@@ -96,10 +96,10 @@ def test_the_batch_job_embeds_as_the_embedder(name: str, checkpoints: dict[str, 
     texts, vectors = embedder.embed_texts(TEXTS), embedder.embed_images(pictures()).reshape(3, -1)
     assert np.allclose(encoder.forward(prompts, None), texts, atol=1e-6)
     assert np.allclose(encoder.forward([[]] * 3, images), vectors, atol=1e-6)
-    rows, reasons = encoder.one_by_one(Prepared(items.slice(0, 3), [[]] * 3, images))
+    rows, reasons = encoder.one_by_one(PreparedBatch(items.slice(0, 3), [[]] * 3, images))
     assert np.allclose(rows, vectors, atol=1e-6)
     assert reasons == [None] * 3
-    assert np.allclose(encoder.one_by_one(Prepared(items, prompts, None))[0], texts, atol=1e-6)
+    assert np.allclose(encoder.one_by_one(PreparedBatch(items, prompts, None))[0], texts, atol=1e-6)
 
 
 def test_blip_reads_a_cleaned_caption() -> None:

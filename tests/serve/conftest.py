@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
-from support.wire import ADAPTER, CAPTIONS, KEY, OTHER_KEY, SIZES, STRICT, image
+from support.wire import ADAPTER, CAPTIONS, KEY, OTHER_KEY, SIZES, STRICT, noise_image
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -81,7 +81,7 @@ def write_index(folder: Path, model: dict[str, Any], vectors_ND: np.ndarray) -> 
 @pytest.fixture(scope="session")
 def index(tmp_path_factory: pytest.TempPathFactory, embedder: Embedder) -> str:
     """Folder of an index made with the server's model."""
-    images = [image(i) for i in range(len(CAPTIONS))]
+    images = [noise_image(i) for i in range(len(CAPTIONS))]
     return write_index(tmp_path_factory.mktemp("index"), embedder.description(), embedder.embed_images(images))
 
 
@@ -89,7 +89,7 @@ def index(tmp_path_factory: pytest.TempPathFactory, embedder: Embedder) -> str:
 def foreign_index(tmp_path_factory: pytest.TempPathFactory, embedder: Embedder) -> str:
     """Folder of an index made with another model."""
     model = embedder.description() | {"fingerprint": "0123456789abcdef"}
-    images = [image(i) for i in range(len(CAPTIONS))]
+    images = [noise_image(i) for i in range(len(CAPTIONS))]
     return write_index(tmp_path_factory.mktemp("foreign"), model, embedder.embed_images(images))
 
 

@@ -29,7 +29,7 @@ def data_uri(data: bytes | Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
-def picture(seed: int) -> Image.Image:
+def noise_image(seed: int) -> Image.Image:
     """64 x 64 pixels of coloured blocks."""
     blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     return Image.fromarray(blocks.repeat(16, axis=0).repeat(16, axis=1))

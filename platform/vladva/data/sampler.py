@@ -5,8 +5,8 @@ One data set: its epochs one after the other, each laid out by its `EpochPlan`.
 Several: the n-th run of neighbours of the training comes from the data set that a pattern names, over and over. The
 pattern holds each data set as often as its share says, spread so evenly that after any n runs each has had its exact
 part of them, rounded up or down. A data set's own runs are those of its own epochs, laid out by an `EpochPlan` whose
-unit is one run: each of its samples comes once in each of its epochs, and fewer than one run are left out of an epoch. So a
-data set may begin its third epoch in the middle of a global batch while another is in its first.
+unit is one run: each of its samples comes once in each of its epochs, and fewer than one run are left out of an
+epoch. So a data set may begin its third epoch in the middle of a global batch while another is in its first.
 
 Chunk g is found without the chunks before it, in memory for one pattern; how many workers there are is not known here.
 """

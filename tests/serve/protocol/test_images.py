@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from support.wire import data_uri, encode, error_of, image
+from support.wire import data_uri, encode, error_of, noise_image
 
 from serve.protocol.images import MAX_RATIO, image_size, parse_data_uri
 
@@ -27,16 +27,16 @@ def claiming(width: int, height: int) -> bytes:
     )
 
 
-FRAMES = {"save_all": True, "append_images": [image(8), image(9)]}
+FRAMES = {"save_all": True, "append_images": [noise_image(8), noise_image(9)]}
 GOOD = {
     "1x1": encode(Image.new("RGB", (1, 1), "red")),
-    "cmyk": encode(image(1).convert("CMYK"), "JPEG"),
-    "animated gif": encode(image(1), "GIF", **FRAMES),
-    "animated webp": encode(image(1), "WEBP", **FRAMES),
+    "cmyk": encode(noise_image(1).convert("CMYK"), "JPEG"),
+    "animated gif": encode(noise_image(1), "GIF", **FRAMES),
+    "animated webp": encode(noise_image(1), "WEBP", **FRAMES),
     "16 bit": encode(Image.fromarray(np.full((64, 64), 40_000, np.uint16))),
-    "palette": encode(image(1).convert("P")),
-    "transparent": encode(image(1).convert("RGBA")),
-    "black and white": encode(image(1).convert("1")),
+    "palette": encode(noise_image(1).convert("P")),
+    "transparent": encode(noise_image(1).convert("RGBA")),
+    "black and white": encode(noise_image(1).convert("1")),
 }
 BAD = {
     "truncated png": encode(Image.effect_noise((64, 64), 50))[:600],
@@ -45,7 +45,7 @@ BAD = {
     "bomb below the cap": claiming(7_000, 7_000),
     "50 million x 1": claiming(50_000_000, 1),
     "empty": b"",
-    "bmp": encode(image(1), "BMP"),
+    "bmp": encode(noise_image(1), "BMP"),
     "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
 }
 
@@ -69,14 +69,14 @@ def test_bad_images_are_refused(client: httpx.Client, name: str) -> None:
 
 
 def test_only_the_first_frame_counts(client: httpx.Client) -> None:
-    still, moving = encode(image(1), "GIF"), GOOD["animated gif"]
+    still, moving = encode(noise_image(1), "GIF"), GOOD["animated gif"]
     response = client.post("/v1/embeddings", json={"input": [data_uri(still), data_uri(moving)], "modality": "image"})
     first, second = (entry["embedding"] for entry in response.json()["data"])
     np.testing.assert_allclose(first, second, atol=1e-5)
 
 
 def test_data_uris() -> None:
-    data = encode(image(0))
+    data = encode(noise_image(0))
     uri = data_uri(data)
     assert parse_data_uri(uri, len(data)) == data
     assert parse_data_uri(uri.replace("image/png", "image/png;charset=x"), len(data)) == data

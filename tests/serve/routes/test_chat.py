@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from support.wire import ADAPTER, data_uri, error_of, image
+from support.wire import ADAPTER, data_uri, error_of, noise_image
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from vladva.models.embedder import Embedder
 
 QUESTION = "Describe the image in detail."
-IMAGE_PART = {"type": "image_url", "image_url": {"url": data_uri(image(3))}}
+IMAGE_PART = {"type": "image_url", "image_url": {"url": data_uri(noise_image(3))}}
 MESSAGES = [{"role": "user", "content": [IMAGE_PART, {"type": "text", "text": QUESTION}]}]
 
 
 def expected(embedder: Embedder, **options: Any) -> str:
     """What the model says in this process."""
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-    return "".join(embedder.generate([{"role": "user", "content": content}], [image(3)], **options))
+    return "".join(embedder.generate([{"role": "user", "content": content}], [noise_image(3)], **options))
 
 
 def test_the_base_model_answers_unless_the_adapter_is_named(openai_client: OpenAI, embedder: Embedder) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 import pytest
-from support.wire import ADAPTER, data_uri, error_of, picture
+from support.wire import ADAPTER, data_uri, error_of, noise_image
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -41,7 +41,7 @@ def test_openai_client_gets_the_embedders_vectors(openai_client: OpenAI, embedde
 
 
 def test_forms_of_input(client: httpx.Client, embedder: Embedder) -> None:
-    image = picture(0)
+    image = noise_image(0)
     of_text, of_image = embedder.embed_texts(TEXTS[:1]), embedder.embed_images([image])
     text_part = {"type": "text", "text": TEXTS[0]}
     image_part = {"type": "image_url", "image_url": {"url": data_uri(image)}}
@@ -76,7 +76,7 @@ def test_dimensions_truncate_then_normalise(client: httpx.Client, embedder: Embe
 
 
 def test_image_usage_counts_image_tokens(client: httpx.Client, embedder: Embedder) -> None:
-    reply = client.post("/v1/embeddings", json={"input": data_uri(picture(1)), "modality": "image"}).json()
+    reply = client.post("/v1/embeddings", json={"input": data_uri(noise_image(1)), "modality": "image"}).json()
     assert reply["usage"]["prompt_tokens"] == embedder.num_image_tokens(64, 64) > (64 // 16) ** 2
 
 
@@ -94,7 +94,7 @@ def test_concurrent_requests_share_batches_and_get_their_own_vectors(client: htt
         ("an image <image> here", "invalid_value"),
         (7, "invalid_value"),
         ({"txt": "a"}, "invalid_value"),
-        ({"text": "a", "image": data_uri(picture(0))}, "invalid_value"),
+        ({"text": "a", "image": data_uri(noise_image(0))}, "invalid_value"),
         ({"image": "file:///etc/passwd"}, "invalid_image"),
         ({"image": "http://127.0.0.1:8265/api/version"}, "invalid_image"),
         ({"image": "data:image/png;base64,@@@@"}, "invalid_image"),

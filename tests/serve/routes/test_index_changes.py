@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from support.wire import CAPTIONS, data_uri, error_of, image
+from support.wire import CAPTIONS, data_uri, error_of, noise_image
 
 if TYPE_CHECKING:
     from vladva.models.embedder import Embedder
@@ -39,13 +39,13 @@ def best(client: httpx.Client, **body: Any) -> dict[str, Any]:
 
 def test_what_is_written_is_found_by_the_next_search(client: httpx.Client, embedder: Embedder) -> None:
     items = [
-        {"id": "new#0", "image": data_uri(image(40)), "columns": {"caption": "the fortieth", "size": 7}},
+        {"id": "new#0", "image": data_uri(noise_image(40)), "columns": {"caption": "the fortieth", "size": 7}},
         {"id": "new#1", "text": "a green square"},
     ]
     reply = change(client, "upsert", items=items)
     assert (reply["upserted"], reply["index"]) == (2, "gallery")
     assert reply["usage"]["prompt_tokens"] > embedder.count_text_tokens(["a green square"])[0]
-    hit = best(client, query={"image": data_uri(image(40))})
+    hit = best(client, query={"image": data_uri(noise_image(40))})
     assert (hit["id"], hit["columns"]) == ("new#0", {"kind": "image", "caption": "the fortieth", "size": 7.0})
     assert hit["score"] == pytest.approx(1, abs=1e-5)
     hit = best(client, query="a green square")
@@ -58,7 +58,7 @@ def test_what_is_written_is_found_by_the_next_search(client: httpx.Client, embed
 
     gone = change(client, "delete", ids=["new#0", "new#1", "nobody"])
     assert (gone["deleted"], gone["version"] > again["version"]) == (2, True)
-    assert best(client, query={"image": data_uri(image(40))})["id"].startswith("g#")
+    assert best(client, query={"image": data_uri(noise_image(40))})["id"].startswith("g#")
     assert change(client, "delete", ids=["new#0"])["deleted"] == 0
 
 
@@ -81,7 +81,7 @@ TEXT = {"id": "new#0", "text": "a"}
         ("upsert", {"items": []}, 422, "invalid_value", "items"),
         ("upsert", {"items": [{"id": "", "text": "a"}]}, 422, "invalid_value", "items[0].id"),
         ("upsert", {"items": [{"id": "new#0"}]}, 422, "invalid_value", "either `text` or `image`"),
-        ("upsert", {"items": [TEXT | {"image": data_uri(image(1))}]}, 422, "invalid_value", "either"),
+        ("upsert", {"items": [TEXT | {"image": data_uri(noise_image(1))}]}, 422, "invalid_value", "either"),
         ("upsert", {"items": [TEXT, {"id": "new#1", "text": " "}]}, 422, "invalid_value", "items[1]"),
         ("upsert", {"items": [TEXT, {"id": "new#1", "image": data_uri(b"no")}]}, 422, "invalid_image", "items[1]"),
         ("upsert", {"items": [TEXT, TEXT]}, 422, "invalid_value", "twice"),

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 import pytest
-from support.wire import data_uri, error_of, image
+from support.wire import data_uri, error_of, noise_image
 
 if TYPE_CHECKING:
     from vladva.models.embedder import Embedder
 
 QUERY = "a red circle"
-DOCUMENTS: list[Any] = ["a blue square", "a red circle", {"image": data_uri(image(5))}]
+DOCUMENTS: list[Any] = ["a blue square", "a red circle", {"image": data_uri(noise_image(5))}]
 
 
 @pytest.fixture(scope="module")
 def similarities(embedder: Embedder) -> np.ndarray:
     """Cosines of the query and the documents."""
-    documents = np.concatenate([embedder.embed_texts(DOCUMENTS[:2]), embedder.embed_images([image(5)])])
+    documents = np.concatenate([embedder.embed_texts(DOCUMENTS[:2]), embedder.embed_images([noise_image(5)])])
     return documents @ embedder.embed_texts([QUERY])[0]
 
 
@@ -48,10 +48,10 @@ def test_rerank_sorts(client: httpx.Client, similarities: np.ndarray) -> None:
 
 def test_classify_is_a_softmax_over_the_labels(client: httpx.Client, embedder: Embedder) -> None:
     names = ["red", "blue", "green"]
-    body = {"input": data_uri(image(5)), "modality": "image", "labels": names, "template": "a {} one"}
+    body = {"input": data_uri(noise_image(5)), "modality": "image", "labels": names, "template": "a {} one"}
     reply = client.post("/v1/classify", json=body).json()
     labels = embedder.embed_texts(["a red one", "a blue one", "a green one"])
-    logits = 100 * labels @ embedder.embed_images([image(5)])[0]
+    logits = 100 * labels @ embedder.embed_images([noise_image(5)])[0]
     probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     [entry] = reply["data"]
     assert entry["probs"] == pytest.approx(probabilities, abs=1e-3)

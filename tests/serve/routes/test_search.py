@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 import pytest
-from support.wire import ADAPTER, CAPTIONS, data_uri, error_of, image
+from support.wire import ADAPTER, CAPTIONS, data_uri, error_of, noise_image
 
 if TYPE_CHECKING:
     from vladva.models.embedder import Embedder
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def gallery(embedder: Embedder) -> np.ndarray:
     """Embeddings [N, D] of the indexed images."""
-    return embedder.embed_images([image(i) for i in range(len(CAPTIONS))])
+    return embedder.embed_images([noise_image(i) for i in range(len(CAPTIONS))])
 
 
 def search(client: httpx.Client, **body: Any) -> dict[str, Any]:
@@ -36,8 +36,8 @@ def test_hits_are_the_nearest_rows(client: httpx.Client, embedder: Embedder, gal
     queries = [
         ({"query": "a red circle"}, vector),
         ({"query": {"text": "a red circle"}}, vector),
-        ({"query": {"image": data_uri(image(3))}}, gallery[3]),
-        ({"query": data_uri(image(3)), "modality": "image"}, gallery[3]),
+        ({"query": {"image": data_uri(noise_image(3))}}, gallery[3]),
+        ({"query": data_uri(noise_image(3)), "modality": "image"}, gallery[3]),
         ({"query": vector.tolist()}, vector),
         ({"query": (5 * vector).tolist()}, vector),
     ]
@@ -47,7 +47,7 @@ def test_hits_are_the_nearest_rows(client: httpx.Client, embedder: Embedder, gal
         best = np.argsort(-cosines)[:3]
         assert [hit["score"] for hit in reply["data"]] == pytest.approx(cosines[best], abs=1e-4)
         assert ids(reply) == [f"g#{i}" for i in best]
-    assert ids(search(client, query={"image": data_uri(image(3))}, k=1)) == ["g#3"]
+    assert ids(search(client, query={"image": data_uri(noise_image(3))}, k=1)) == ["g#3"]
 
 
 def test_the_reply_says_what_was_searched(client: httpx.Client, embedder: Embedder) -> None:
@@ -62,7 +62,7 @@ def test_the_reply_says_what_was_searched(client: httpx.Client, embedder: Embedd
 
 def test_versions_stay_as_they_were(client: httpx.Client) -> None:
     def caption(**version: Any) -> tuple[str, int]:
-        reply = search(client, query=data_uri(image(0)), modality="image", k=1, **version)
+        reply = search(client, query=data_uri(noise_image(0)), modality="image", k=1, **version)
         return reply["data"][0]["columns"]["caption"], reply["version"]
 
     newest, number = caption()
