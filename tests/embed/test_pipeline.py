@@ -26,7 +26,7 @@ from vladva.core.hashing import digest
 from vladva.core.progress import Progress
 from vladva.embed.actor import EmbeddingActor
 from vladva.embed.batching import ContentDeduplicator, PreparedBatch
-from vladva.embed.corpus import open_corpus
+from vladva.embed.corpus import open_corpus, read_item_images
 from vladva.embed.layers_actor import LayersEmbeddingActor
 from vladva.embed.pipeline import encode, read_embeddings
 from vladva.embed.table import embedding_matrix, find_note, keys_of, open_table
