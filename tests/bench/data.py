@@ -114,8 +114,7 @@ def turns(ways: dict, rounds: int, ours: str) -> dict[str, float]:
 
 def from_s3(uri: str, model: str, samples: int, rounds: int, folder: Path) -> dict[str, float]:
     """The same shards and index on both storages."""
-    from support.s3_server import BUCKET, s3_server
-
+    from tests.support.s3_server import BUCKET, s3_server
     from vladva.core import storage
 
     local = config_of(uri, model, samples)

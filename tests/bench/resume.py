@@ -165,7 +165,7 @@ def count_retries(logs: Iterable[Path]) -> int:
 
 def measure_s3(out: Path, steady: str, at: int) -> dict[str, Any]:
     """The epoch from S3, and to S3, through the proxy."""
-    from support.s3_server import BUCKET, faulty_proxy, s3_server
+    from tests.support.s3_server import BUCKET, faulty_proxy, s3_server
 
     with s3_server(out / "s3") as variables, faulty_proxy(variables["AWS_ENDPOINT_URL"]) as proxy:
         os.environ.update(variables | {"AWS_ENDPOINT_URL": proxy.url})
@@ -205,7 +205,7 @@ def main() -> None:
     }
     chance = random.Random(options.seed)
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from support.checkpoints import build_llava
+    from tests.support.checkpoints import build_llava
 
     with tempfile.TemporaryDirectory(prefix="vladva-resume-") as folder:
         out = Path(folder)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.checkpoints import build_blip_2
-from support.small_benchmarks import write_benchmarks
 
+from tests.support.checkpoints import build_blip_2
+from tests.support.small_benchmarks import write_benchmarks
 from vladva.benchmarks.benchmark import find
 from vladva.core.images import decode_image
 from vladva.data.image_refs import read_images

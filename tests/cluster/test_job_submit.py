@@ -123,10 +123,10 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 PROBE = """
-import ray, vladva.metrics
+import ray, vladva.benchmarks.metrics
 ray.init()
-print("driver", vladva.metrics.__file__)
-print("worker", ray.get(ray.remote(lambda: __import__("vladva.metrics").metrics.__file__).remote()))
+print("driver", vladva.benchmarks.metrics.__file__)
+print("worker", ray.get(ray.remote(lambda: __import__("vladva.benchmarks.metrics").benchmarks.metrics.__file__).remote()))
 """
 
 

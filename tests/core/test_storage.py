@@ -11,8 +11,8 @@ from random import Random
 
 import pytest
 from pyarrow import fs
-from support.s3_server import BUCKET, FaultyProxy, faulty_proxy, s3_server
 
+from tests.support.s3_server import BUCKET, FaultyProxy, faulty_proxy, s3_server
 from vladva.core import object_store, storage
 from vladva.core.storage import ByteRange
 

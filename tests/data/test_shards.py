@@ -19,11 +19,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from support.s3_server import BUCKET, FaultyProxy, faulty_proxy, s3_server
 
+from tests.support.s3_server import BUCKET, FaultyProxy, faulty_proxy, s3_server
 from vladva.core import errors, images, storage
 from vladva.core.images import decode_image
-from vladva.data import shard_index
+from vladva.data import scan as scan_module
 from vladva.data.examples import read_text
 from vladva.data.scan import scan
 from vladva.data.shard_index import ShardIndex, read_samples
@@ -255,7 +255,7 @@ def test_samples_of_text_alone_and_hard_negatives(tmp_path: Path) -> None:
 def test_the_scan_accepts_what_training_can_decode(data: bytes, reason: str | None, without_verify: str | None) -> None:
     def verdict(verify: bool) -> str | None:
         try:
-            images.check_image(data, verify=verify, max_pixels=shard_index.MAX_PIXELS)
+            images.check_image(data, verify=verify, max_pixels=images.MAX_PIXELS)
         except errors.InvalidSampleError as problem:
             return problem.reason
         return None
@@ -263,7 +263,7 @@ def test_the_scan_accepts_what_training_can_decode(data: bytes, reason: str | No
     assert verdict(verify=True) == reason
     assert verdict(verify=False) == without_verify
     if reason:
-        with pytest.raises(ValueError, match="picture"):
+        with pytest.raises(ValueError, match="image"):
             decode_image(data)
     else:
         assert decode_image(data).mode == "RGB"
@@ -340,7 +340,7 @@ def run_here(scanner: Scanner, listed: list[list[Any]]) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_index, "_run", run_here)
+    monkeypatch.setattr(scan_module, "_run", run_here)
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +349,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[bytes]]:
     uri = str(tmp_path_factory.mktemp("corpus"))
     pictures = write_shards(uri, num_samples=1_200, samples_per_shard=530, size=(2, 2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard_index, "_run", run_here)
+        patch.setattr(scan_module, "_run", run_here)
         summary = scan(uri, count_words)
     assert (summary.num_shards, summary.num_scanned) == (3, 3)
     assert (summary.num_samples, summary.num_quarantined, summary.reasons) == (1_200, 0, {})
@@ -468,7 +468,7 @@ def test_ray_tasks_find_what_one_process_finds(tmp_path: Path, ray_cluster: None
     assert (summary.num_shards, summary.num_scanned, summary.num_samples) == (10, 10, len(good))
     assert summary.reasons == Counter(bad.values())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard_index, "_run", run_here)
+        patch.setattr(scan_module, "_run", run_here)
         assert scan(str(tmp_path), count_words).fingerprint == summary.fingerprint
     (tmp_path / "elsewhere/manifest.json").unlink()
     assert scan(str(tmp_path), count_words, str(tmp_path / "elsewhere")).num_scanned == 0

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from support.checkpoints import build_clip
 
+from tests.support.checkpoints import build_clip
 from vladva.core.sampling import spread
 from vladva.data.image_refs import read_images
 from vladva.data.scenes.corpus import held_out_scenes
 from vladva.evaluate.caption_actor import CAPTION_PROMPTS
 from vladva.evaluate.captioning import (
     CaptionStatistics,
-    Image,
+    ImageToCaption,
     agreed_words,
     images_in,
     images_of,
@@ -126,7 +126,7 @@ def test_images_of_a_folder(tmp_path: Path, scenes: Path) -> None:
         "000047.png",
         "000063.png",
     ]
-    assert isinstance(found[0], Image)
+    assert isinstance(found[0], ImageToCaption)
     assert found[0].objects == frozenset()
     with pytest.raises(ValueError, match="there are no images under"):
         images_in(str(tmp_path), 5)

@@ -14,8 +14,8 @@ from mteb.models.models_protocols import EncoderProtocol
 from mteb.results import TaskResult
 from mteb.tasks.image_text_pair_classification.eng.winoground import Winoground
 from PIL import Image
-from support.checkpoints import build_blip_2, build_clip
 
+from tests.support.checkpoints import build_blip_2, build_clip
 from vladva.benchmarks.metrics import cosines, unit_rows, winoground
 from vladva.evaluate.mteb_adapter import MtebEncoder, write_results
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.wire import KEY, STRICT
 
+from tests.support.wire import KEY, STRICT
 from vladva.evaluate.parity import Sample, by_server, differences
 from vladva.recipes import tiny as tiny_recipe
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from support.s3_server import BUCKET, s3_server
 
+from tests.support.s3_server import BUCKET, s3_server
 from vladva.core.hashing import digest
 from vladva.embed.table import read_embeddings
 from vladva.embed.table_writer import TableWriter, write_part

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.s3_server import BUCKET, s3_server
 
+from tests.support.s3_server import BUCKET, s3_server
 from vladva.core import storage
 from vladva.models import checkpoint
 

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from support.checkpoints import build_blip, build_blip_2, build_clip
 
+from tests.support.checkpoints import build_blip, build_blip_2, build_clip
 from vladva.embed.actor import EmbeddingActor
 from vladva.embed.batching import PreparedBatch
 from vladva.models.dual_encoder_embedder import DualEncoder, describe_dual_encoder

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.checkpoints import build_llava
 
+from tests.support.checkpoints import build_llava
 from vladva.config import ModelConfig
 from vladva.data.scenes.captions import captions
 from vladva.data.scenes.corpus import scenes

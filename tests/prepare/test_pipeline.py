@@ -19,11 +19,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.s3_server import BUCKET, s3_server
-from support.source_variants import CAPTIONS, IMAGES, VARIANTS, image, write_variant
-from support.without_ray import count_words, leave_ray_out
 
 from jobs.prepare import main, parse
+from tests.support.s3_server import BUCKET, s3_server
+from tests.support.source_variants import CAPTIONS, IMAGES, VARIANTS, image, write_variant
+from tests.support.without_ray import count_words, leave_ray_out
 from vladva.core import ray_tasks, storage
 from vladva.data.scan import scan
 from vladva.data.shard_index import ShardIndex, read_samples

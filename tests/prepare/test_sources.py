@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.source_variants import CAPTIONS, IMAGES, VARIANTS, write_variant
 
+from tests.support.source_variants import CAPTIONS, IMAGES, VARIANTS, write_variant
 from vladva.core import storage
 from vladva.core.errors import InvalidSampleError
 from vladva.data.image_refs import read_cells

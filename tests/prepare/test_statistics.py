@@ -13,8 +13,8 @@ from random import Random
 
 import pytest
 from PIL import Image
-from support.without_ray import count_words, leave_ray_out
 
+from tests.support.without_ray import count_words, leave_ray_out
 from vladva.data.shard_writer import ShardWriter
 from vladva.prepare import statistics
 from vladva.prepare.pipeline import Prepared, prepare
@@ -123,7 +123,9 @@ def test_the_lines_of_the_ledger_add_up(data: tuple[Prepared, int]) -> None:
 def test_hostile_text_stays_text(data: tuple[Prepared, int], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         evil = "<script>alert(1)</script>"
-        patch.setattr("vladva.summary_page.quarantine", lambda _: {evil: (1, [Rejected(evil, evil, evil)._asdict()])})
+        patch.setattr(
+            "vladva.report.data_page.quarantine", lambda _: {evil: (1, [Rejected(evil, evil, evil)._asdict()])}
+        )
         page = write_page(str(tmp_path / "page.html"), data[0], summarise(data[0].uri), evil)
     assert "<script" not in Path(page).read_text()
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.pages import METRICS, image, scores, write_full
 
+from tests.support.pages import METRICS, image, scores, write_full
 from vladva.report.evaluation_page import (
     headline_highlights,
     layer_curves,

@@ -12,7 +12,8 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
-from support.wire import ADAPTER, CAPTIONS, KEY, OTHER_KEY, SIZES, STRICT, noise_image
+
+from tests.support.wire import ADAPTER, CAPTIONS, KEY, OTHER_KEY, SIZES, STRICT, noise_image
 
 if TYPE_CHECKING:
     from openai import OpenAI

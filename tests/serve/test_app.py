@@ -13,10 +13,10 @@ import httpx
 import pytest
 import yaml
 from pydantic import ValidationError
-from support.wire import ADAPTER, error_of
 
 from serve.app import API_KEYS, ServeArgs, build, start
 from serve.deployments.served_models import Served, adapter_name
+from tests.support.wire import ADAPTER, error_of
 
 if TYPE_CHECKING:
     from openai import OpenAI

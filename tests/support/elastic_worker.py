@@ -16,8 +16,7 @@ from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from support.checkpoints import build_llava
-
+from tests.support.checkpoints import build_llava
 from vladva.config import ClusterConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from vladva.data.scenes.corpus import write_scenes
 from vladva.models import checkpoint

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from support import families, ranks
+from tests.support import families, ranks
 from vladva.config import ClusterConfig, DataConfig, LossConfig, ModelConfig, RunConfig, TrainConfig
 from vladva.data.examples import Example
 from vladva.data.scenes.captions import captions

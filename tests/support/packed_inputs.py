@@ -6,7 +6,7 @@ from itertools import islice
 
 import torch
 
-from support import families
+from tests.support import families
 from vladva.config import ModelConfig
 from vladva.data.scenes.captions import captions
 from vladva.data.scenes.corpus import scenes

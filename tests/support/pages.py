@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from support.without_ray import count_words, leave_ray_out
+from tests.support.without_ray import count_words, leave_ray_out
 from vladva.benchmarks.benchmark import find
 from vladva.data.shard_writer import ShardWriter
 from vladva.prepare import pipeline, statistics

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from support import ranks
+from tests.support import ranks
 from vladva.config import ClusterConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from vladva.models import checkpoint
 from vladva.train.data_loader import ChunkReader

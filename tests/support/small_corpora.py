@@ -15,6 +15,7 @@ from PIL import Image
 from vladva.config import ClusterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from vladva.core import storage
 from vladva.data import scan, shard_index, shard_writer, sidecar
+from vladva.data import scan as scan_module
 from vladva.data.sampler import SampleFinder
 
 BAD = b"no image"
@@ -50,7 +51,7 @@ def scan_here(uri: str) -> None:
         return [json.loads(scanner(row)["facts"]) for row in rows]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard_index, "_run", run)
+        patch.setattr(scan_module, "_run", run)
         scan.scan(uri, lambda texts: [len(text.split()) for text in texts], max_bad_fraction=0.5)
 
 

@@ -32,9 +32,9 @@ ROWS = [(name, text) for which in (0, 1) for name in IMAGES for text in [CAPTION
 
 
 def write_images(folder: Path) -> None:
-    (folder / "pictures").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True)
     for name, data in IMAGES.items():
-        (folder / "pictures" / name).write_bytes(data)
+        (folder / "images" / name).write_bytes(data)
 
 
 def webdataset(folder: Path) -> None:
@@ -75,7 +75,7 @@ def parquet_paths(folder: Path) -> None:
 def karpathy(folder: Path) -> None:
     write_images(folder / "coco")
     images = [
-        {"filepath": "pictures", "filename": name, "split": split, "sentids": [1], "cocoid": number, "imgid": number}
+        {"filepath": "images", "filename": name, "split": split, "sentids": [1], "cocoid": number, "imgid": number}
         | {"sentences": [{"raw": text, "tokens": []} for text in CAPTIONS.get(name, ["held out"])]}
         for number, (name, split) in enumerate([*((name, "train") for name in IMAGES), ("other.jpg", "test")])
     ]
@@ -111,7 +111,7 @@ def table_of_lists(folder: Path) -> None:
 def folder_of_texts(folder: Path) -> None:
     write_images(folder)
     for name, captions in CAPTIONS.items():
-        (folder / "pictures" / name).with_suffix(".txt").write_text("\n".join(captions) + "\n")
+        (folder / "images" / name).with_suffix(".txt").write_text("\n".join(captions) + "\n")
 
 
 VARIANTS: dict[str, tuple[str, Callable[[Path], None], dict[str, Any]]] = {
@@ -120,7 +120,7 @@ VARIANTS: dict[str, tuple[str, Callable[[Path], None], dict[str, Any]]] = {
     "parquet, structs": ("parquet", parquet_struct, {"caption_columns": ("caption", "long")}),
     "parquet, paths": ("parquet", parquet_paths, {}),
     "karpathy": ("karpathy", karpathy, {"images": "coco", "splits": ("train",)}),
-    "coco": ("coco", coco, {"images": "pictures"}),
+    "coco": ("coco", coco, {"images": "images"}),
     "csv": ("table", table, {}),
     "tsv": ("table", lambda folder: table(folder, "\t", "TSV"), {}),
     "csv, lists": ("table", table_of_lists, {}),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.functional import cross_entropy, normalize, softplus
 
-from support import ranks
+from tests.support import ranks
 from vladva.config import ClusterConfig, DataConfig, LossConfig, ModelConfig, RunConfig, TrainConfig
 from vladva.data.examples import Example
 from vladva.data.scenes.captions import captions

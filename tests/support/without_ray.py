@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vladva.core import ray_tasks
-from vladva.data import shard_index
+from vladva.data import scan as scan_module
 from vladva.data.sidecar import Scanner
 
 
@@ -31,4 +31,4 @@ def leave_ray_out(patch: pytest.MonkeyPatch) -> None:
     """Every task of `scan`, `prepare` and `summarise` runs in this process from here on."""
     patch.setattr(ray_tasks, "connect", lambda: None)
     patch.setattr(ray_tasks, "each", here)
-    patch.setattr(shard_index, "_run", scan_here)
+    patch.setattr(scan_module, "_run", scan_here)

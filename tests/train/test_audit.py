@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.small_corpora import run_over, scan_here, write_corpus
 
+from tests.support.small_corpora import run_over, scan_here, write_corpus
 from vladva.config import DataConfig, RunConfig
 from vladva.core import storage
 from vladva.data.sampler import SampleFinder

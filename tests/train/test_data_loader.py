@@ -13,9 +13,9 @@ from random import Random
 from typing import Any
 
 import pytest
-from support.s3_server import BUCKET, FaultyProxy, faulty_proxy, s3_server
-from support.small_corpora import run_over, scan_here, write_corpus, write_large_index
 
+from tests.support.s3_server import BUCKET, FaultyProxy, faulty_proxy, s3_server
+from tests.support.small_corpora import run_over, scan_here, write_corpus, write_large_index
 from vladva.config import DataConfig, RunConfig
 from vladva.core import object_store, storage
 from vladva.data.examples import choose_captions

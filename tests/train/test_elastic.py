@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import elastic_worker as worker
 
+from tests.support import elastic_worker as worker
 from vladva.config import RunConfig
 from vladva.data.examples import Example
 from vladva.models.batch import MicroBatch
@@ -64,7 +64,7 @@ def test_a_chunk_on_the_wrong_worker_stops_the_run(config: RunConfig, chunk: Mic
 def test_a_run_survives_the_loss_of_an_announced_node(tmp_path: Path) -> None:
     """No checkpoint is due before the end: what it goes on from is the one that the announcement caused."""
     done = subprocess.run(
-        [sys.executable, worker.__file__, str(tmp_path)], capture_output=True, text=True, check=False, timeout=600
+        [sys.executable, "-m", worker.__name__, str(tmp_path)], capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr[-5000:]
     result = json.loads(done.stdout.splitlines()[-1])

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import exactness_worker as worker
+
+from tests.support import exactness_worker as worker
 
 FULL = os.environ.get("VLADVA_FULL_MATRIX") == "1"
 CASES = (worker.FULL if FULL else worker.pairwise()) + worker.UNEVEN
@@ -24,7 +25,7 @@ CASES = (worker.FULL if FULL else worker.pairwise()) + worker.UNEVEN
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all cases saved, and plain PyTorch for each family."""
     out = tmp_path_factory.mktemp("results")
-    command = [sys.executable, worker.__file__, str(out), *(["--full"] if FULL else [])]
+    command = [sys.executable, "-m", worker.__name__, str(out), *(["--full"] if FULL else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
     assert done.returncode == 0, done.stderr[-5000:]
     return out

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from support.checkpoints import build_llava
 
+from tests.support.checkpoints import build_llava
 from vladva.benchmarks.benchmark import find
 from vladva.config import ClusterConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from vladva.core.images import decode_image

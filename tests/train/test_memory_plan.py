@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import build_llava
 
+from tests.support.checkpoints import build_llava
 from vladva.config import ClusterConfig, LossConfig
 from vladva.models.adapter import add_adapter
 from vladva.models.batch import as_tensors

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import portable_worker as worker
-from support.checkpoints import build_llava
 
+from tests.support import portable_worker as worker
+from tests.support.checkpoints import build_llava
 from vladva.data.scan import scan
 from vladva.models import checkpoint
 from vladva.models.preprocessor import Preprocessor
@@ -22,7 +22,7 @@ def storage(ray_cluster: None, scenes: Path, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("portable")
     lvlm, data = build_llava(folder / "llava"), str(scenes / "train")
     scan(data, Preprocessor(lvlm).count_tokens)
-    command = [sys.executable, worker.__file__, lvlm, str(folder), data]
+    command = [sys.executable, "-m", worker.__name__, lvlm, str(folder), data]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-5000:]
     return folder

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from support.s3_server import BUCKET, s3_server
 
+from tests.support.s3_server import BUCKET, s3_server
 from vladva.core import progress, storage
 from vladva.train.tracking import METRICS, Tracker, _NewestLine, follow, read_metrics
 

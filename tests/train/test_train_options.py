@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import train_options_worker as worker
-from support.checkpoints import build_llava
+
+from tests.support import train_options_worker as worker
+from tests.support.checkpoints import build_llava
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all cases saved, theirs and plain PyTorch's."""
     out = tmp_path_factory.mktemp("options")
     checkpoint = build_llava(out / "llava")
-    command = [sys.executable, worker.__file__, checkpoint, str(out)]
+    command = [sys.executable, "-m", worker.__name__, checkpoint, str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-5000:]
     return out

@@ -71,7 +71,7 @@ def embed(
             model,
             uri or tables,
             dtype=dtype,
-            read_images=picture_bytes,
+            read_images=read_image_bytes,
             total=len(piece),
             **resources,
         )
@@ -91,7 +91,7 @@ def items(tasks: Iterable[Task]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=ITEMS)
 
 
-def picture_bytes(rows: pa.Table) -> list[bytes]:
+def read_image_bytes(rows: pa.Table) -> list[bytes]:
     """Encoded bytes of the images in rows of `items`."""
     return read_images([ImageRef(**row) for row in rows.select(ImageRef._fields).to_pylist()])
 

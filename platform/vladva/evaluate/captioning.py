@@ -36,24 +36,24 @@ FUNCTION_WORDS = frozenset(
         r"\w+",
         "and are another as at be being behind beside between both by down each for from front has have her his in "
         "into its near next off one other out over own several she some that the their them there these they this "
-        "three two under very while who with image photo image",
+        "three two under very while who with image photo picture",
     )
 )
 
 
-class Image(NamedTuple):
+class ImageToCaption(NamedTuple):
     """An image to be captioned, and the objects that are known to be in it (none where nothing is known)."""
 
     image: ImageRef
     objects: frozenset[str]
 
 
-def find_pictures(tasks: Mapping[str, Task], folder_uri: str, count: int) -> list[Image]:
+def find_images_to_caption(tasks: Mapping[str, Task], folder_uri: str, count: int) -> list[ImageToCaption]:
     """`count` images of the folder, or where none is named of each retrieval benchmark."""
     return images_in(folder_uri, count) if folder_uri else images_of(tasks, count)
 
 
-def images_of(tasks: Mapping[str, Task], count: int) -> list[Image]:
+def images_of(tasks: Mapping[str, Task], count: int) -> list[ImageToCaption]:
     """`count` images at even distances of each retrieval benchmark, with the objects their captions name.
 
     Raises ValueError where there is no retrieval benchmark.
@@ -64,19 +64,19 @@ def images_of(tasks: Mapping[str, Task], count: int) -> list[Image]:
             read = scene_objects if name.startswith("scenes_") else agreed_words
             for number in spread(len(task.images), count):
                 references = [task.texts[text] for text in task.caption_text[task.caption_image == number]]
-                pictures.append(Image(task.images[number], read(references)))
+                pictures.append(ImageToCaption(task.images[number], read(references)))
     if not pictures:
         raise ValueError("captions: no retrieval benchmark says what is in its images; name a folder with --images")
     return pictures
 
 
-def images_in(folder_uri: str, count: int) -> list[Image]:
+def images_in(folder_uri: str, count: int) -> list[ImageToCaption]:
     """`count` images at even distances of a folder of image files or tar shards. Raises ValueError for none."""
     parent, _, name = absolute(folder_uri).rstrip("/").rpartition("/")
     found = sorted(find_images(parent, [name]).items())
     if not found:
         raise ValueError(f"--images: there are no images under {folder_uri}")
-    return [Image(found[number][1], frozenset()) for number in spread(len(found), count)]
+    return [ImageToCaption(found[number][1], frozenset()) for number in spread(len(found), count)]
 
 
 def scene_objects(captions: Iterable[str]) -> frozenset[str]:
@@ -106,7 +106,7 @@ def named(caption: str, objects: frozenset[str]) -> frozenset[str]:
 
 def write_captions(
     models: Mapping[str, str],
-    pictures: Sequence[Image],
+    pictures: Sequence[ImageToCaption],
     out_uri: str,
     *,
     actors: int = 2,
@@ -155,7 +155,7 @@ def writers(models: Mapping[str, str]) -> dict[str, str]:
 def _write(
     label: str,
     model: str,
-    pictures: Sequence[Image],
+    pictures: Sequence[ImageToCaption],
     out_uri: str,
     actors: int,
     gpus_per_actor: float,

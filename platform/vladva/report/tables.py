@@ -288,5 +288,5 @@ def statistics_table(captions: pa.Table) -> ScoreTable:
         ]
         rows.append(Row(prompt, tuple(cells), reported=False))
     headings = tuple((system, column) for system in systems for column in columns)
-    note = f"Means over {len(set(captions['image'].to_pylist()))} images."
+    note = f"Means over {len(set(captions['picture'].to_pylist()))} images."
     return ScoreTable("Captions (figure 1)", note, headings, tuple(rows), unit="prompt")

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import families
 from torch import nn
 from torch.nn.functional import normalize
 
+from tests.support import families
 from vladva.config import IMAGE_PROMPT, TEXT_PROMPT, ModelConfig
 from vladva.data.scenes.captions import captions
 from vladva.data.scenes.corpus import scenes

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import families
-from support.packed_inputs import FAST, TEXTS, inputs, load
 from torch.nn.functional import cosine_similarity
 
+from tests.support import families
+from tests.support.packed_inputs import FAST, TEXTS, inputs, load
 from vladva.models.packed import inference
 from vladva.models.packed.clip_tower import PackedTower
 from vladva.models.packed.cpu_linear import in_threads, linear_residual, product

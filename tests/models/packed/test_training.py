@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import families
-from support.packed_inputs import FAST, TEXTS, inputs, load
 
+from tests.support import families
+from tests.support.packed_inputs import FAST, TEXTS, inputs, load
 from vladva.models.embedding_model import EmbeddingModel, checkpoint_activations
 from vladva.models.packed import autograd_ops, training
 from vladva.models.packed.training import PackedTraining
@@ -100,7 +100,7 @@ def test_what_is_not_needed_is_not_computed(tmp_path: Path, monkeypatch: pytest.
             rows.setdefault(names[module], []).append(len(x))
         return autograd_ops.lora_linear(x, *modules)
 
-    monkeypatch.setattr(training, "products", counted)
+    monkeypatch.setattr(training, "lora_linear", counted)
     monkeypatch.setitem(training.GROUP_TOKENS, "cpu", 10_000)  # one group
     PackedTraining(model)(tokens)
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):

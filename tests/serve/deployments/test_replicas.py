@@ -8,7 +8,8 @@ import time
 import httpx
 import numpy as np
 import ray
-from support.wire import error_of
+
+from tests.support.wire import error_of
 
 
 def replica_of(deployment: str) -> ray.actor.ActorHandle:

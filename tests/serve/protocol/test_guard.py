@@ -10,11 +10,11 @@ from typing import Any
 
 import httpx
 import pytest
-from support.wire import KEY, OTHER_KEY, error_of
 
 from serve.deployments.token_budget import TokenBudget
 from serve.protocol.errors import ApiError, LastResort
 from serve.protocol.guard import Guard, digest
+from tests.support.wire import KEY, OTHER_KEY, error_of
 
 LONG = "word " * 200
 

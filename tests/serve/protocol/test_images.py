@@ -10,9 +10,9 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from support.wire import data_uri, encode, error_of, noise_image
 
 from serve.protocol.images import MAX_RATIO, image_size, parse_data_uri
+from tests.support.wire import data_uri, encode, error_of, noise_image
 
 
 def claiming(width: int, height: int) -> bytes:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 import pytest
-from support.wire import ADAPTER, data_uri, error_of, noise_image
+
+from tests.support.wire import ADAPTER, data_uri, error_of, noise_image
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from support.wire import CAPTIONS, data_uri, error_of, noise_image
+
+from tests.support.wire import CAPTIONS, data_uri, error_of, noise_image
 
 if TYPE_CHECKING:
     from vladva.models.embedder import Embedder

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 import pytest
-from support.wire import data_uri, error_of, noise_image
+
+from tests.support.wire import data_uri, error_of, noise_image
 
 if TYPE_CHECKING:
     from vladva.models.embedder import Embedder
