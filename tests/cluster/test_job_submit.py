@@ -126,7 +126,9 @@ PROBE = """
 import ray, vladva.benchmarks.metrics
 ray.init()
 print("driver", vladva.benchmarks.metrics.__file__)
-print("worker", ray.get(ray.remote(lambda: __import__("vladva.benchmarks.metrics").benchmarks.metrics.__file__).remote()))
+import importlib
+where = ray.remote(lambda: importlib.import_module("vladva.benchmarks.metrics").__file__)
+print("worker", ray.get(where.remote()))
 """
 
 
