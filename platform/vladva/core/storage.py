@@ -69,6 +69,11 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def resolve(folder_uri: str, path: str) -> str:
+    """URI of a file that is named relative to a folder, or absolutely."""
+    return path if path.startswith("/") or "://" in path else join(folder_uri, path)
+
+
 def absolute(uri: str) -> str:
     """`uri` as it reads from any working directory: a task on another node has one of its own."""
     store, path = _store(uri)

@@ -15,7 +15,7 @@ from vladva.core import storage
 from vladva.core.hashing import short_hash
 from vladva.core.images import MAX_PIXELS
 from vladva.core.progress import Progress
-from vladva.data.shard_index import _manifest_uri, _places, _quarantine_uri, _read_manifest
+from vladva.data.shard_index import index_uris, manifest_uri, quarantine_uri, read_manifest
 from vladva.data.sidecar import CountTokens, Scanner, parquet_bytes, sidecar_uri
 from vladva.data.tar_reader import Quarantined
 
@@ -70,28 +70,28 @@ def scan(
     are bad, naming the worst; the work done is kept.
     """
     started = time.monotonic()
-    data_uri, index_uri = _places(data_uri, index_uri)
+    data_uri, index_uri = index_uris(data_uri, index_uri)
     listed = _list_shards(data_uri)
     settings = {"version": 2, "verify": verify, "max_pixels": max_pixels, "probe": count_tokens(PROBE)}
     stamp = {"settings": settings, "listed": listed}
-    manifest = _read_manifest(index_uri)
+    manifest = read_manifest(index_uri)
     if manifest and stamp.items() <= manifest.items():
         _check_fraction(manifest["shards"], manifest["reasons"], max_bad_fraction, data_uri, index_uri)
         return _summary(manifest, index_uri, 0, started)
     if manifest:
-        storage.delete_file(_manifest_uri(index_uri))  # what it stands for is about to change
+        storage.delete_file(manifest_uri(index_uri))  # what it stands for is about to change
 
     facts = _run(Scanner(data_uri, index_uri, count_tokens, settings), listed)
     _remove_orphans(index_uri, listed)
     rows = [Quarantined(*row) for fact in facts for row in fact["quarantined"]]
     table = pa.Table.from_pylist([row._asdict() for row in rows], QUARANTINE_SCHEMA)
-    storage.write_bytes_atomically(_quarantine_uri(index_uri), parquet_bytes(table))
+    storage.write_bytes_atomically(quarantine_uri(index_uri), parquet_bytes(table))
     shards = [_shard_counts(fact) for fact in facts]
     reasons = dict(Counter(row.reason for row in rows).most_common())
     _check_fraction(shards, reasons, max_bad_fraction, data_uri, index_uri)
     fingerprint = short_hash([[fact["shard"], fact["digest"]] for fact in facts])
     manifest = {**stamp, "shards": shards, "reasons": reasons, "fingerprint": fingerprint}
-    storage.write_json(_manifest_uri(index_uri), manifest)
+    storage.write_json(manifest_uri(index_uri), manifest)
     return _summary(manifest, index_uri, sum(fact["scanned"] for fact in facts), started)
 
 
@@ -121,7 +121,7 @@ def _run(scanner: Scanner, listed: list[list[Any]]) -> list[dict[str, Any]]:
 
 def _remove_orphans(index_uri: str, listed: list[list[Any]]) -> None:
     """Remove the sidecars of shards that are gone."""
-    wanted = {sidecar_uri(index_uri, shard) for shard, _, _ in listed} | {_quarantine_uri(index_uri)}
+    wanted = {sidecar_uri(index_uri, shard) for shard, _, _ in listed} | {quarantine_uri(index_uri)}
     for uri in storage.list_files(index_uri, ".parquet"):
         if uri not in wanted:
             storage.delete_file(uri)
@@ -152,7 +152,7 @@ def _check_fraction(
         raise ValueError(
             f"{data_uri}: {bad_samples} of {samples} samples and {bad_shards} of {len(shards)} shards are bad, more "
             f"than max_bad_fraction = {allowed:g} allows: {_counted(reasons)}. The worst: {', '.join(named)}. "
-            f"Repair or remove what {_quarantine_uri(index_uri)} lists, or raise max_bad_fraction"
+            f"Repair or remove what {quarantine_uri(index_uri)} lists, or raise max_bad_fraction"
         )
     if samples == bad_samples:
         raise ValueError(f"{data_uri}: the data set is empty, none of its {len(shards)} shards holds a good sample")
@@ -166,7 +166,7 @@ def _summary(manifest: dict[str, Any], index_uri: str, num_scanned: int, started
         num_quarantined=sum(manifest["reasons"].values()),
         reasons=manifest["reasons"],
         fingerprint=manifest["fingerprint"],
-        quarantine_uri=_quarantine_uri(index_uri),
+        quarantine_uri=quarantine_uri(index_uri),
         seconds=time.monotonic() - started,
     )
 

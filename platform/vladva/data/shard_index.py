@@ -1,6 +1,6 @@
-"""Shards: WebDataset tars, and the index beside them that makes single samples readable.
+"""Shard index: the table beside the WebDataset tars of a data set that makes single samples readable.
 
-`scan` reads every shard once and leaves, in `_index/` beside the shards,
+`scan.py` reads every shard once and leaves, in `_index/` beside the shards,
 
     SHARD.parquet       one row per good sample: id, where its bytes are, captions with their lengths in tokens, size
     quarantine.parquet  the others: id, reason, detail
@@ -12,9 +12,7 @@ Afterwards samples have numbers 0 .. N-1 in the order (shard, offset), `ShardInd
 
 from __future__ import annotations
 
-import hashlib
 import json
-import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,16 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vladva.core import storage
-from vladva.core.storage import ByteRange
+from vladva.core.hashing import digest
+from vladva.data.image_refs import read_images
 from vladva.data.sidecar import SampleRef, read_ids, read_refs, sidecar_uri
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-# --- scanning --------------------------------------------------------------------------------------------------------
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -52,12 +43,12 @@ class ShardIndex:
     @classmethod
     def open(cls, data_uri: str, index_uri: str | None = None) -> ShardIndex:
         """Open the index that a scan has completed. Raises ValueError when there is none."""
-        data_uri, index_uri = _places(data_uri, index_uri)
+        data_uri, index_uri = index_uris(data_uri, index_uri)
         try:
-            content = storage.read_bytes(_manifest_uri(index_uri))
+            content = storage.read_bytes(manifest_uri(index_uri))
         except FileNotFoundError:
             raise ValueError(f"{data_uri} has no complete index in {index_uri}: scan its shards first") from None
-        manifest, version = json.loads(content), hashlib.blake2b(content, digest_size=8).hexdigest()
+        manifest, version = json.loads(content), digest(content).hex()
         shards = tuple(shard["shard"] for shard in manifest["shards"])
         ends = tuple(accumulate(shard["num_samples"] for shard in manifest["shards"]))
         return cls(data_uri, index_uri, manifest["fingerprint"], version, shards, ends)
@@ -70,18 +61,18 @@ class ShardIndex:
     @property
     def num_quarantined(self) -> int:
         """Rows of the quarantine table."""
-        return pq.read_metadata(pa.BufferReader(storage.read_bytes(_quarantine_uri(self.index_uri)))).num_rows
+        return pq.read_metadata(pa.BufferReader(storage.read_bytes(quarantine_uri(self.index_uri)))).num_rows
 
     def numbers_of(self, shard: str) -> dict[str, int]:
         """The number of each of a shard's samples, by its id; none of a shard that is not in the index."""
-        where = self._where.get(shard)
-        if where is None:
+        number = self._numbers.get(shard)
+        if number is None:
             return {}
-        first = self.ends[where - 1] if where else 0
+        first = self.ends[number - 1] if number else 0
         return {name: first + i for i, name in enumerate(read_ids(sidecar_uri(self.index_uri, shard)))}
 
     @cached_property
-    def _where(self) -> dict[str, int]:
+    def _numbers(self) -> dict[str, int]:
         return {shard: number for number, shard in enumerate(self.shards)}
 
     def samples(self, first: int, count: int) -> list[SampleRef]:
@@ -106,34 +97,33 @@ def read_samples(data_uri: str, refs: Sequence[SampleRef], in_flight: int = 8) -
     return read_mixed_samples([(data_uri, ref) for ref in refs], in_flight)
 
 
-def read_mixed_samples(places: Sequence[tuple[str, SampleRef]], in_flight: int = 8) -> list[bytes]:
+def read_mixed_samples(samples: Sequence[tuple[str, SampleRef]], in_flight: int = 8) -> list[bytes]:
     """As `read_samples`, of (data set, sample) pairs."""
-    ranges = [ByteRange(storage.join(data_uri, ref.shard), ref.offset, ref.length) for data_uri, ref in places]
-    bodies = storage.read_ranges(ranges, in_flight)
-    for (data_uri, ref), body in zip(places, bodies, strict=True):
-        if zlib.crc32(body) != ref.crc32:
-            raise ValueError(f"{ref.id} is not what the scan saw there: the shard has changed, scan {data_uri} again")
-    return bodies
+    return read_images([ref.image(data_uri) for data_uri, ref in samples], in_flight)
 
 
 # --- files of the index ----------------------------------------------------------------------------------------------
 
 
-def _places(data_uri: str, index_uri: str | None) -> tuple[str, str]:
+def index_uris(data_uri: str, index_uri: str | None) -> tuple[str, str]:
+    """Both absolute; the index is beside the shards where no other folder is named."""
     data_uri = storage.absolute(data_uri)
     return data_uri, storage.absolute(index_uri or storage.join(data_uri, "_index"))
 
 
-def _quarantine_uri(index_uri: str) -> str:
+def quarantine_uri(index_uri: str) -> str:
+    """The table of what is not used."""
     return storage.join(index_uri, "quarantine.parquet")
 
 
-def _manifest_uri(index_uri: str) -> str:
+def manifest_uri(index_uri: str) -> str:
+    """What is written last."""
     return storage.join(index_uri, "manifest.json")
 
 
-def _read_manifest(index_uri: str) -> dict[str, Any] | None:
+def read_manifest(index_uri: str) -> dict[str, Any] | None:
+    """The manifest; None where the index is not complete."""
     try:
-        return storage.read_json(_manifest_uri(index_uri))
+        return storage.read_json(manifest_uri(index_uri))
     except FileNotFoundError:
         return None

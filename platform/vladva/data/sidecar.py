@@ -20,6 +20,7 @@ from vladva.core import storage
 from vladva.core.hashing import short_hash
 from vladva.core.images import MAX_PIXELS
 from vladva.core.storage import RangedFile
+from vladva.data.image_refs import ImageRef
 from vladva.data.tar_reader import Quarantined, read_tar
 
 CountTokens = Callable[[list[str]], list[int]]
@@ -59,6 +60,10 @@ class SampleRef:
     width: int
     height: int
     crc32: int
+
+    def image(self, data_uri: str) -> ImageRef:
+        """Where the image (or the JSON that stands for it) is, for `read_images`."""
+        return ImageRef(self.id, self.id, storage.join(data_uri, self.shard), self.offset, self.length, "", self.crc32)
 
 
 @dataclass(frozen=True)

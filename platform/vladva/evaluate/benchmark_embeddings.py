@@ -31,6 +31,7 @@ ITEMS = pa.schema(
         ("offset", pa.int64()),
         ("length", pa.int64()),
         ("column", pa.string()),
+        ("crc32", pa.int64()),
     ]
 )
 
