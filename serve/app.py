@@ -24,8 +24,8 @@ from serve.deployments.client import Backend
 from serve.deployments.embedding import Discriminative
 from serve.deployments.generation import Generative
 from serve.protocol import proxy_errors
+from serve.protocol.auth_and_limits import AuthAndLimits, key_digest
 from serve.protocol.errors import LastResort, handle_errors
-from serve.protocol.guard import Guard, digest
 from serve.routes import chat, embeddings, index_changes, scores, search, status
 
 API_KEYS = "VLADVA_API_KEYS"  # environment variable: keys, separated by commas
@@ -58,7 +58,7 @@ class Ingress:
         for noun in ROUTES:
             app.include_router(noun.routes(self.backend))
         handle_errors(app)
-        return LastResort(Guard(app, self.key_digests, self.args.max_body_bytes, self.write_digests))
+        return LastResort(AuthAndLimits(app, self.key_digests, self.args.max_body_bytes, self.write_digests))
 
 
 def build(args: ServeArgs) -> Application:
@@ -90,7 +90,7 @@ def build(args: ServeArgs) -> Application:
     ingress = Ingress.options(
         ray_actor_options={"num_cpus": 0}, max_ongoing_requests=INGRESS_REQUESTS, max_queued_requests=INGRESS_REQUESTS
     )
-    digests = ([digest(key) for key in keys(variable)] for variable in (API_KEYS, WRITE_KEYS))
+    digests = ([key_digest(key) for key in keys(variable)] for variable in (API_KEYS, WRITE_KEYS))
     return ingress.bind(args, *digests, discriminative, generative)
 
 

@@ -10,18 +10,18 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve.config import ServeArgs
-from serve.deployments.embedding import Embedded
+from serve.deployments.embedding import ItemEmbedding
 from serve.deployments.served_models import Served
 from serve.protocol.errors import ApiError, Failure
-from serve.protocol.items import Item
+from serve.protocol.items import EmbedItem
 
-ATTEMPTS = 3
+CALL_ATTEMPTS = 3
 DESCRIBE_S = 30.0
 OVERLOADED = (429, "the queue is full; try again later", "overloaded")
-UNAVAILABLE = (503, "the deployment is not available at the moment; try again later", "unavailable")
+REPLICA_UNAVAILABLE = (503, "the deployment is not available at the moment; try again later", "unavailable")
 
 
-def late(deadline_s: float) -> ApiError:
+def deadline_error(deadline_s: float) -> ApiError:
     """The refusal of a request whose time is up."""
     return ApiError(408, f"not answered within {deadline_s:g} s; the work was cancelled", "deadline_exceeded")
 
@@ -32,21 +32,21 @@ async def call(method: DeploymentHandle, *args: Any, deadline_s: float) -> Any:
     Raises ApiError for what the method refuses, 408, 429 and 503.
     """
     end = time.monotonic() + deadline_s
-    for attempt in range(ATTEMPTS):
+    for attempt in range(CALL_ATTEMPTS):
         response = method.remote(*args)
         try:
             result = await asyncio.wait_for(response, end - time.monotonic())
         except asyncio.TimeoutError:
             response.cancel()
-            raise late(deadline_s) from None
+            raise deadline_error(deadline_s) from None
         except asyncio.CancelledError:
             response.cancel()
             raise
         except BackPressureError:
             raise ApiError(*OVERLOADED) from None
         except (RayActorError, DeploymentUnavailableError):
-            if attempt + 1 == ATTEMPTS:
-                raise ApiError(*UNAVAILABLE) from None
+            if attempt + 1 == CALL_ATTEMPTS:
+                raise ApiError(*REPLICA_UNAVAILABLE) from None
             continue
         if isinstance(result, Failure):
             raise ApiError.of(result)
@@ -67,11 +67,11 @@ async def stream(method: DeploymentHandle, *args: Any, deadline_s: float) -> Asy
     except StopAsyncIteration:
         return
     except asyncio.TimeoutError:
-        raise late(deadline_s) from None
+        raise deadline_error(deadline_s) from None
     except BackPressureError:
         raise ApiError(*OVERLOADED) from None
     except (RayActorError, DeploymentUnavailableError):
-        raise ApiError(*UNAVAILABLE) from None
+        raise ApiError(*REPLICA_UNAVAILABLE) from None
     finally:
         responses.cancel()
 
@@ -96,12 +96,12 @@ class Backend:
         """The result of a method of the discriminative deployment."""
         return await call(getattr(self.discriminative, method), *args, deadline_s=self.args.deadline_s)
 
-    async def embed(self, items: Sequence[Item | Failure], fields: Sequence[str]) -> list[Embedded | Failure]:
+    async def embed(self, items: Sequence[EmbedItem | Failure], fields: Sequence[str]) -> list[ItemEmbedding | Failure]:
         """Embeddings in order, with a `Failure` in the place of a bad item; `fields` name the items in its message."""
-        good = [item for item in items if isinstance(item, Item)]
+        good = [item for item in items if isinstance(item, EmbedItem)]
         embedded = iter(await self.call("embed", good) if good else [])
         results = []
         for item, field in zip(items, fields, strict=True):
             result = item if isinstance(item, Failure) else next(embedded)
-            results.append(result.at(field) if isinstance(result, Failure) and item is not result else result)
+            results.append(result.with_param(field) if isinstance(result, Failure) and item is not result else result)
         return results

@@ -15,10 +15,10 @@ import numpy as np
 from ray import serve
 
 from serve.config import ServeArgs
-from serve.deployments.served_index import Changed, Entry, Found, ServedIndex
+from serve.deployments.served_index import Changed, Found, IndexEntry, ServedIndex
 from serve.deployments.token_budget import TokenBudget
 from serve.protocol.errors import INTERNAL, Failure
-from serve.protocol.items import Item
+from serve.protocol.items import EmbedItem
 
 logger = logging.getLogger("ray.serve")
 
@@ -29,13 +29,13 @@ PIXELS_PER_TOKEN = 10_000
 class Work:
     """An item, the tokens it takes, and what it costs in a batch."""
 
-    item: Item
+    item: EmbedItem
     tokens: int
     cost: int
 
 
 @dataclass(frozen=True)
-class Embedded:
+class ItemEmbedding:
     """The embedding [D] of one item, unit norm, and the tokens it took."""
 
     vector: np.ndarray
@@ -70,7 +70,7 @@ class Discriminative:
         """What the embedder says of itself; the constructor has embedded something by then."""
         return self.embedder.description()
 
-    async def embed(self, items: list[Item]) -> list[Embedded | Failure] | Failure:
+    async def embed(self, items: list[EmbedItem]) -> list[ItemEmbedding | Failure] | Failure:
         """Embeddings of the items, in order, with a `Failure` in the place of a bad one."""
         work = await asyncio.get_running_loop().run_in_executor(self.token_thread, self.count, items)
         cost = sum(one.cost for one in work if isinstance(one, Work))
@@ -78,40 +78,40 @@ class Discriminative:
         if refusal:
             return refusal
 
-        async def embed_one(one: Work | Failure) -> Embedded | Failure:
+        async def embed_one(one: Work | Failure) -> ItemEmbedding | Failure:
             return one if isinstance(one, Failure) else await self.embed_batched(one)
 
         with self.budget.hold(cost):
             return await asyncio.gather(*[embed_one(one) for one in work])
 
     async def search(
-        self, query: Item | np.ndarray, k: int, where: str | None, version: int | str | None
+        self, query: EmbedItem | np.ndarray, k: int, where: str | None, version: int | str | None
     ) -> Found | Failure:
         """The k rows of the index nearest to an item, or to a vector [D] of unit norm."""
         vector, tokens = query, 0
-        if isinstance(query, Item):
+        if isinstance(query, EmbedItem):
             embedded = await self.embed([query])
             if isinstance(embedded, Failure):
                 return embedded
             if isinstance(embedded[0], Failure):
-                return embedded[0].at("query")
+                return embedded[0].with_param("query")
             vector, tokens = embedded[0].vector, embedded[0].tokens
         elif len(query) != self.embedder.dimension:
             message = f"the vector has {len(query)} numbers; the model's have {self.embedder.dimension}"
-            return Failure(422, message, "invalid_value").at("query")
+            return Failure(422, message, "invalid_value").with_param("query")
         found = await asyncio.get_running_loop().run_in_executor(
             self.index.search_thread, self.index.search, vector, k, where, version
         )
         return replace(found, tokens=tokens) if isinstance(found, Found) else found
 
-    async def upsert(self, items: list[Item], entries: list[Entry]) -> Changed | Failure:
+    async def upsert(self, items: list[EmbedItem], entries: list[IndexEntry]) -> Changed | Failure:
         """Embed the items and write them to the index."""
         embedded = await self.embed(items)
         if isinstance(embedded, Failure):
             return embedded
         for i, one in enumerate(embedded):
             if isinstance(one, Failure):
-                return one.at(f"items[{i}]")
+                return one.with_param(f"items[{i}]")
         vectors_ND = np.stack([one.vector for one in embedded])
         changed = await asyncio.get_running_loop().run_in_executor(
             self.index.write_thread, self.index.upsert, entries, vectors_ND
@@ -122,11 +122,11 @@ class Discriminative:
         """Remove rows from the index."""
         return await asyncio.get_running_loop().run_in_executor(self.index.write_thread, self.index.delete, ids)
 
-    def count(self, items: Sequence[Item]) -> list[Work | Failure]:
+    def count(self, items: Sequence[EmbedItem]) -> list[Work | Failure]:
         """What each item costs; a `Failure` where the model cannot take it."""
         return [self.count_one(item) for item in items]
 
-    def count_one(self, item: Item) -> Work | Failure:
+    def count_one(self, item: EmbedItem) -> Work | Failure:
         """What an item costs."""
         if item.text is None:
             try:
@@ -144,15 +144,15 @@ class Discriminative:
         return Work(item, tokens, tokens)
 
     @serve.batch(max_batch_size=1, batch_size_fn=batch_cost)  # the constructor sets size and wait
-    async def embed_batched(self, work: list[Work]) -> list[Embedded | Failure]:
+    async def embed_batched(self, work: list[Work]) -> list[ItemEmbedding | Failure]:
         """One caller's item, embedded together with those of others."""
         return await asyncio.get_running_loop().run_in_executor(self.model_thread, self.embed_now, work)
 
-    def embed_now(self, work: Sequence[Work]) -> list[Embedded | Failure]:
+    def embed_now(self, work: Sequence[Work]) -> list[ItemEmbedding | Failure]:
         """Decode and embed one batch. An error in it is laid at the door of the item that causes it."""
         from vladva.core.images import decode_image
 
-        results: list[Embedded | Failure | None] = [None] * len(work)
+        results: list[ItemEmbedding | Failure | None] = [None] * len(work)
         texts, images = [], {}
         for i, one in enumerate(work):
             if one.item.image is None:
@@ -173,5 +173,5 @@ class Discriminative:
                 return [INTERNAL]
             return [self.embed_now([one])[0] for one in work]
         for i, vector in vectors:
-            results[i] = Embedded(vector, work[i].tokens)
+            results[i] = ItemEmbedding(vector, work[i].tokens)
         return results

@@ -64,7 +64,7 @@ class Generative:
         self.budget = TokenBudget(args.max_queued_tokens)
         # One thread for the model: conversations that run at the same time take turns, token by token.
         self.model_thread = ThreadPoolExecutor(1)
-        self.dice = asyncio.Lock()  # one random state: answers that draw from it take turns as a whole
+        self.sampling_lock = asyncio.Lock()  # one random state: answers that draw from it take turns as a whole
         content = [{"type": "image"}, {"type": "text", "text": "ready?"}]
         list(self.embedder.generate([{"role": "user", "content": content}], [Image.new("RGB", (32, 32))], max_tokens=1))
 
@@ -103,7 +103,7 @@ class Generative:
                 stop=sampling.stop,
                 adapter=sampling.adapter,
             )
-            async with self.dice if sampling.temperature else nullcontext():
+            async with self.sampling_lock if sampling.temperature else nullcontext():
                 async for piece in self.in_thread(pieces):
                     text += piece
                     yield piece
@@ -116,18 +116,18 @@ class Generative:
         for message in conversation.messages:
             if any(preprocessor.image_token in part.get("text", "") for part in message["content"]):
                 text = f"a text contains the image token {preprocessor.image_token!r}"
-                return Failure(422, text, "invalid_value").at("messages")
+                return Failure(422, text, "invalid_value").with_param("messages")
         try:
             prompt_tokens = len(preprocessor.render(conversation.messages, conversation.sizes))
         except ValueError as error:
-            return Failure(422, str(error), "invalid_image").at("messages")
+            return Failure(422, str(error), "invalid_image").with_param("messages")
         room = self.context - prompt_tokens
         if max_tokens is None:
             max_tokens = min(self.args.max_tokens, max(room, 1))
         if max_tokens > room:
             text = f"the conversation takes {prompt_tokens:,} tokens and the answer up to {max_tokens:,}"
             text = f"{text}; the model takes {self.context:,} in all"
-            return Failure(422, text, "context_length_exceeded").at("messages")
+            return Failure(422, text, "context_length_exceeded").with_param("messages")
         return prompt_tokens, max_tokens
 
     def decode(self, images: Sequence[bytes]) -> list[Image.Image] | Failure:
@@ -137,7 +137,7 @@ class Generative:
         try:
             return [decode_image(data, self.args.max_image_pixels) for data in images]
         except ValueError as error:
-            return Failure(422, str(error), "invalid_image").at("messages")
+            return Failure(422, str(error), "invalid_image").with_param("messages")
 
     async def in_thread(self, pieces: Iterator[str]) -> AsyncIterator[str]:
         """The pieces, each made in the model's thread; none after the caller has gone away."""

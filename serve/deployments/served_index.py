@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 OPEN_VERSIONS = 8
-UNAVAILABLE = Failure(503, "the index cannot be read or written at the moment; try again later", "index_unavailable")
+INDEX_UNAVAILABLE = Failure(
+    503, "the index cannot be read or written at the moment; try again later", "index_unavailable"
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Entry:
+class IndexEntry:
     """A row to write, without its embedding: key, and values of the columns that the index carries."""
 
     id: str
@@ -89,11 +91,11 @@ class ServedIndex:
             index = self.version(version)
             if version is None:
                 index.refresh()
-            return Found([as_object(hit) for hit in index.search(vector, k, filter=where)], index.version)
+            return Found([hit_object(hit) for hit in index.search(vector, k, filter=where)], index.version)
 
         return self.refusing(hits)
 
-    def upsert(self, entries: Sequence[Entry], vectors_ND: np.ndarray) -> Changed | Failure:
+    def upsert(self, entries: Sequence[IndexEntry], vectors_ND: np.ndarray) -> Changed | Failure:
         """Write rows, in place of those with the same id and kind."""
 
         def write() -> Changed:
@@ -126,7 +128,7 @@ class ServedIndex:
             return Failure(422, message, "invalid_value")
         except OSError:  # storage fails, or others wrote at the same time again and again
             logger.exception("the index cannot be used")
-            return UNAVAILABLE
+            return INDEX_UNAVAILABLE
 
 
 def repeated(keys: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
@@ -136,7 +138,7 @@ def repeated(keys: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
 
 
 def rows_of(
-    entries: Sequence[Entry], vectors_ND: np.ndarray, index: "VectorIndex", model: dict[str, Any]
+    entries: Sequence[IndexEntry], vectors_ND: np.ndarray, index: "VectorIndex", model: dict[str, Any]
 ) -> "pa.Table":
     """The rows as the index holds them. Raises ValueError naming the column that it does not have or cannot hold."""
     import pyarrow as pa
@@ -161,7 +163,7 @@ def rows_of(
     return pa.table(columns).replace_schema_metadata({"vladva": json.dumps(model)})
 
 
-def as_object(hit: "Hit") -> dict[str, Any]:
+def hit_object(hit: "Hit") -> dict[str, Any]:
     """A hit with the columns that JSON can hold."""
     columns = {name: value for name, value in hit.columns.items() if not isinstance(value, bytes)}
     columns = to_jsonable_python(columns, inf_nan_mode="null")

@@ -42,7 +42,7 @@ class Failure:
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"message": self.message, "type": kind, "param": self.param, "code": self.code}
 
-    def at(self, param: str) -> "Failure":
+    def with_param(self, param: str) -> "Failure":
         """The same refusal, naming the field it is about."""
         return replace(self, param=param, message=f"{param}: {self.message}")
 

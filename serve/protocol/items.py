@@ -26,7 +26,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Item:
+class EmbedItem:
     """One text, or the encoded bytes and the (width, height) of one image."""
 
     text: str | None = None
@@ -46,19 +46,19 @@ def as_list(value: JsonValue) -> list[JsonValue]:
 
 def parse_items(
     values: Sequence[JsonValue], field: str, limits: Limits, modality: Modality = "text"
-) -> list[Item | Failure]:
+) -> list[EmbedItem | Failure]:
     """The items in `values`, the content of the body's `field`. Raises ApiError for none and for too many."""
     if not 1 <= len(values) <= limits.items:
         raise ApiError(422, f"{field} holds {len(values)} items; send 1 to {limits.items}", "invalid_value", field)
     return [_parse(value, f"{field}[{i}]", limits, modality) for i, value in enumerate(values)]
 
 
-def parse_item(value: JsonValue, field: str, limits: Limits, modality: Modality = "text") -> Item:
+def parse_item(value: JsonValue, field: str, limits: Limits, modality: Modality = "text") -> EmbedItem:
     """The one item in the body's `field`. Raises ApiError for a bad one."""
     return only_items([_parse(value, field, limits, modality)])[0]
 
 
-def parse_conversations(conversations: Sequence[list[Message]], limits: Limits) -> list[Item | Failure]:
+def parse_conversations(conversations: Sequence[list[Message]], limits: Limits) -> list[EmbedItem | Failure]:
     """One item for every conversation: its image, or its text."""
     values: list[JsonValue] = []
     for conversation in conversations:
@@ -74,7 +74,7 @@ def parse_conversations(conversations: Sequence[list[Message]], limits: Limits) 
     return parse_items(values, "messages", limits)
 
 
-def only_items(items: Sequence[Item | Failure]) -> list[Item]:
+def only_items(items: Sequence[EmbedItem | Failure]) -> list[EmbedItem]:
     """The items, where every one must be good. Raises ApiError for the first that is not."""
     for item in items:
         if isinstance(item, Failure):
@@ -82,7 +82,7 @@ def only_items(items: Sequence[Item | Failure]) -> list[Item]:
     return list(items)
 
 
-def _parse(value: JsonValue, field: str, limits: Limits, modality: Modality) -> Item | Failure:
+def _parse(value: JsonValue, field: str, limits: Limits, modality: Modality) -> EmbedItem | Failure:
     if isinstance(value, str):
         value = {modality: value}
     match value:
@@ -91,7 +91,7 @@ def _parse(value: JsonValue, field: str, limits: Limits, modality: Modality) -> 
                 return _refused(field, "the text is empty")
             if any("\ud800" <= character <= "\udfff" for character in text):
                 return _refused(field, "the text holds half a surrogate pair, which is no character")
-            return Item(text=text)
+            return EmbedItem(text=text)
         case {"image": str(uri)} if len(value) == 1:
             return parse_image(uri, field, limits)
         case {"text": _, "image": _}:
@@ -99,14 +99,14 @@ def _parse(value: JsonValue, field: str, limits: Limits, modality: Modality) -> 
     return _refused(field, 'send a string, {"text": "..."} or {"image": "data:image/png;base64,..."}')
 
 
-def parse_image(uri: str, field: str, limits: Limits) -> Item | Failure:
+def parse_image(uri: str, field: str, limits: Limits) -> EmbedItem | Failure:
     """The image in a data: URI."""
     try:
         data = parse_data_uri(uri, limits.image_bytes)
-        return Item(image=data, size=image_size(data, limits.image_pixels))
+        return EmbedItem(image=data, size=image_size(data, limits.image_pixels))
     except ValueError as error:
-        return Failure(422, str(error), "invalid_image").at(field)
+        return Failure(422, str(error), "invalid_image").with_param(field)
 
 
 def _refused(field: str, message: str) -> Failure:
-    return Failure(422, message, "invalid_value").at(field)
+    return Failure(422, message, "invalid_value").with_param(field)

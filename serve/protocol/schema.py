@@ -25,7 +25,7 @@ class ImageUrl(BaseModel):
     url: str
 
 
-class Part(BaseModel):
+class ContentPart(BaseModel):
     """One part of a message."""
 
     type: Literal["text", "image_url"]
@@ -33,7 +33,7 @@ class Part(BaseModel):
     image_url: Annotated[ImageUrl | None, BeforeValidator(lambda v: {"url": v} if isinstance(v, str) else v)] = None
 
     @model_validator(mode="after")
-    def has_its_content(self) -> "Part":
+    def has_its_content(self) -> "ContentPart":
         """A text part has `text`, an image part `image_url`."""
         if (self.text if self.type == "text" else self.image_url) is None:
             raise ValueError(f"a part of type {self.type!r} has a field {self.type!r}")
@@ -44,11 +44,11 @@ class Message(BaseModel):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[ContentPart]
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[ContentPart]:
         """The content as parts, also where it came as a string."""
-        return [Part(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+        return [ContentPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
 
 class EmbeddingRequest(Body):

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from serve.deployments.client import Backend, stream
 from serve.deployments.generation import Conversation, Finished, Sampling, Started
 from serve.protocol.errors import INTERNAL, ApiError, Failure, logger
-from serve.protocol.items import Item, Limits, parse_image
+from serve.protocol.items import EmbedItem, Limits, parse_image
 from serve.protocol.schema import ChatRequest, Message
 
 
@@ -100,7 +100,7 @@ def usage(started: Started, finished: Finished) -> dict[str, int]:
 def parse_conversation(messages: list[Message], limits: Limits) -> Conversation:
     """The conversation in Hugging Face's form. Raises ApiError for a bad image, naming its part."""
     turns: list[dict[str, Any]] = []
-    images: list[Item] = []
+    images: list[EmbedItem] = []
     for i, message in enumerate(messages):
         content = []
         for j, part in enumerate(message.parts()):

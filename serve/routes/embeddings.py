@@ -7,7 +7,7 @@ import numpy as np
 from fastapi import APIRouter
 
 from serve.deployments.client import Backend
-from serve.deployments.embedding import Embedded
+from serve.deployments.embedding import ItemEmbedding
 from serve.protocol.errors import ApiError, Failure
 from serve.protocol.items import as_list, parse_conversations, parse_items
 from serve.protocol.schema import EmbeddingRequest
@@ -33,7 +33,7 @@ def routes(backend: Backend) -> APIRouter:
         failures = [result for result in results if isinstance(result, Failure)]
         if failures and not body.partial:
             raise ApiError.of(failures[0])
-        tokens = sum(result.tokens for result in results if isinstance(result, Embedded))
+        tokens = sum(result.tokens for result in results if isinstance(result, ItemEmbedding))
         return {
             "object": "list",
             "model": model,
@@ -44,7 +44,7 @@ def routes(backend: Backend) -> APIRouter:
     return router
 
 
-def entry(index: int, result: Embedded | Failure, dimensions: int | None, encoding: str) -> dict[str, Any]:
+def entry(index: int, result: ItemEmbedding | Failure, dimensions: int | None, encoding: str) -> dict[str, Any]:
     """One element of `data`."""
     if isinstance(result, Failure):
         return {"object": "embedding", "index": index, "embedding": None, "error": result.body()}

@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from serve.deployments.client import Backend
-from serve.deployments.served_index import Changed, Entry, repeated
+from serve.deployments.served_index import Changed, IndexEntry, repeated
 from serve.protocol.errors import ApiError
 from serve.protocol.items import parse_item
 from serve.protocol.schema import DeleteRequest, UpsertItem, UpsertRequest
@@ -25,7 +25,7 @@ def routes(backend: Backend) -> APIRouter:
         if len(body.items) > limits.items:
             raise ApiError(422, f"items: {len(body.items)}; send 1 to {limits.items}", "invalid_value", "items")
         items = [parse_item(one.content(), f"items[{i}]", limits) for i, one in enumerate(body.items)]
-        entries = [entry_of(one) for one in body.items]
+        entries = [index_entry(one) for one in body.items]
         if twice := repeated([(entry.id, entry.kind) for entry in entries]):
             raise ApiError(422, f"items: the {twice[1]} {twice[0]!r} is there twice", "invalid_value", "items")
         changed: Changed = await backend.call("upsert", items, entries)
@@ -47,6 +47,6 @@ def routes(backend: Backend) -> APIRouter:
     return router
 
 
-def entry_of(item: UpsertItem) -> Entry:
+def index_entry(item: UpsertItem) -> IndexEntry:
     """The row of an item. What an index carries of a text is the text itself, unless the item says otherwise."""
-    return Entry(item.id, "image" if item.text is None else "text", item.columns)
+    return IndexEntry(item.id, "image" if item.text is None else "text", item.columns)

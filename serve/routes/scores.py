@@ -25,7 +25,7 @@ def routes(backend: Backend) -> APIRouter:
         if len(queries) not in (1, len(documents)):
             text = f"queries: {len(queries)} of them for {len(documents)} documents; send one, or one for each document"
             raise ApiError(422, text, "invalid_value", "queries")
-        [queries_QD, documents_ND], usage = await embed(backend, {"queries": queries, "documents": documents})
+        [queries_QD, documents_ND], usage = await embed_lists(backend, {"queries": queries, "documents": documents})
         data = [
             {"index": i, "object": "score", "score": float(score)}
             for i, score in enumerate((queries_QD * documents_ND).sum(axis=1))
@@ -35,11 +35,13 @@ def routes(backend: Backend) -> APIRouter:
     @router.post("/v1/rerank")
     async def rerank(body: RerankRequest) -> dict[str, Any]:
         model = (await backend.served()).check_embedding(body.model)
-        [query_1D, documents_ND], usage = await embed(backend, {"query": [body.query], "documents": body.documents})
+        [query_1D, documents_ND], usage = await embed_lists(
+            backend, {"query": [body.query], "documents": body.documents}
+        )
         scores_N = documents_ND @ query_1D[0]
         best = np.argsort(-scores_N, kind="stable")[: body.top_n]
         results = [
-            {"index": int(i), "document": as_object(body.documents[i]), "relevance_score": float(scores_N[i])}
+            {"index": int(i), "document": document_object(body.documents[i]), "relevance_score": float(scores_N[i])}
             for i in best
         ]
         return {"model": model, "results": results, "usage": usage}
@@ -49,7 +51,7 @@ def routes(backend: Backend) -> APIRouter:
         model = (await backend.served()).check_embedding(body.model)
         inputs = [{body.modality: value} if isinstance(value, str) else value for value in as_list(body.input)]
         labels = [body.template.replace("{}", label) for label in body.labels]
-        [inputs_ND, labels_LD], usage = await embed(backend, {"input": inputs, "labels": labels})
+        [inputs_ND, labels_LD], usage = await embed_lists(backend, {"input": inputs, "labels": labels})
         data = []
         for i, probabilities_L in enumerate(softmax(CLIP_SCALE * inputs_ND @ labels_LD.T)):
             best = body.labels[int(probabilities_L.argmax())]
@@ -59,7 +61,7 @@ def routes(backend: Backend) -> APIRouter:
     return router
 
 
-async def embed(backend: Backend, lists: dict[str, list[JsonValue]]) -> tuple[list[np.ndarray], dict[str, int]]:
+async def embed_lists(backend: Backend, lists: dict[str, list[JsonValue]]) -> tuple[list[np.ndarray], dict[str, int]]:
     """Embeddings [N, D] of each list, all in one call, and the tokens used. Raises ApiError for the first bad item."""
     items = [item for field, values in lists.items() for item in parse_items(values, field, backend.args.limits)]
     fields = [f"{field}[{i}]" for field, values in lists.items() for i in range(len(values))]
@@ -73,7 +75,7 @@ async def embed(backend: Backend, lists: dict[str, list[JsonValue]]) -> tuple[li
     return np.split(vectors, ends), {"prompt_tokens": tokens, "total_tokens": tokens}
 
 
-def as_object(document: JsonValue) -> JsonValue:
+def document_object(document: JsonValue) -> JsonValue:
     """A document as an object, also where it was sent as a string."""
     return {"text": document} if isinstance(document, str) else document
 

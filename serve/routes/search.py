@@ -9,7 +9,7 @@ from pydantic import JsonValue
 from serve.deployments.client import Backend
 from serve.deployments.served_index import Found
 from serve.protocol.errors import ApiError
-from serve.protocol.items import Item, Limits, parse_item
+from serve.protocol.items import EmbedItem, Limits, parse_item
 from serve.protocol.schema import SearchRequest
 
 
@@ -47,7 +47,7 @@ def check_index(backend: Backend, asked: str | None) -> str:
     return name
 
 
-def parse_query(value: JsonValue, limits: Limits, modality: str) -> Item | np.ndarray:
+def parse_query(value: JsonValue, limits: Limits, modality: str) -> EmbedItem | np.ndarray:
     """A text, an image, or a vector [D], which is given unit norm."""
     if not isinstance(value, list):
         return parse_item(value, "query", limits, modality)

@@ -113,7 +113,7 @@ def test_an_index_of_another_model_is_not_written_to(strict: httpx.Client) -> No
 
 def test_a_pinned_replica_stays_and_another_follows(index: str, embedder: Embedder, tmp_path: Path) -> None:
     from serve.config import ServeArgs
-    from serve.deployments.served_index import Entry, ServedIndex
+    from serve.deployments.served_index import IndexEntry, ServedIndex
 
     uri = shutil.copytree(index, tmp_path / "gallery")
     pinned, follower, writer = (
@@ -122,7 +122,7 @@ def test_a_pinned_replica_stays_and_another_follows(index: str, embedder: Embedd
     )
     vector = embedder.embed_texts(["a late text"])[0]
     before = [pinned.search(vector, 3, None, None), follower.search(vector, 3, None, None)]
-    changed = writer.upsert([Entry("new#0", "text", {})], vector[None])
+    changed = writer.upsert([IndexEntry("new#0", "text", {})], vector[None])
     assert pinned.search(vector, 3, None, None) == before[0]
     after = follower.search(vector, 3, None, None)
     assert (after.version, after.hits[0]["id"]) == (changed.version, "new#0")

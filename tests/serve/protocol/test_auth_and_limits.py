@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from serve.deployments.token_budget import TokenBudget
+from serve.protocol.auth_and_limits import AuthAndLimits, key_digest
 from serve.protocol.errors import ApiError, LastResort
-from serve.protocol.guard import Guard, digest
 from tests.support.wire import KEY, OTHER_KEY, error_of
 
 LONG = "word " * 200
@@ -48,8 +48,8 @@ def request_from(
 
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": "GET", "path": path, "client": (host, 1234), "headers": raw}
-    digests, write_digests = ([digest(key) for key in some] for some in (keys, write_keys))
-    asyncio.run(LastResort(Guard(application, digests, 100, write_digests))(scope, receive, send))
+    digests, write_digests = ([key_digest(key) for key in some] for some in (keys, write_keys))
+    asyncio.run(LastResort(AuthAndLimits(application, digests, 100, write_digests))(scope, receive, send))
     return statuses[0]
 
 

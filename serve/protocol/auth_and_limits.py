@@ -1,4 +1,4 @@
-"""Guard: what is checked before a body is parsed: who asks, what kind of body it is, and how large."""
+"""Auth and limits: what is checked before a body is parsed: who asks, what kind of body it is, and how large."""
 
 import hashlib
 import hmac
@@ -14,12 +14,12 @@ OPEN_PATHS = {"/health"}
 WRITE_PATHS = "/v1/index/"
 
 
-def digest(key: str) -> bytes:
+def key_digest(key: str) -> bytes:
     """What is kept of an API key."""
-    return hashlib.sha256(key.encode()).digest()
+    return hashlib.sha256(key.encode()).key_digest()
 
 
-class Guard:
+class AuthAndLimits:
     """ASGI middleware: API key (401), loopback only without one (403), JSON only (415), body cap (413).
 
     write_digests: of the keys that may change the index as well (403 for the others); without any, every key may.
@@ -54,7 +54,7 @@ class Guard:
                 raise ApiError(403, "no API key is configured, so only this machine is served", "loopback_only")
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        presented = digest(key.strip())
+        presented = key_digest(key.strip())
         # Compare with every key, each in constant time, so that the time taken says nothing about any of them.
         matches = [hmac.compare_digest(presented, known) for known in self.key_digests]
         if scheme.lower() != "bearer" or not any(matches):
