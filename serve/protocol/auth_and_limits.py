@@ -16,7 +16,7 @@ WRITE_PATHS = "/v1/index/"
 
 def key_digest(key: str) -> bytes:
     """What is kept of an API key."""
-    return hashlib.sha256(key.encode()).key_digest()
+    return hashlib.sha256(key.encode()).digest()
 
 
 class AuthAndLimits:
