@@ -12,16 +12,24 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.index.exact_store import ExactStore
 from tests.support.s3_server import BUCKET, s3_server
 from vladva.core.hashing import digest
 from vladva.embed.table import read_embeddings
 from vladva.embed.table_writer import TableWriter, write_part
-from vladva.index import searcher
+from vladva.index import build, searcher
 from vladva.index.build import build_index
 from vladva.index.ivf import VECTORS
 from vladva.index.qdrant import fill
-from vladva.index.store import ExactStore, Hit, VectorStore
-from vladva.index.tuning import Queries, RecallEstimate, cheapest, exact_thresholds, ladder, measure
+from vladva.index.store import Hit, VectorStore
+from vladva.index.tuning import (
+    Queries,
+    RecallEstimate,
+    cheapest_settings,
+    exact_thresholds,
+    measure_recall,
+    nprobes_grid,
+)
 from vladva.index.vector_index import FingerprintMismatch, VectorIndex, open_index
 
 MODEL = {"fingerprint": "0123456789abcdef", "dimension": 8}
@@ -225,7 +233,7 @@ def test_recall_is_the_fraction_found() -> None:
     queries = Queries(vectors_ND[:20], keys[:20])
     thresholds = exact_thresholds([(vectors_ND, keys)], queries, 10)
     twin = ExactStore(rows_of(vectors_ND, list(range(300))), MODEL["fingerprint"])
-    assert measure(twin.search, queries, thresholds, 10).recall == 1.0
+    assert measure_recall(twin.search, queries, thresholds, 10).recall == 1.0
     # One that misses the best six and gives worse ones instead has four of ten right.
     asked = []
 
@@ -233,27 +241,27 @@ def test_recall_is_the_fraction_found() -> None:
         asked.append(k)
         return twin.search(vector_D, k + 6)[7:]
 
-    assert measure(worse, queries, thresholds, 10).recall == pytest.approx(0.4)
+    assert measure_recall(worse, queries, thresholds, 10).recall == pytest.approx(0.4)
     assert len(asked) == 20
     # 0.9 of twenty queries allows for two misses in all: after the fourth query it is out of reach.
-    assert measure(worse, queries, thresholds, 10, 0.9).recall == pytest.approx(0.4)
+    assert measure_recall(worse, queries, thresholds, 10, 0.9).recall == pytest.approx(0.4)
     assert len(asked) == 24
 
 
 def test_the_least_that_suffices_is_chosen() -> None:
     tried: list[tuple[int, int]] = []
 
-    def recall(nprobes: int, effort: int) -> RecallEstimate:
-        tried.append((nprobes, effort))
-        return RecallEstimate(min(nprobes / 40, effort / 10), 0.0, 1.0, 2.0)
+    def recall(nprobes: int, candidates: int) -> RecallEstimate:
+        tried.append((nprobes, candidates))
+        return RecallEstimate(min(nprobes / 40, candidates / 10), 0.0, 1.0, 2.0)
 
-    steps = ladder(195)
+    steps = nprobes_grid(195)
     assert (steps[0], steps[-1]) == (1, 195)
-    nprobes, effort, found = cheapest(195, (3, 10), recall, 0.9)
-    assert (nprobes, effort) == (next(step for step in steps if step >= 36), 10)
+    nprobes, candidates, found = cheapest_settings(195, (3, 10), recall, 0.9)
+    assert (nprobes, candidates) == (next(step for step in steps if step >= 36), 10)
     assert found.recall >= 0.9
     assert len(tried) < 8
-    assert cheapest(195, (3, 5), recall, 0.9)[:2] == (195, 5)  # nothing suffices: the most there is
+    assert cheapest_settings(195, (3, 5), recall, 0.9)[:2] == (195, 5)  # nothing suffices: the most there is
 
 
 @pytest.mark.parametrize("index_type", ["IVF_SQ", "IVF_PQ", "IVF_HNSW_SQ"])
@@ -382,10 +390,10 @@ def test_an_index_that_is_too_large_for_memory_is_searched_on_disk(tmp_path: Pat
     vectors_ND = clustered(3000)
     build_index(write_table(tmp_path / "table", vectors_ND), str(tmp_path / "index"), exact_below=1000)
     index = open_index(str(tmp_path / "index"))
-    index.warm(most=vectors_ND.nbytes - 1)
+    index.warm(limit=vectors_ND.nbytes - 1)
     assert index.searcher.rows is None
     on_disk = [hit.id for hit in index.search(vectors_ND[7], 5)]
-    index.warm(most=vectors_ND.nbytes)
+    index.warm(limit=vectors_ND.nbytes)
     assert index.searcher.rows is not None
     assert [hit.id for hit in index.search(vectors_ND[7], 5)] == on_disk
 
@@ -471,7 +479,7 @@ def test_a_build_by_ray_workers_gives_the_same_answers(tmp_path: Path, ray_clust
 
 def test_an_index_in_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors_ND = clustered(1500)
-    monkeypatch.setattr(searcher, "NUM_QUERIES", 20)
+    monkeypatch.setattr(build, "NUM_QUERIES", 20)
     with s3_server(tmp_path / "s3") as variables:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)

@@ -16,8 +16,8 @@ from vladva.core.storage import join
 from vladva.embed.table import TableManifest, open_table, sample_rows, stream_rows
 from vladva.index.ivf import IndexType
 from vladva.index.searcher import EXACT_BELOW, SearchSettings
-from vladva.index.tuning import EFFORTS, NUM_QUERIES, WANTED, fit, sample_queries
-from vladva.index.vector_index import VectorIndex, _options, open_index, planned
+from vladva.index.tuning import CANDIDATES_GRID, NUM_QUERIES, TARGET_RECALL, sample_queries, tune
+from vladva.index.vector_index import VectorIndex, lance_options, open_index, planned
 
 if TYPE_CHECKING:
     import lance
@@ -53,7 +53,7 @@ def build_index(
     tag: str | None = None,
     replace: bool = False,
     workers: int | None = None,
-    recall: float = WANTED,
+    recall: float = TARGET_RECALL,
 ) -> IndexSummary:
     """Index the rows of one kind of a complete embeddings table; an index of the same model is built anew.
 
@@ -67,15 +67,15 @@ def build_index(
     Raises FingerprintMismatch, and ValueError for a table without rows of the kind or with unknown columns.
     """
     began = time.monotonic()
-    if index_type not in ("exact", *EFFORTS):
-        raise ValueError(f"index_type is {index_type!r}; use one of exact, {', '.join(EFFORTS)}")
-    note = open_table(table_uri)
+    if index_type not in ("exact", *CANDIDATES_GRID):
+        raise ValueError(f"index_type is {index_type!r}; use one of exact, {', '.join(CANDIDATES_GRID)}")
+    manifest = open_table(table_uri)
     if storage.exists(join(index_uri, "_versions")) and not replace:
-        open_index(index_uri, fingerprint=note.fingerprint)
+        open_index(index_uri, fingerprint=manifest.fingerprint)
     if workers is None:
-        workers = cluster_nodes() if note.num_rows >= PARALLEL_FROM else 1
+        workers = cluster_nodes() if manifest.num_rows >= PARALLEL_FROM else 1
     workers = max(1, min(workers, MAX_WORKERS))
-    dataset = _write(note, table_uri, index_uri, kind, filter_columns, -(-note.num_rows // workers))
+    dataset = _write(manifest, table_uri, index_uri, kind, filter_columns, -(-manifest.num_rows // workers))
     rows = dataset.count_rows()
     settings = planned(dataset, SearchSettings(planned=index_type, exact_below=exact_below), workers)
     dataset.create_scalar_index("kind", "BITMAP")
@@ -85,16 +85,16 @@ def build_index(
     queries = sample_queries(sample_rows(table_uri, 2 * NUM_QUERIES, seed=0))
     kinds = {None: rows} | {f"kind = '{one}'": dataset.count_rows(f"kind = '{one}'") for one in ("image", "text")}
     wheres = [where for where, count in kinds.items() if count and (where is None or count < rows)]
-    settings = fit(dataset, settings, queries, wheres, recall)
+    settings = tune(dataset, settings, queries, wheres, recall)
     settings.keep(dataset)
     index = VectorIndex(dataset)
     return IndexSummary(
         uri=index_uri,
         version=index.version,
         tag=index.tag(tag or f"v{index.version}"),
-        fingerprint=note.fingerprint,
+        fingerprint=manifest.fingerprint,
         num_rows=rows,
-        dimension=note.dimension,
+        dimension=manifest.dimension,
         settings=settings,
         index_bytes=sum(one.total_size_bytes for one in dataset.describe_indices()),
         seconds=time.monotonic() - began,
@@ -102,7 +102,12 @@ def build_index(
 
 
 def _write(
-    note: TableManifest, table_uri: str, index_uri: str, kind: str, filter_columns: Sequence[str], rows_per_file: int
+    manifest: TableManifest,
+    table_uri: str,
+    index_uri: str,
+    kind: str,
+    filter_columns: Sequence[str],
+    rows_per_file: int,
 ) -> lance.LanceDataset:
     """The rows of the kind as a new version of the index; each worker will index a file."""
     import lance
@@ -114,14 +119,14 @@ def _write(
     first = next((batch for batch in rows if len(batch)), None)
     if first is None:
         raise ValueError(f"the table {table_uri} has no rows of kind {kind}")
-    schema = rows.schema.with_metadata({"vladva": json.dumps(note.model), "vladva.corpus": note.corpus})
+    schema = rows.schema.with_metadata({"vladva": json.dumps(manifest.model), "vladva.corpus": manifest.corpus})
     batches = (batch.cast(schema) for batch in itertools.chain([first], rows))
     return lance.write_dataset(
         pa.RecordBatchReader.from_batches(schema, batches),
         index_uri,
         mode="overwrite",
         max_rows_per_file=rows_per_file,
-        storage_options=_options(),
+        storage_options=lance_options(),
     )
 
 

@@ -1,4 +1,4 @@
-"""Partitions: the vectors of a Lance data set divided by nearness (IVF) and quantised, here or by many workers."""
+"""IVF: the vectors of a Lance data set partitioned by similarity and quantised, here or by many workers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 IndexType = Literal["exact", "IVF_SQ", "IVF_HNSW_SQ", "IVF_PQ"]
 
-IN_MEMORY = 2 << 30  # bytes of vectors up to which searches hold them in memory, if nothing else is said
+MEMORY_LIMIT = 2 << 30  # bytes of vectors up to which searches hold them in memory, if nothing else is said
 ROWS_IN_MEMORY, ROWS_ON_DISK = 128, 256  # of a partition: from memory smaller ones cost nothing more, from disk a read
 GRAPH_ROWS = 200_000  # of a partition that is searched by a graph (HNSW)
 VECTORS = "embedding_idx"  # name of the index
@@ -25,7 +25,7 @@ def partition(dataset: lance.LanceDataset, index_type: IndexType, workers: int) 
     own vectors, so a search looks into each: there should be few.
     """
     rows = GRAPH_ROWS if index_type == "IVF_HNSW_SQ" else ROWS_ON_DISK
-    if index_type == "IVF_SQ" and workers == 1 and in_memory(dataset):
+    if index_type == "IVF_SQ" and workers == 1 and fits_memory(dataset):
         rows = ROWS_IN_MEMORY
     options: dict[str, Any] = {"metric": "cosine", "replace": True, "name": VECTORS}
     if index_type == "IVF_PQ":
@@ -52,15 +52,15 @@ def partition(dataset: lance.LanceDataset, index_type: IndexType, workers: int) 
     return num_partitions(dataset)
 
 
-def in_memory(dataset: lance.LanceDataset, most: int = IN_MEMORY) -> bool:
-    """Whether the vectors, of at most so many bytes, are few enough for searches to hold them in memory."""
-    return 4 * dataset.count_rows() * dataset.schema.field("embedding").type.list_size <= most
+def fits_memory(dataset: lance.LanceDataset, limit: int = MEMORY_LIMIT) -> bool:
+    """Whether the vectors, of at most `limit` bytes, are few enough for searches to hold them in memory."""
+    return 4 * dataset.count_rows() * dataset.schema.field("embedding").type.list_size <= limit
 
 
 def num_partitions(dataset: lance.LanceDataset) -> int:
     """Partitions of the vector index."""
     os.environ.setdefault("LANCE_INCLUDE_VECTOR_CENTROIDS", "false")  # they would come along otherwise
-    return max(part["num_partitions"] for part in dataset.stats.index_stats(VECTORS)["segments"])
+    return max(segment["num_partitions"] for segment in dataset.stats.index_stats(VECTORS)["segments"])
 
 
 def centroids(dataset: lance.LanceDataset) -> np.ndarray:

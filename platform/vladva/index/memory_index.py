@@ -1,4 +1,4 @@
-"""Rows: those of a Lance data set in memory, partition after partition, compared with a query by matrix products.
+"""MemoryIndex: the rows of a Lance data set in memory, partition after partition (an in-memory IVF).
 
 What Lance's index does from disk with quantised vectors, with the same centroids and full vectors: no candidates to
 compare again, no rows to read. N rows, P partitions, D width.
@@ -37,6 +37,7 @@ class Centroids:
 
     def similarity(self, vectors_ND: np.ndarray) -> np.ndarray:
         """[N, P] (of one vector: [P]), greatest where the distance between unit vector and centroid is least."""
+        # |v - c|^2 = 1 - 2 v.c + |c|^2 for a unit vector v.
         return vectors_ND @ self.matrix_PD.T - self.half_squares_P
 
 
@@ -49,7 +50,7 @@ class MemoryIndex:
     centroids: Centroids
     bounds: np.ndarray
     ids_N: np.ndarray  # Lance's row ids, ascending
-    places_N: np.ndarray  # where in the matrix each of them is
+    row_of_id: np.ndarray  # [N]: the row of the matrix that each of them has
 
     @classmethod
     def of(cls, dataset: lance.LanceDataset, centroids_PD: np.ndarray) -> MemoryIndex:
@@ -62,24 +63,24 @@ class MemoryIndex:
         for rows in blocks(dataset):
             ids.append(rows["_rowid"].to_numpy())
             carried.append(rows.drop_columns(["_rowid", "embedding"]))
-            partitions.append(centroids.similarity(units_of(rows)).argmax(axis=1))
+            partitions.append(centroids.similarity(unit_vectors(rows)).argmax(axis=1))
         partition_N = np.concatenate(partitions)
         order = np.argsort(partition_N, kind="stable")
-        place_N = np.argsort(order)  # in the matrix, of each row as it is read
+        target_N = np.argsort(order)  # the row of the matrix, of each row as it is read
         matrix_ND = np.empty((len(order), centroids_PD.shape[1]), np.float32)
         first = 0
         for rows in blocks(dataset):
-            matrix_ND[place_N[first : first + len(rows)]] = units_of(rows)
+            matrix_ND[target_N[first : first + len(rows)]] = unit_vectors(rows)
             first += len(rows)
         ids_N = np.concatenate(ids)[order]
-        places_N = np.argsort(ids_N)
+        row_of_id = np.argsort(ids_N)
         return cls(
             matrix_ND=matrix_ND,
             carried=pa.concat_tables(carried).take(order),
             centroids=centroids,
             bounds=np.searchsorted(partition_N[order], np.arange(len(centroids_PD) + 1)),
-            ids_N=ids_N[places_N],
-            places_N=places_N,
+            ids_N=ids_N[row_of_id],
+            row_of_id=row_of_id,
         )
 
     def nearest(self, query_D: np.ndarray, k: int, nprobes: int | None, ids: np.ndarray | None) -> list[Hit]:
@@ -88,36 +89,42 @@ class MemoryIndex:
         Without nprobes every row is compared. More partitions are taken where those do not hold k rows.
         """
         if nprobes is None:
-            places = None if ids is None else self._places(ids)
-            scores = (self.matrix_ND if places is None else self.matrix_ND[places]) @ query_D
+            rows = None if ids is None else self._rows(ids)
+            scores = (self.matrix_ND if rows is None else self.matrix_ND[rows]) @ query_D
         else:
-            places, scores = self._probe(query_D, nprobes, ids)
-            if len(places) < k and nprobes < len(self.centroids.matrix_PD):
+            rows, scores = self._probe(query_D, nprobes, ids)
+            if len(rows) < k and nprobes < len(self.centroids.matrix_PD):
                 return self.nearest(query_D, k, min(2 * nprobes, len(self.centroids.matrix_PD)), ids)
         best = np.argpartition(-scores, k)[:k] if k < len(scores) else np.arange(len(scores))
         best = best[np.argsort(-scores[best], kind="stable")]
-        found = self.carried.take(best if places is None else places[best]).to_pylist()
+        found = self.carried.take(best if rows is None else rows[best]).to_pylist()
         return [to_hit(row, float(score)) for row, score in zip(found, scores[best], strict=True)]
 
     def _probe(self, query_D: np.ndarray, nprobes: int, ids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Places and scores of the rows in the nearest partitions; neighbours in the matrix are compared at once."""
+        """Rows and scores of the nearest partitions; partitions that are neighbours in the matrix are one product."""
+        # The nearest partitions, in the order of the matrix.
         chosen = np.sort(np.argsort(-self.centroids.similarity(query_D))[:nprobes])
-        apart = np.flatnonzero(np.diff(chosen) > 1)
-        firsts = self.bounds[chosen[np.concatenate([[0], apart + 1])]]
-        lasts = self.bounds[chosen[np.concatenate([apart, [len(chosen) - 1]])] + 1]
-        ends = np.cumsum(lasts - firsts)  # of each run of neighbours, among the rows that are compared
-        places = np.arange(ends[-1]) + np.repeat(lasts - ends, lasts - firsts)
+        # Runs of partitions that follow one another: each begins at a row of `firsts` and ends before one of `lasts`.
+        gaps = np.flatnonzero(np.diff(chosen) > 1)
+        firsts = self.bounds[chosen[np.concatenate([[0], gaps + 1])]]
+        lasts = self.bounds[chosen[np.concatenate([gaps, [len(chosen) - 1]])] + 1]
+        # Where each run ends among the rows that are compared.
+        ends = np.cumsum(lasts - firsts)
+        # The matrix row of each compared row: its number, moved by as much as its run is.
+        rows = np.arange(ends[-1]) + np.repeat(lasts - ends, lasts - firsts)
+        # A product for each run, written where it belongs.
         scores = np.empty(ends[-1], np.float32)
         for first, last, end in zip(firsts.tolist(), lasts.tolist(), ends.tolist(), strict=True):
             np.dot(self.matrix_ND[first:last], query_D, out=scores[end - (last - first) : end])
         if ids is None:
-            return places, scores
+            return rows, scores
+        # Only rows that a filter has left.
         allowed_N = np.zeros(len(self.matrix_ND), bool)
-        allowed_N[self._places(ids)] = True
-        return places[allowed_N[places]], scores[allowed_N[places]]
+        allowed_N[self._rows(ids)] = True
+        return rows[allowed_N[rows]], scores[allowed_N[rows]]
 
-    def _places(self, ids: np.ndarray) -> np.ndarray:
-        return self.places_N[np.searchsorted(self.ids_N, ids)]
+    def _rows(self, ids: np.ndarray) -> np.ndarray:
+        return self.row_of_id[np.searchsorted(self.ids_N, ids)]
 
 
 def blocks(dataset: lance.LanceDataset) -> Iterator[pa.Table]:
@@ -128,7 +135,7 @@ def blocks(dataset: lance.LanceDataset) -> Iterator[pa.Table]:
         yield pa.Table.from_batches([batch])
 
 
-def units_of(rows: pa.Table) -> np.ndarray:
+def unit_vectors(rows: pa.Table) -> np.ndarray:
     """The embeddings of rows [N, D], of unit norm."""
     matrix_ND = embedding_matrix(rows)
     return matrix_ND / np.linalg.norm(matrix_ND, axis=1, keepdims=True)

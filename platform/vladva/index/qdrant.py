@@ -5,7 +5,7 @@
     store = QdrantStore(client, "images")                      # from then on
 
 It is a VectorStore as Lance's index is, without versions to go back to. Of SQL it takes conditions on columns
-(qdrant_filters.py) and refuses the rest.
+(qdrant_filter.py) and refuses the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from vladva.embed.table import embedding_matrix
-from vladva.index.qdrant_filter import filter_of
+from vladva.index.qdrant_filter import qdrant_filter
 from vladva.index.store import Hit, check_query, check_rows, to_hit
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ def fill(client: QdrantClient, collection: str, rows: pa.Table) -> QdrantStore:
     model = json.loads(rows.schema.metadata[b"vladva"])
     vectors = models.VectorParams(size=model["dimension"], distance=models.Distance.COSINE)
     columns = [name for name in rows.column_names if name not in ("embedding", "content")]
-    note = {"model": model, "columns": columns, "version": 0}
-    client.create_collection(collection, vectors_config=vectors, metadata=note)
+    metadata = {"model": model, "columns": columns, "version": 0}
+    client.create_collection(collection, vectors_config=vectors, metadata=metadata)
     store = QdrantStore(client, collection)
     store.upsert(rows)
     return store
@@ -48,9 +48,9 @@ class QdrantStore:
     def __init__(self, client: QdrantClient, collection: str) -> None:
         self.client = client
         self.collection = collection
-        note = client.get_collection(collection).config.metadata
-        self.model: dict[str, Any] = note["model"]
-        self.columns: list[str] = note["columns"]
+        metadata = client.get_collection(collection).config.metadata
+        self.model: dict[str, Any] = metadata["model"]
+        self.columns: list[str] = metadata["columns"]
 
     @property
     def fingerprint(self) -> str:
@@ -75,7 +75,7 @@ class QdrantStore:
     def search(self, vector: np.ndarray, k: int, filter: str | None = None) -> list[Hit]:  # noqa: A002
         """See VectorStore. Raises ValueError also for SQL that is no condition on a column."""
         query_D = check_query(vector, k, self.dimension)
-        condition = None if filter is None else filter_of(filter, self.columns)
+        condition = None if filter is None else qdrant_filter(filter, self.columns)
         found = self.client.query_points(self.collection, query_D.tolist(), query_filter=condition, limit=k)
         return [to_hit(point.payload, float(point.score)) for point in found.points]
 

@@ -1,6 +1,6 @@
-"""Recall: how much of the exact answer an index finds, and the cheapest settings that find enough of it.
+"""Tuning: how much of the exact answer an index finds, and the cheapest settings that find enough of it.
 
-A hit counts when it is at least as near as the exact k-th neighbour: rows that are equal may stand in for each other.
+A hit counts when it is at least as near as the exact k-th neighbour: rows that are equal may replace each other.
 
 N rows, Q queries, D width.
 """
@@ -25,7 +25,11 @@ from vladva.index.store import Hit
 if TYPE_CHECKING:
     import lance
 
-TOLERANCE = 1e-5  # between two ways to compute a cosine in float32
+ROUNDING = 1e-5  # between two ways to compute a cosine in float32
+TARGET_RECALL = 0.98
+NUM_QUERIES = 200  # of each kind
+# Tried in this order until recall suffices: `refine_factor`, or of graphs `ef` (see SearchSettings).
+CANDIDATES_GRID = {"IVF_SQ": (3, 10), "IVF_PQ": (10, 30, 100), "IVF_HNSW_SQ": (64, 128, 256, 512)}
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class RecallEstimate:
     p99_ms: float
 
     @property
-    def assured(self) -> float:
+    def lower_bound(self) -> float:
         """What recall exceeds, the sample being one of many: two standard errors less than was measured."""
         return self.recall - 2 * self.error
 
@@ -67,22 +71,22 @@ def exact_thresholds(
     return best_Qk.min(axis=1)
 
 
-def measure(
+def measure_recall(
     search: Callable[[np.ndarray, int], list[Hit]],
     queries: Queries,
     thresholds: np.ndarray,
     k: int,
-    wanted: float = 0.0,
+    target: float = 0.0,
 ) -> RecallEstimate:
-    """Recall at k and latency of a search, one query at a time, until it is certain that recall is not as `wanted`."""
+    """Recall at k and latency of a search, one query at a time, until it is certain that recall is below `target`."""
     found, times = [], []
-    may_miss = (1 - wanted) * len(queries.keys)
+    may_miss = (1 - target) * len(queries.keys)
     for vector, key, threshold in zip(queries.vectors_QD, queries.keys, thresholds, strict=True):
         began = time.perf_counter()
         hits = search(vector, k + 1)
         times.append(1e3 * (time.perf_counter() - began))
         others = [hit for hit in hits if (hit.id, hit.columns["kind"]) != key][:k]
-        found.append(sum(hit.score >= float(threshold) - TOLERANCE for hit in others) / k)
+        found.append(sum(hit.score >= float(threshold) - ROUNDING for hit in others) / k)
         may_miss -= 1 - found[-1]
         if may_miss < 0:
             break
@@ -90,7 +94,7 @@ def measure(
     return RecallEstimate(float(np.mean(found)), error, float(np.median(times)), float(np.percentile(times, 99)))
 
 
-def ladder(partitions: int) -> list[int]:
+def nprobes_grid(partitions: int) -> list[int]:
     """Numbers of partitions to search, each a fifth more than the one before, up to all of them."""
     steps = [1]
     while steps[-1] < partitions:
@@ -98,43 +102,32 @@ def ladder(partitions: int) -> list[int]:
     return steps
 
 
-def cheapest(
-    partitions: int, efforts: Sequence[int], try_out: Callable[[int, int], RecallEstimate], wanted: float
+def cheapest_settings(
+    partitions: int, candidates_grid: Sequence[int], try_out: Callable[[int, int], RecallEstimate], target: float
 ) -> tuple[int, int, RecallEstimate]:
-    """(partitions, effort, measured) that find enough, at the least of effort, then of partitions.
+    """(nprobes, candidates, measured) that find enough, with the fewest candidates, then the fewest partitions.
 
-    Enough is what is assured. Recall grows with both, so halving finds the step. Where nothing is enough, the most that
-    there is.
+    Enough is what the lower bound says. Recall grows with both, so halving finds the step. Where nothing is enough, the
+    most that there is.
     """
-    steps = ladder(partitions)
-    for effort in efforts:
-        best = try_out(steps[-1], effort)
-        if best.assured < wanted and effort != efforts[-1]:
+    steps = nprobes_grid(partitions)
+    for candidates in candidates_grid:
+        best = try_out(steps[-1], candidates)
+        if best.lower_bound < target and candidates != candidates_grid[-1]:
             continue
         low, high = 0, len(steps) - 1
-        while low < high and best.assured >= wanted:
+        while low < high and best.lower_bound >= target:
             middle = (low + high) // 2
-            tried = try_out(steps[middle], effort)
-            if tried.assured >= wanted:
+            tried = try_out(steps[middle], candidates)
+            if tried.lower_bound >= target:
                 high, best = middle, tried
             else:
                 low = middle + 1
-        return steps[high], effort, best
-    raise AssertionError("efforts is empty")
+        return steps[high], candidates, best
+    raise AssertionError("candidates_grid is empty")
 
 
-WANTED = 0.98
-
-
-NUM_QUERIES = 200  # of each kind
-
-
-# What is tried until recall suffices: candidates compared again by their full vectors, as a multiple of k; of graphs,
-# the length of the list of candidates.
-EFFORTS = {"IVF_SQ": (3, 10), "IVF_PQ": (10, 30, 100), "IVF_HNSW_SQ": (64, 128, 256, 512)}
-
-
-def sample(dataset: lance.LanceDataset, seed: int = 0) -> list[Queries]:
+def sample_dataset(dataset: lance.LanceDataset, seed: int = 0) -> list[Queries]:
     """Rows of a data set, to be used as queries."""
     rows = dataset.count_rows()
     chosen = sorted(random.Random(seed).sample(range(rows), min(2 * NUM_QUERIES, rows)))
@@ -147,12 +140,12 @@ def sample_queries(rows: pa.Table) -> list[Queries]:
     return [Queries(embedding_matrix(table), _keys(table)) for table in tables if len(table)]
 
 
-def fit(
+def tune(
     dataset: lance.LanceDataset,
     settings: SearchSettings,
     samples: Sequence[Queries],
     wheres: Sequence[str | None],
-    wanted: float,
+    target: float,
 ) -> SearchSettings:
     """The settings with the least work that find enough, for the worst of the samples and of the conditions.
 
@@ -166,25 +159,26 @@ def fit(
     ]
 
     # By Lance, from disk: in memory as much is found, or more, because nothing is quantised.
-    def try_out(nprobes: int, effort: int, at_least: float = wanted) -> RecallEstimate:
-        tried = replace(settings, nprobes=max(nprobes, settings.nprobes), effort=effort)
+    def try_out(nprobes: int, candidates: int, at_least: float = target) -> RecallEstimate:
+        tried = replace(settings, nprobes=max(nprobes, settings.nprobes)).with_candidates(candidates)
         searcher = Searcher(dataset, tried)
         measured = []
         for where, queries, thresholds in cases:
-            ask = partial(searcher.search, where=where)
-            measured.append(measure(ask, queries, thresholds, k, at_least))
-        return min(measured, key=lambda one: one.assured)
+            search = partial(searcher.search, where=where)
+            measured.append(measure_recall(search, queries, thresholds, k, at_least))
+        return min(measured, key=lambda one: one.lower_bound)
 
+    nprobes, candidates = 0, 0
     if settings.index_type == "exact":
-        nprobes, effort, measured = 0, 0, try_out(0, 0)
+        measured = try_out(nprobes, candidates)
     else:
-        nprobes, effort, measured = cheapest(settings.partitions, EFFORTS[settings.index_type], try_out, wanted)
-        if measured.recall < wanted:
-            measured = try_out(nprobes, effort, 0.0)
+        grid = CANDIDATES_GRID[settings.index_type]
+        nprobes, candidates, measured = cheapest_settings(settings.partitions, grid, try_out, target)
+        if measured.recall < target:
+            measured = try_out(nprobes, candidates, 0.0)
     return replace(
-        settings,
+        settings.with_candidates(candidates),
         nprobes=max(nprobes, settings.nprobes),
-        effort=effort,
         recall_at_10=measured.recall,
         p50_ms=measured.p50_ms,
         p99_ms=measured.p99_ms,

@@ -2,7 +2,7 @@
 
     write the table's rows -> partition and quantise, if they are many -> index columns of filters -> measure -> tag
 
-Every change makes a version; who has opened a version or a tag is never disturbed. searches.py says how it is searched.
+Every change makes a version; who has opened a version or a tag is never disturbed. searcher.py says how it is searched.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import pyarrow as pa
 from vladva.core import storage
 from vladva.core.errors import FingerprintMismatch
 from vladva.core.storage import join
-from vladva.index.ivf import IN_MEMORY, num_partitions, partition
+from vladva.index.ivf import MEMORY_LIMIT, num_partitions, partition
 from vladva.index.searcher import Searcher, SearchSettings, plain_errors
 from vladva.index.store import Hit, VectorStore, check_rows
-from vladva.index.tuning import WANTED, fit, sample
+from vladva.index.tuning import TARGET_RECALL, sample_dataset, tune
 
 if TYPE_CHECKING:
     import lance
@@ -41,7 +41,7 @@ def open_index(uri: str, *, version: int | str | None = None, fingerprint: str |
     if not storage.exists(join(uri, "_versions")):
         raise ValueError(f"{uri} holds no index; build one with jobs/index.py")
     with plain_errors(None):
-        index = VectorIndex(_open(uri, version))
+        index = VectorIndex(open_dataset(uri, version))
     if fingerprint is not None:
         index.check(fingerprint)
     return index
@@ -51,9 +51,9 @@ class VectorIndex:
     """A version of an index. Searches see that version; changes are made to the newest, and seen from then on."""
 
     def __init__(self, dataset: lance.LanceDataset) -> None:
-        self._see(dataset)
+        self._open_version(dataset)
 
-    def _see(self, dataset: lance.LanceDataset) -> None:
+    def _open_version(self, dataset: lance.LanceDataset) -> None:
         self.dataset = dataset
         self.searcher = Searcher(dataset, SearchSettings.of(dataset))
         self.model: dict[str, Any] = json.loads(dataset.schema.metadata[b"vladva"])
@@ -90,25 +90,32 @@ class VectorIndex:
             hint = "search with the model it was made with, or embed and index again"
             raise FingerprintMismatch(f"the index {self.dataset.uri}", self.fingerprint, fingerprint, hint)
 
-    def search(self, vector: np.ndarray, k: int, filter: str | None = None) -> list[Hit]:  # noqa: A002
+    def search(
+        self,
+        vector: np.ndarray,
+        k: int,
+        filter: str | None = None,  # noqa: A002
+        timeout_s: float | None = None,
+    ) -> list[Hit]:
         """The k rows nearest to a vector [D] among those for which the SQL condition holds, best first.
 
-        Raises ValueError for a vector of another dimension, k below 1, or a condition that cannot be evaluated.
+        Raises ValueError for a vector of another dimension, k below 1, or a condition that cannot be evaluated;
+        TimeoutError where the condition is still being evaluated after `timeout_s`.
         """
-        return self.searcher.search(vector, k, filter)
+        return self.searcher.search(vector, k, filter, timeout_s)
 
-    def warm(self, most: int = IN_MEMORY) -> None:
+    def warm(self, limit: int = MEMORY_LIMIT) -> None:
         """Read into memory what searches use: the vectors, unless they are more than so many bytes."""
-        self.searcher.warm(most)
+        self.searcher.warm(limit)
 
     def _newest(self) -> lance.LanceDataset:
         """The newest version, with what is in memory of the index already."""
-        return _open(self.dataset.uri, session=self.dataset.session())
+        return open_dataset(self.dataset.uri, session=self.dataset.session())
 
     def refresh(self) -> None:
         """See the newest version from now on."""
         if self.dataset.latest_version != self.version:
-            self._see(self._newest())
+            self._open_version(self._newest())
 
     def upsert(self, rows: pa.Table) -> None:
         """Add rows (an embeddings table), in place of those with the same (id, kind). Raises FingerprintMismatch."""
@@ -118,7 +125,7 @@ class VectorIndex:
         rows = rows.select([field.name for field in fields]).cast(pa.schema(fields))
         merge = newest.merge_insert(KEY).when_matched_update_all().when_not_matched_insert_all()
         merge.conflict_retries(RETRIES).execute(rows)
-        self._see(newest)
+        self._open_version(newest)
 
     def delete(self, ids: Sequence[str]) -> int:
         """Remove the rows with these ids; returns how many there were."""
@@ -127,7 +134,7 @@ class VectorIndex:
         for first in range(0, len(ids), 1000):
             quoted = ", ".join("'" + one.replace("'", "''") + "'" for one in ids[first : first + 1000])
             gone += newest.delete(f"id IN ({quoted})", conflict_retries=RETRIES)["num_deleted_rows"]
-        self._see(newest)
+        self._open_version(newest)
         return gone
 
     def optimize(self) -> None:
@@ -140,8 +147,8 @@ class VectorIndex:
             settings = replace(settings, partitions=num_partitions(newest))
         else:
             settings = planned(newest, settings, workers=1)
-        fit(newest, settings, sample(newest), [None], WANTED).keep(newest)
-        self._see(newest)
+        tune(newest, settings, sample_dataset(newest), [None], TARGET_RECALL).keep(newest)
+        self._open_version(newest)
 
     def tag(self, name: str) -> str:
         """Name this version, or give the name to it; readers open it by the name."""
@@ -150,13 +157,15 @@ class VectorIndex:
         return name
 
 
-def _open(uri: str, version: int | str | None = None, session: lance.Session | None = None) -> lance.LanceDataset:
+def open_dataset(
+    uri: str, version: int | str | None = None, session: lance.Session | None = None
+) -> lance.LanceDataset:
     import lance
 
-    return lance.dataset(uri, version=version, storage_options=_options(), session=session)
+    return lance.dataset(uri, version=version, storage_options=lance_options(), session=session)
 
 
-def _options() -> dict[str, str]:
+def lance_options() -> dict[str, str]:
     """What Lance does not take from the AWS variables by itself: that an endpoint may be without TLS."""
     return {"allow_http": "true"} if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://") else {}
 
