@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from vladva.evaluate.benchmark_embeddings import Embeddings, items, picture_bytes, text_id
+from vladva.evaluate.benchmark_embeddings import Embeddings, items, read_image_bytes, text_id
 from vladva.evaluate.scoring import evaluate, read_benchmarks, read_outcomes
 from vladva.report.comparison_tables import comparison_tables, layer_tables
 from vladva.report.page_examples import grids_of, wrong_choices_of
@@ -49,7 +49,7 @@ def test_each_text_and_image_is_collected_once(scenes: Path) -> None:
     assert sorted(rows["id"].to_pylist()) == sorted([*map(text_id, texts), *images])
     assert len(images) == 64  # both benchmarks share the images
     pictures = rows.filter(pa.compute.equal(rows["kind"], "image"))
-    assert all(data.startswith(b"\x89PNG") for data in picture_bytes(pictures.slice(0, 5)))
+    assert all(data.startswith(b"\x89PNG") for data in read_image_bytes(pictures.slice(0, 5)))
 
 
 def table_of(ids: list[str]) -> pa.Table:
