@@ -6,9 +6,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 STAMP  := .venv/.installed
 # The report's pages are tested in a real Chromium. Where there is none their tests are left out, never in CI.
 CHROMIUM := $(or $(CI),$(shell command -v chromium || command -v chromium-browser || command -v google-chrome))
+BROWSER  := $(if $(CHROMIUM),,-m "not browser")
+PYTEST   := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo check test lint format bench rehearse clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -18,20 +20,32 @@ install: $(STAMP)  ## create .venv with the exact versions of constraints.txt (a
 demo: $(STAMP)  ## the whole chain on this machine: train, embed, index, search, serve, report
 	$(BIN)/python jobs/demo.py
 
-test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest $(if $(CHROMIUM),,--ignore=tests/browser)
-	@$(if $(CHROMIUM),,echo "Left out: tests/browser, because no chromium is on PATH (on Debian: apt-get install chromium).")
+check: lint  ## lint, and the tests that need neither Ray nor a browser: two minutes, before every push
+	$(PYTEST) -m "not ray and not browser and not slow" --durations=3
 
-lint: $(STAMP)  ## check style and spelling
+test: $(STAMP)  ## run all tests but the rehearsal
+	$(PYTEST) $(BROWSER)
+	@$(if $(CHROMIUM),,echo "Left out: tests marked browser, as no chromium is on PATH (on Debian: apt-get install chromium).")
+
+lint: $(STAMP)  ## check style, spelling, the direction of imports and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/typos
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
+
+format: $(STAMP)  ## rewrite the code as `make lint` wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 bench: $(STAMP)  ## run the side-by-side benchmarks, one after the other; each ends with one line of JSON
 	set -e; for script in tests/bench/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
+rehearse: $(STAMP)  ## a cluster of three hosts on this machine, and what goes wrong on clusters (Linux, root, half an hour)
+	$(BIN)/python -m tests.cluster.rehearsal
+
 clean:  ## delete what the demo, the tests and the tools wrote, runs in .vladva included; .venv stays
-	rm -rf .vladva .pytest_cache .ruff_cache build dist platform/*.egg-info
+	rm -rf .vladva .pytest_cache .ruff_cache .mypy_cache .import_linter_cache build dist platform/*.egg-info
 	find jobs serve cluster platform tests -name __pycache__ -prune -exec rm -rf {} +
 
 # clip-benchmark goes apart, without what it requires (torchvision): the tests compare scores with a few functions of it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,33 @@ import pytest
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+# Tests whose own processes start Ray or a group of training workers; whoever asks for `ray_cluster` needs no line here.
+STARTS_PROCESSES = (
+    "cluster/rehearsal",
+    "cluster/test_job_submit.py",
+    "jobs",
+    "train/test_elastic.py",
+    "train/test_grad_cache.py",
+    "train/test_portable.py",
+    "train/test_train_options.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark with `ray` what `make check` leaves out."""
+    here = Path(__file__).parent
+    starting = [here / name for name in STARTS_PROCESSES]
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()) or any(item.path.is_relative_to(p) for p in starting):
+            item.add_marker(pytest.mark.ray)
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Under `-m "not ray"` no test may start Ray: `make check` would take minutes, and nobody would know why."""
+    if "not ray" in item.config.option.markexpr and "ray" in sys.modules:
+        assert not sys.modules["ray"].is_initialized(), f"{item.nodeid} starts Ray: it should ask for `ray_cluster`"
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """The report in a real browser: Chromium, headless, offline.
 
-`make test` leaves this folder out where there is no Chromium, and says so; run by itself, or in CI, it fails there.
+`make test` leaves these tests out where there is no Chromium, and says so; in CI they fail there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.support.pages import write_data_page, write_full, write_wide
+
+pytestmark = pytest.mark.browser
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
