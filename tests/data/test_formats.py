@@ -14,22 +14,22 @@ import pytest
 from tests.support.source_variants import CAPTIONS, IMAGES, VARIANTS, write_variant
 from vladva.core import storage
 from vladva.core.errors import InvalidSampleError
+from vladva.data import source as sources
 from vladva.data.image_refs import read_cells
-from vladva.prepare import sources
+from vladva.data.source import Entry, LeftOut, Rejected, SourceOptions, ahead, open_source
 from vladva.prepare.image_fetch import read_images
-from vladva.prepare.sources import Entry, LeftOut, Rejected, SourceOptions, ahead, open_source
 
 
 def test_every_format_is_among_the_variants() -> None:
-    assert {form for form, _, _ in VARIANTS.values()} == set(sources.names())
+    assert {form for form, _, _ in VARIANTS.values()} == set(sources.format_names())
 
 
-@pytest.mark.parametrize("name", sources.names())
+@pytest.mark.parametrize("name", sources.format_names())
 def test_a_format_says_what_it_is_and_refuses_an_empty_folder(name: str, tmp_path: Path) -> None:
-    form = sources.find(name)
+    form = sources.find_format(name)
     assert form.__doc__
     assert "\n" not in form.TITLE
-    assert len({sources.find(other).PRIORITY for other in sources.names()}) == len(sources.names())
+    assert len({sources.find_format(other).PRIORITY for other in sources.format_names()}) == len(sources.format_names())
     with pytest.raises(ValueError, match=f"nothing of the format {name}"):
         open_source(str(tmp_path), SourceOptions(format=name))
 

@@ -27,12 +27,12 @@ from tests.support.without_ray import count_words, leave_ray_out
 from vladva.core import ray_tasks, storage
 from vladva.data.scan import scan
 from vladva.data.shard_index import ShardIndex, read_samples
+from vladva.data.source import SourceOptions
 from vladva.prepare import pipeline as prepare_module
 from vladva.prepare import statistics
 from vladva.prepare.join import Join
 from vladva.prepare.pipeline import Prepared, prepare
 from vladva.prepare.plan import read_table
-from vladva.prepare.sources import SourceOptions
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from PIL import Image
 
 from tests.support.without_ray import count_words, leave_ray_out
 from vladva.data.shard_writer import ShardWriter
+from vladva.data.source import Rejected
 from vladva.prepare import statistics
 from vladva.prepare.pipeline import Prepared, prepare
-from vladva.prepare.sources import Rejected
 from vladva.prepare.statistics import SIDE_BOUNDS, TOKEN_BOUNDS, Duplicates, summarise
 from vladva.report.data_page import contact_sheet, ledger, size_of, span, write_page
 from vladva.report.svg import heat_map, histogram

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vladva.prepare.sources import SourceOptions
+from vladva.data.source import SourceOptions
 
 
 def image(kind: str, seed: int) -> bytes:

@@ -1,14 +1,18 @@
-"""Sources: the forms in which people have images and captions, one file each.
+"""Sources: images and captions in any of the forms people have them in, read alike by every job.
 
-The folder listing is the menu: every module here is a format and is found by its file name. It has
+    open_source(uri, options) -> Source -> entries(), or split() into parts that are read elsewhere
+
+The folder `formats/` is the menu: every module there is a format and is found by its file name. It has
 
     TITLE             one line, for people
     OPTIONS           the fields of `SourceOptions` that mean something for it
     PRIORITY          where several formats recognise a folder, the lowest number has it
     match(files)      the names of those files that make up a source of this format; none where it is another one
+    split(source)     parts of the source, in order, that can be read without each other
     entries(source)   what is in them, in order, without the images: `Entry`, `Rejected` or `LeftOut` per row
 
-Entries say where an image's bytes lie and never carry them, so that a source of any size is listed in little memory.
+Entries say where an image's bytes are and never carry them, so that a source of any size is listed in little memory.
+Captions are given as written; who uses them removes the space around them.
 """
 
 from __future__ import annotations
@@ -19,16 +23,18 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeVar
 
 from vladva.core import storage
-from vladva.core.errors import InvalidSampleError
+from vladva.core.images import IMAGE
 from vladva.core.storage import FileInfo
+from vladva.data.image_refs import ImageRef
 
-PATH_COLUMNS = ("path", "filepath", "file_path", "image_path", "file_name", "filename", "file", "image", "img")
-CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "sentence", "raw")
 READS_AHEAD = 8
+HIDDEN = re.compile(r"(^|/)[._]")
+OURS = re.compile(r"(^|/)(_index|_prepare)/")  # what jobs of this project leave beside data
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,6 +62,9 @@ class Source:
     infos: tuple[FileInfo, ...]  # of the same files
     options: SourceOptions
     work_uri: str = ""  # where a format may leave what it found out
+    others: tuple[str, ...] = ()  # files that the format does not read
+    row_group: int = -1  # of a single Parquet file; -1 for all of them
+    needs_images: bool = True  # False: rows of captions alone are entries too, with an empty `file`
 
     @property
     def images_uri(self) -> str:
@@ -63,29 +72,58 @@ class Source:
         return storage.absolute(self.options.images) if self.options.images else self.uri
 
     def entries(self) -> Iterator[Entry | Rejected | LeftOut]:
-        """Everything that is in the source, in order."""
-        return find(self.format).entries(self)
+        """Everything that is in the files of the source, in order."""
+        return find_format(self.format).entries(self)
+
+    def split(self) -> Iterator[Source]:
+        """Parts that together have the same entries in the same order."""
+        return find_format(self.format).split(self)
+
+    def part(self, first: int, after: int) -> Source:
+        """The files from number `first` to before `after`."""
+        return replace(self, files=self.files[first:after], infos=self.infos[first:after], others=())
+
+    def unused_files(self, named: set[str]) -> Iterator[LeftOut]:
+        """The files beside those of the format, but for the images in `named`: entries refer to them."""
+        for name in self.others:
+            if HIDDEN.search(name):
+                yield LeftOut("file whose name, or folder's name, begins with . or _")
+            elif not IMAGE.search(name):
+                yield LeftOut(f"file that the format {self.format} does not read")
+            elif name not in named:
+                yield LeftOut("image that no row names" if named else f"image beside the format {self.format}")
 
 
 class Entry(NamedTuple):
     """An image with captions. `file` holds it: as a whole, from byte `offset` on, or in row `offset` of `column`."""
 
     id: str  # what the source calls it
-    place: str  # in the source, for people
-    file: str  # relative to where images are, or an absolute URI
+    source_location: str  # in the source, for people
+    file: str  # relative to where images are, or an absolute URI; empty where a row has no image
     captions: Sequence[str] = ()
     offset: int = -1
     length: int = -1
     column: str = ""
-    beside: str = ""  # text file with one caption a line
-    negatives: Sequence[str] = ()
+    caption_files: Sequence[str] = ()  # beside the image, with one caption a line
+    hard_negatives: Sequence[str] = ()
+    row_id: str = ""  # unique in the source, where `id` may repeat (rows of a table); empty: `id` is unique
+    group: str = ""  # the part of a benchmark that the image is in (nocaps' domains)
+
+    def image_ref(self, images_uri: str) -> ImageRef:
+        """Where the image is, for `fetch_images`."""
+        uri = storage.resolve(images_uri, self.file)
+        if self.column:
+            return ImageRef(self.id, self.source_location, uri, self.offset, column=self.column)
+        if self.offset < 0:
+            return ImageRef(self.id, self.source_location, uri)
+        return ImageRef(self.id, self.source_location, uri, self.offset, self.length)
 
 
 class Rejected(NamedTuple):
     """What cannot be used: a line of the quarantine table."""
 
     id: str
-    place: str
+    source_location: str
     reason: str
     detail: str = ""
 
@@ -107,6 +145,10 @@ class Format(Protocol):
         """See the module docstring."""
         ...
 
+    def split(self, source: Source) -> Iterator[Source]:
+        """See the module docstring."""
+        ...
+
     def entries(self, source: Source) -> Iterator[Entry | Rejected | LeftOut]:
         """See the module docstring. Raises ValueError for what makes the whole source unusable, naming the fix."""
         ...
@@ -119,9 +161,13 @@ class FileSet:
         self.uri = uri
         self.infos = infos
 
-    def ending(self, *endings: str) -> list[str]:
-        """Names with one of these endings, whatever the case."""
-        return [name for name in self.infos if name.lower().endswith(endings)]
+    def with_suffix(self, *suffixes: str) -> list[str]:
+        """Names with one of these suffixes, whatever the case."""
+        return [name for name in self.infos if name.lower().endswith(suffixes)]
+
+    def images(self) -> list[str]:
+        """Names of images."""
+        return [name for name in self.infos if IMAGE.search(name)]
 
     def head(self, name: str, count: int = 1 << 16) -> bytes:
         """The first `count` bytes of a file, or all there are."""
@@ -129,21 +175,21 @@ class FileSet:
         return storage.read_ranges([storage.ByteRange(storage.join(self.uri, name), 0, length)])[0]
 
 
-def names() -> list[str]:
+def format_names() -> list[str]:
     """Names of all formats; the one that goes first in doubt first."""
-    found = [module.name for module in pkgutil.iter_modules(__path__)]
-    return sorted(found, key=lambda name: (find(name).PRIORITY, name))
+    found = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "formats")])]
+    return sorted(found, key=lambda name: (find_format(name).PRIORITY, name))
 
 
-def find(name: str) -> Format:
-    """The format in `sources/<name>.py`."""
-    return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+def find_format(name: str) -> Format:
+    """The format in `formats/<name>.py`."""
+    return importlib.import_module(f"vladva.data.formats.{name}")  # type: ignore[return-value]
 
 
-def open_source(uri: str, options: SourceOptions, work_uri: str = "") -> Source:
+def open_source(uri: str, options: SourceOptions, work_uri: str = "", *, needs_images: bool = True) -> Source:
     """The folder or file at `uri`, with its format found out. Raises FileNotFoundError, ValueError with the fix."""
-    if options.format and options.format not in names():
-        raise ValueError(f"--format {options.format!r} is unknown; there are {', '.join(names())}")
+    if options.format and options.format not in format_names():
+        raise ValueError(f"--format {options.format!r} is unknown; there are {', '.join(format_names())}")
     uri = storage.absolute(uri)
     if not storage.exists(uri):
         raise FileNotFoundError(f"{uri}: no such file or folder")
@@ -153,68 +199,33 @@ def open_source(uri: str, options: SourceOptions, work_uri: str = "") -> Source:
     except FileNotFoundError:
         infos = storage.list_infos(uri)
     below = {info.uri[len(uri) + 1 :]: info for info in infos}
-    files = FileSet(uri, {name: info for name, info in below.items() if not re.search(r"(^|/)[._]", name)})
-    for name in [options.format] if options.format else names():
-        if matched := find(name).match(files):
+    below = {name: info for name, info in below.items() if not OURS.search(name)}
+    files = FileSet(uri, {name: info for name, info in below.items() if not HIDDEN.search(name)})
+    for name in [options.format] if options.format else format_names():
+        if matched := find_format(name).match(files):
             check_options(name, options)
+            others = tuple(below.keys() - set(matched))
             infos = [files.infos[file] for file in matched]
-            return Source(uri, name, tuple(matched), tuple(infos), options, work_uri)
-    kinds = "; ".join(f"{name} ({find(name).TITLE})" for name in names())
+            return Source(uri, name, tuple(matched), tuple(infos), options, work_uri, others, needs_images=needs_images)
+    formats = "; ".join(f"{name} ({find_format(name).TITLE})" for name in format_names())
     what = f"nothing of the format {options.format}" if options.format else "nothing of a known format"
-    raise ValueError(f"{uri} holds {what}. There are: {kinds}")
+    hidden = sum(1 for name in below if HIDDEN.search(name))
+    ignored = f" ({hidden} files whose name, or folder's name, begins with . or _ are not read)" if hidden else ""
+    raise ValueError(f"{uri} holds {what}{ignored}. There are: {formats}")
 
 
 def check_options(name: str, options: SourceOptions) -> None:
     """Raise ValueError for an option that the format would not heed."""
-    known = find(name).OPTIONS
+    known = find_format(name).OPTIONS
     for field in fields(options):
         if field.name != "format" and getattr(options, field.name) and field.name not in known:
             option = "--" + field.name.replace("columns", "column").replace("splits", "split").replace("_", "-")
             raise ValueError(f"{option} means nothing for the format {name}: leave it out, or name the --format")
 
 
-# --- what several formats share --------------------------------------------------------------------------------------
-
-
-def texts_of(value: Any) -> list[str]:
-    """A cell with a caption or a list of them, as text or UTF-8. Raises InvalidSampleError."""
-    values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-    texts = []
-    for text in values:
-        if not isinstance(text, (str, bytes)):
-            raise InvalidSampleError("caption is not text", repr(text))
-        try:
-            # Halves of characters stand for bytes that are no UTF-8 (CSV), or are spelled out in JSON.
-            texts.append((text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text).decode())
-        except UnicodeError as error:
-            raise InvalidSampleError("caption is not UTF-8", str(error)) from None
-    return clean(texts)
-
-
-def clean(captions: Iterable[str]) -> list[str]:
-    """Captions without the space around them, without empty ones, each once."""
-    return list(dict.fromkeys(text.strip() for text in captions if text.strip()))
-
-
-def first_column(kind: str, option: str, known: Sequence[str], given: str, columns: Sequence[str], file: str) -> str:
-    """The column that the user named, or the first of the known ones. Raises ValueError listing what there is."""
-    wanted = [given] if given else known
-    found = next((name for name in wanted if name in columns), None)
-    if found is None:
-        looked = given or f"any of {', '.join(known)}"
-        raise ValueError(
-            f"{file} has no column {looked} for the {kind}: name one with {option}; it has {list(columns)}"
-        )
-    return found
-
-
-def refuse_urls(path: str, file: str) -> None:
-    """Raise ValueError for a link: nothing is downloaded."""
-    if path.startswith(("http://", "https://")):
-        raise ValueError(
-            f"{file} holds links ({path}), and this job downloads nothing: fetch the images with img2dataset "
-            f"(--output_format webdataset), then prepare the folder it has written"
-        )
+def file_by_file(source: Source) -> Iterator[Source]:
+    """The parts of a source whose files have nothing to do with each other."""
+    return (source.part(number, number + 1) for number in range(len(source.files)))
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T], count: int = READS_AHEAD) -> Iterator[R]:

@@ -1,22 +1,22 @@
-"""Corpora: shards, Parquet files, a folder of images or a text file -> items to embed.
+"""Corpora: shards, tables, folders of images or a text file -> items to embed.
 
-Every corpus gives a Ray data set of the same columns: a row is an image or a text, with where its image lies.
+Every corpus gives a Ray data set of the same columns: a row is an image or a text, with where its image is.
 
     id, kind        "<file relative to the corpus>#<key>" and "image" or "text"; an image's i-th caption: "<id>#<i>"
     text            the text; null for images
     caption         the first caption of an image; null for texts
     shard           file that holds the image, relative to the corpus; null where there is none
-    offset, length  the image's bytes in that file (in Parquet: row, and 0)
+    offset, length  the image's bytes in that file; in Parquet: row, and 0; of a whole file of unknown size: 0, and -1
     crc32           checksum of the bytes, where the scan of the shards has left one
     image           bytes, where they came along; otherwise `read_images` fetches them, for those items that need it
+
+What is named in a source and cannot be delivered is an item too, of the kind "rejected": its `text` says why.
 """
 
 from __future__ import annotations
 
-import re
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,10 @@ import pyarrow as pa
 
 from vladva.core import storage
 from vladva.core.errors import InvalidSampleError
-from vladva.core.images import IMAGE
-from vladva.core.storage import ByteRange
-from vladva.data.image_refs import read_cells
+from vladva.data.columns import IMAGE_COLUMNS, choose_image_column, to_texts
+from vladva.data.image_refs import ImageRef, fetch_images
+from vladva.data.source import SourceOptions, open_source
+from vladva.embed.source_items import KINDS, REJECTED, ROWS_PER_READ, count_items, remarks, sample_items, source_items
 
 if TYPE_CHECKING:
     import ray.data
@@ -34,11 +35,6 @@ if TYPE_CHECKING:
     from vladva.data.shard_index import ShardIndex
     from vladva.data.sidecar import CountTokens
 
-KINDS = ("image", "text")
-IMAGE_COLUMNS = ("image", "jpg", "png", "img")
-CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
-ID_COLUMNS = ("id", "key", "__key__")
-ROWS_PER_READ = 256
 PLACE = ("shard", "offset", "length", "crc32")
 
 ITEM = pa.schema(
@@ -52,11 +48,12 @@ ITEM = pa.schema(
 
 @dataclass(frozen=True)
 class Corpus:
-    """Items, how many they are (from captions per image in the first file), and how to read images left behind."""
+    """Items, about how many they are, how to read images left behind, and what to tell the user."""
 
     uri: str
     items: ray.data.Dataset
-    num_items: int
+    num_items: int  # of big Parquet files and folders an estimate, from the first rows
+    remarks: list[str] = field(default_factory=list)  # what of the source is not embedded, and by which rule
 
     @property
     def read_images(self) -> Callable[[pa.Table], list[bytes]]:
@@ -64,28 +61,32 @@ class Corpus:
         return partial(_read_images, self.uri)
 
 
-def open_corpus(uri: str, kinds: Sequence[str] = KINDS, *, count_tokens: CountTokens | None = None) -> Corpus:
+def open_corpus(
+    uri: str,
+    kinds: Sequence[str] = KINDS,
+    options: SourceOptions | None = None,
+    *,
+    count_tokens: CountTokens | None = None,
+) -> Corpus:
     """The corpus at `uri`. Shards that have not been scanned are, which takes a `count_tokens` and a Ray cluster.
 
-    Raises ValueError where it holds nothing to embed.
+    Anything that `data/formats/` reads is a corpus, and a text file (.txt) with a text a line. Raises ValueError where
+    there is nothing to embed, FileNotFoundError.
     """
-    if unknown := set(kinds) - set(KINDS):
+    if unknown := set(kinds) - {"image", "text"}:
         raise ValueError(f"kinds: {', '.join(sorted(unknown))} is unknown; use image, text or both")
     uri = storage.absolute(uri)
-    if not storage.exists(uri):
-        raise FileNotFoundError(f"{uri}: no such file or folder")
-    if uri.endswith((".txt", ".parquet")):
-        folder, _, name = uri.rpartition("/")
-        return (_text_file if name.endswith(".txt") else _parquet)(folder, {name: 0}, kinds)
-    infos = {info.uri.removeprefix(uri + "/"): info.size for info in storage.list_infos(uri)}
-    files = {file: size for file, size in infos.items() if not re.search(r"(^|/)[._]", file)}
-    if shards := {file for file in files if file.endswith(".tar")}:
-        return _shards(uri, shards, kinds, count_tokens)
-    if parquet := {file: size for file, size in files.items() if file.endswith(".parquet")}:
-        return _parquet(uri, parquet, kinds)
-    if any(IMAGE.search(file) for file in files):
-        return _folder(uri, files, kinds)
-    raise ValueError(f"{uri} holds no .tar shards, no .parquet files and no images; a text file must end in .txt")
+    if uri.endswith(".txt"):
+        if not storage.exists(uri):
+            raise FileNotFoundError(f"{uri}: no such file or folder")
+        return _text_file(uri, kinds)
+    source = open_source(uri, options or SourceOptions(), needs_images=set(kinds) == {"image"})
+    told = remarks(source, kinds)
+    if source.format == "webdataset":
+        return _shards(source.uri, set(source.files), kinds, count_tokens, told)
+    pieces = [(part,) for part in source.split()]
+    read = partial(source_items, tuple(kinds))
+    return Corpus(source.uri, _items(pieces, read), count_items(source, kinds), told)
 
 
 def _read_images(uri: str, items: pa.Table) -> list[bytes]:
@@ -97,23 +98,39 @@ def read_item_images(uri: str, places: list[dict[str, Any]]) -> list[bytes]:
 
     Raises OSError where one cannot be read, ValueError where another has taken its place.
     """
-    away = [place for place in places if not place["shard"].endswith(".parquet")]
-    ranges = [ByteRange(storage.join(uri, place["shard"]), place["offset"], place["length"]) for place in away]
-    bodies = storage.read_ranges(ranges)
-    for place, body in zip(away, bodies, strict=True):
-        if place["crc32"] is not None and zlib.crc32(body) != place["crc32"]:
-            raise ValueError(f"{place['shard']} has changed since it was scanned")
-    rest = iter(bodies)
-    return [
-        _parquet_image(uri, place["shard"], place["offset"]) if place["shard"].endswith(".parquet") else next(rest)
-        for place in places
-    ]
+    images: list[bytes] = []
+    for place, data in zip(
+        places, fetch_images([_to_ref(uri, place) for place in places], folder_uri=uri), strict=True
+    ):
+        if isinstance(data, InvalidSampleError):
+            told = f"{place['shard']}: {data.reason}: {data.detail}"
+            raise ValueError(told) if data.reason == "changed file" else OSError(told)
+        images.append(data)
+    return images
 
 
-# --- the kinds of corpora --------------------------------------------------------------------------------------------
+def _to_ref(uri: str, place: dict[str, Any]) -> ImageRef:
+    shard = place["shard"]
+    file, _, column = shard.partition(".parquet#")
+    if column or shard.endswith(".parquet"):
+        table = storage.join(uri, f"{file}.parquet" if column else shard)
+        return ImageRef(shard, shard, table, place["offset"], column=column or _image_column(table))
+    return ImageRef(shard, shard, storage.resolve(uri, shard), place["offset"], place["length"], crc32=place["crc32"])
 
 
-def _shards(uri: str, shards: set[str], kinds: Sequence[str], count_tokens: CountTokens | None) -> Corpus:
+def _image_column(file: str) -> str:
+    import pyarrow.parquet as pq
+
+    names = pq.ParquetFile(storage.RangedFile(file)).schema_arrow.names
+    return choose_image_column(IMAGE_COLUMNS, "", names, file)
+
+
+# --- corpora that are no source of data/formats -----------------------------------------------------------------------
+
+
+def _shards(
+    uri: str, shards: set[str], kinds: Sequence[str], count_tokens: CountTokens | None, told: list[str]
+) -> Corpus:
     """WebDataset shards, by their index: only images are read from the shards themselves."""
     from vladva.data.scan import scan
     from vladva.data.shard_index import ShardIndex
@@ -124,90 +141,42 @@ def _shards(uri: str, shards: set[str], kinds: Sequence[str], count_tokens: Coun
     index = ShardIndex.open(uri)
     total = index.num_samples
     pieces = [(first, min(ROWS_PER_READ, total - first)) for first in range(0, total, ROWS_PER_READ)]
-    per_sample = len(_shard_items(index, kinds, *pieces[0])) / pieces[0][1]
-    return Corpus(uri, _items(pieces, partial(_shard_items, index, tuple(kinds))), round(total * per_sample))
+    read = partial(_shard_items, index, tuple(kinds))
+    per_sample = len(next(read(*pieces[0]))) / pieces[0][1]
+    return Corpus(uri, _items(pieces, read), round(total * per_sample), told)
 
 
-def _shard_items(index: ShardIndex, kinds: Sequence[str], first: int, count: int) -> list[dict[str, Any]]:
+def _shard_items(index: ShardIndex, kinds: Sequence[str], first: int, count: int) -> Iterator[list[dict[str, Any]]]:
     items = []
     for ref in index.samples(first, count):
         place = {name: getattr(ref, name) for name in ("id", "shard", "offset", "length", "crc32")}
-        items += _sample_items(place, ref.captions, kinds)
-    return items
+        items += sample_items(place, ref.captions, kinds)
+    yield items
 
 
-def _folder(uri: str, files: dict[str, int], kinds: Sequence[str]) -> Corpus:
-    """A folder of images; KEY.txt beside KEY.jpg holds its captions, one a line."""
-    images = [(file, size, _beside(file) in files) for file, size in files.items() if IMAGE.search(file)]
-    pieces = [(images[first : first + ROWS_PER_READ],) for first in range(0, len(images), ROWS_PER_READ)]
-    per_image = len(_folder_items(uri, kinds, *pieces[0])) / len(pieces[0][0])
-    return Corpus(uri, _items(pieces, partial(_folder_items, uri, tuple(kinds))), round(len(images) * per_image))
-
-
-def _folder_items(uri: str, kinds: Sequence[str], images: list[tuple[str, int, bool]]) -> list[dict[str, Any]]:
-    items = []
-    for file, size, captioned in images:
-        captions = [text for _, text in _lines(uri, _beside(file))] if captioned else []
-        items += _sample_items({"id": file, "shard": file, "offset": 0, "length": size}, captions, kinds)
-    return items
-
-
-def _beside(image: str) -> str:
-    return re.sub(r"\.\w+$", ".txt", image)
-
-
-def _parquet(uri: str, files: dict[str, int], kinds: Sequence[str]) -> Corpus:
-    """Parquet with images (bytes, or Hugging Face's {bytes, path}) and/or captions, in columns of the usual names."""
-    tables = [_open_parquet(storage.join(uri, file)) for file in files]
-    image, captions = _columns(next(iter(files)), tables[0].schema_arrow.names)
-    pieces = [(file, i) for file, table in zip(files, tables, strict=True) for i in range(table.num_row_groups)]
-    per_row = float("image" in kinds and image is not None)
-    if "text" in kinds and captions:
-        per_row += _captions_per_row(tables[0], captions)
-    num_items = round(sum(table.metadata.num_rows for table in tables) * per_row)
-    return Corpus(uri, _items(pieces, partial(_parquet_items, uri, tuple(kinds))), num_items)
-
-
-def _parquet_items(uri: str, kinds: Sequence[str], file: str, group: int) -> list[dict[str, Any]]:
-    table = _open_parquet(storage.join(uri, file))
-    image, captions = _columns(file, table.schema_arrow.names)
-    name = next((name for name in ID_COLUMNS if name in table.schema_arrow.names), None)
-    first = sum(table.metadata.row_group(i).num_rows for i in range(group))
-    wanted = [column for column in (name, captions, image if "image" in kinds else None) if column]
-    items: list[dict[str, Any]] = []
-    for number, row in enumerate(table.read_row_group(group, wanted).to_pylist(), start=first):
-        sample = {"id": f"{file}#{row[name] if name else number}", "shard": file if image else None}
-        sample |= {"offset": number, "length": 0} if image else {}
-        texts = _texts(row[captions]) if captions else []
-        data = _image_bytes(row[image]) if image and "image" in kinds else None
-        items += _sample_items(sample, texts, kinds if image else ["text"], data)
-    return items
-
-
-def _parquet_image(uri: str, file: str, number: int) -> bytes:
-    image, _ = _columns(file, _open_parquet(storage.join(uri, file)).schema_arrow.names)
-    for data, _ in read_cells(storage.join(uri, file), image, [number]):
-        if isinstance(data, InvalidSampleError):
-            raise OSError(f"{file}, row {number}: {data.reason} {data.detail}")
-        return data or b""
-    raise OSError(f"{file} has no row {number}")
-
-
-def _text_file(uri: str, files: dict[str, int], kinds: Sequence[str]) -> Corpus:
-    """One text a line; empty lines are left out, and keep their number."""
-    (name,) = files
+def _text_file(uri: str, kinds: Sequence[str]) -> Corpus:
+    """One text a line; empty lines are left out, and keep their number; those that are no UTF-8 are rejected."""
+    folder, _, name = uri.rpartition("/")
     if "text" not in kinds:
         raise ValueError(f"{name} holds texts, and kinds asks for {', '.join(kinds)} only")
-    rows = [{"id": f"{name}#{number}", "kind": "text", "text": text} for number, text in _lines(uri, name)]
-    pieces = [(rows[i : i + 16 * ROWS_PER_READ],) for i in range(0, len(rows), 16 * ROWS_PER_READ)]
-    return Corpus(uri, _items(pieces, list), len(rows))
+    rows = []
+    for number, line in enumerate(storage.read_bytes(uri).removeprefix(b"\xef\xbb\xbf").split(b"\n")):
+        try:
+            (text,) = to_texts([line])
+            kind = "text"
+        except InvalidSampleError as problem:
+            text, kind = f"{problem.reason} {problem.detail}", REJECTED
+        if text.strip():
+            rows.append({"id": f"{name}#{number}", "kind": kind, "text": text.strip()})
+    pieces = [([rows[i : i + 16 * ROWS_PER_READ]],) for i in range(0, len(rows), 16 * ROWS_PER_READ)]
+    return Corpus(folder, _items(pieces, iter), len(rows))
 
 
-# --- what they share -------------------------------------------------------------------------------------------------
+# --- Ray --------------------------------------------------------------------------------------------------------------
 
 
-def _items(pieces: list[tuple[Any, ...]], read: Callable[..., list[dict[str, Any]]]) -> ray.data.Dataset:
-    """One block of items per piece, read where it is needed."""
+def _items(pieces: list[Any], read: Callable[..., Iterator[list[dict[str, Any]]]]) -> ray.data.Dataset:
+    """The items of each piece, read where they are needed."""
     import ray.data
 
     if not pieces:
@@ -218,54 +187,10 @@ def _items(pieces: list[tuple[Any, ...]], read: Callable[..., list[dict[str, Any
     )
 
 
-def _read_piece(number: pa.Table, *, pieces: Any, read: Callable[..., list[dict[str, Any]]]) -> pa.Table:
+def _read_piece(
+    number: pa.Table, *, pieces: Any, read: Callable[..., Iterator[list[dict[str, Any]]]]
+) -> Iterator[pa.Table]:
     import ray
 
-    return pa.Table.from_pylist(read(*ray.get(pieces)[number["id"][0].as_py()]), ITEM)
-
-
-def _sample_items(
-    place: dict[str, Any], captions: list[str], kinds: Sequence[str], image: bytes | None = None
-) -> list[dict[str, Any]]:
-    """The items of a sample: its image, and each caption."""
-    items = []
-    if "image" in kinds:
-        items.append({**place, "kind": "image", "caption": captions[0] if captions else None, "image": image})
-    if "text" in kinds:
-        sample = place["id"]
-        items += [{**place, "id": f"{sample}#{i}", "kind": "text", "text": text} for i, text in enumerate(captions)]
-    return items
-
-
-def _columns(file: str, names: Sequence[str]) -> tuple[str | None, str | None]:
-    """The columns with images and with captions."""
-    image = next((name for name in IMAGE_COLUMNS if name in names), None)
-    captions = next((name for name in CAPTION_COLUMNS if name in names), None)
-    if not image and not captions:
-        known = ", ".join(IMAGE_COLUMNS + CAPTION_COLUMNS)
-        raise ValueError(f"{file} has the columns {', '.join(names)}; one of {known} is needed")
-    return image, captions
-
-
-def _captions_per_row(table: Any, column: str) -> float:
-    values = table.read([column])[column].to_pylist()
-    return sum(len(_texts(value)) for value in values) / max(1, len(values))
-
-
-def _texts(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
-
-
-def _image_bytes(value: bytes | dict[str, Any] | None) -> bytes:
-    return (value["bytes"] if isinstance(value, dict) else value) or b""
-
-
-def _lines(uri: str, file: str) -> list[tuple[int, str]]:
-    lines = storage.read_bytes(storage.join(uri, file)).decode().splitlines()
-    return [(number, line.strip()) for number, line in enumerate(lines) if line.strip()]
-
-
-def _open_parquet(uri: str) -> Any:
-    import pyarrow.parquet as pq
-
-    return pq.ParquetFile(storage.RangedFile(uri))
+    for items in read(*ray.get(pieces)[number["id"][0].as_py()]):
+        yield pa.Table.from_pylist(items, ITEM)

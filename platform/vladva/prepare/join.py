@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -13,12 +11,13 @@ import pyarrow.parquet as pq
 
 from vladva.core import storage
 from vladva.core.errors import InvalidSampleError
-from vladva.prepare.sources import Entry, Rejected, first_column, texts_of
-from vladva.prepare.sources.parquet import caption_columns, one_text, plain_rows
-from vladva.prepare.sources.table import cell_texts, read_table
+from vladva.data.columns import choose_caption_columns, choose_column, to_name, to_texts
+from vladva.data.delimited import TABLE_SUFFIXES, read_rows_of_text
+from vladva.data.parquet_cells import plain_rows
+from vladva.data.source import Entry, Rejected
 
 FIELDS = ("id", "key", "path", "name", "stem")
-ENDINGS = (".parquet", ".csv", ".tsv", ".jsonl")
+SUFFIXES = (".parquet", *TABLE_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -44,15 +43,17 @@ class Join:
                 f"--join-on is {on!r}; give the column of {uri} that holds the samples' ids, or FIELD=COLUMN with "
                 f"FIELD one of {', '.join(FIELDS)}"
             )
-        if not uri.lower().endswith(ENDINGS):
-            raise ValueError(f"--captions-from {uri}: its name must end in one of {', '.join(ENDINGS)}")
+        if not uri.lower().endswith(SUFFIXES):
+            raise ValueError(f"--captions-from {uri}: its name must end in one of {', '.join(SUFFIXES)}")
         return cls(storage.absolute(uri), column, field, tuple(captions))
 
     def key_of(self, entry: Entry) -> str:
         """What the table calls the sample."""
         path = entry.file
         if entry.offset >= 0 and self.field not in ("id", "key"):
-            raise ValueError(f"--join-on {self.field}=...: {entry.place} is no file of its own, join on its id or key")
+            raise ValueError(
+                f"--join-on {self.field}=...: {entry.source_location} is no file of its own, join on its id or key"
+            )
         return {
             "id": entry.id,
             "key": entry.id.rpartition("#")[2],
@@ -62,51 +63,47 @@ class Join:
         }[self.field]
 
     def rows(self) -> Iterator[tuple[str, str, list[str]] | Rejected]:
-        """(key, place, captions) of every row of the table."""
+        """(key, source location, captions) of every row of the table."""
         file = self.uri.rpartition("/")[2]
-        read = {"parquet": _parquet, "jsonl": _json_lines}.get(file.lower().rpartition(".")[2], read_table)
         columns: list[str] = []
-        for place, row in read(self.uri, file):
+        captions: list[str] = []
+        for location, row in _rows(self.uri, file):
             if isinstance(row, InvalidSampleError):
-                yield Rejected(place, place, row.reason, row.detail)
+                yield Rejected(location, location, row.reason, row.detail)
                 continue
             if not columns:
                 columns = list(row)
-                first_column("ids", "--join-on", (), self.column, columns, file)
-                captions = caption_columns(self.caption_columns, [c for c in columns if c != self.column], file)
-                if not captions:
-                    raise ValueError(f"{file}: name a column of captions with --join-caption-column; it has {columns}")
+                choose_column("ids", "--join-on", (), self.column, columns, file)
             try:
-                cells = [row.get(name) for name in captions]
-                texts = [text for cell in cells for text in (cell_texts(cell) if _is_csv(file) else texts_of(cell))]
-                yield one_text(row.get(self.column)), place, texts
+                if not captions or list(row) != columns:  # rows of JSON need not have the same fields
+                    captions = self._captions(row, file, required=not captions)
+                texts = [text for name in captions for text in to_texts(row.get(name))]
+                yield to_name(row.get(self.column)), location, texts
             except InvalidSampleError as problem:
-                yield Rejected(place, place, problem.reason, problem.detail)
+                yield Rejected(location, location, problem.reason, problem.detail)
+
+    def _captions(self, row: dict[str, Any], file: str, *, required: bool) -> list[str]:
+        columns = [name for name in row if name != self.column]
+        try:
+            captions = choose_caption_columns(self.caption_columns, columns, file)
+        except ValueError as error:
+            if required:
+                raise
+            raise InvalidSampleError("broken row", str(error)) from None
+        if required and not captions:
+            raise ValueError(f"{file}: name a column of captions with --join-caption-column; it has {list(row)}")
+        return captions
 
 
-def _is_csv(file: str) -> bool:
-    return file.lower().endswith((".csv", ".tsv"))
-
-
-def _parquet(uri: str, file: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(uri: str, file: str) -> Iterator[tuple[str, dict[str, Any] | InvalidSampleError]]:
+    """(source location, row) of every row of a table in any of the forms."""
+    if not file.lower().endswith(".parquet"):
+        for number, found in read_rows_of_text(uri, file):
+            yield f"{file}, line {number}", found
+        return
     table = pq.ParquetFile(storage.RangedFile(uri))
     number = 0
     for group in range(table.num_row_groups):
         for row in plain_rows(table.read_row_group(group), table.metadata.row_group(group).num_rows):
             yield f"{file}, row {number}", row
             number += 1
-
-
-def _json_lines(uri: str, file: str) -> Iterator[tuple[str, dict[str, Any] | InvalidSampleError]]:
-    stream = io.TextIOWrapper(storage.open_stream(uri), "utf-8-sig", "surrogateescape")
-    for number, line in enumerate(stream, start=1):
-        place = f"{file}, line {number}"
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            yield place, InvalidSampleError("broken JSON", str(error))
-            continue
-        if isinstance(row, dict):
-            yield place, row
-        elif row is not None:
-            yield place, InvalidSampleError("broken row", "it is no object")

@@ -1,12 +1,12 @@
 """Prepare: from what people have to scanned shards.
 
-    source --listing--> lots --one Ray task each--> shards and receipts --scan--> index --check--> Prepared
+    source --plan--> shard tasks --one Ray task each--> shards and results --scan--> index --check--> Prepared
 
 Tars that exist are scanned where they are. Everything else is written as tars below `out_uri`, where `_prepare/` keeps
 
-    plan.json, lots/     what is meant for each shard (`listing.py`)
-    receipts/            what became of it (`lots.py`)
-    quarantine.parquet   everything that was refused, by listing, writing or scan, with its place in the source
+    plan.json, lots/     what is meant for each shard (`plan.py`)
+    receipts/            what became of it (`shard_tasks.py`)
+    quarantine.parquet   everything that was refused, by listing, writing or scan, with its location in the source
 
 Every entry of the source is in the index, or further captions of one that is, or left out, or in the quarantine table;
 the numbers are checked at the end, and so is every image's checksum.
@@ -17,17 +17,17 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from vladva.core import ray_tasks, storage
 from vladva.core.hashing import short_hash
 from vladva.core.progress import Progress
 from vladva.data.scan import scan
 from vladva.data.sidecar import CountTokens
+from vladva.data.source import Rejected, Source, SourceOptions, open_source
 from vladva.prepare.join import Join
-from vladva.prepare.plan import QUARANTINE, make_plan, open_plan, read_table, stamp_of, table_uri, write_table
-from vladva.prepare.shard_tasks import LotChecker, LotWriter, shard_name
-from vladva.prepare.sources import Rejected, Source, SourceOptions, open_source
+from vladva.prepare.plan import Plan, make_plan, open_plan, plan_config, read_rejected, table_uri, write_rejected
+from vladva.prepare.shard_tasks import ShardResult, ShardTask, shard_name, verify_shard
 from vladva.prepare.staging import readable
 
 
@@ -110,26 +110,26 @@ def prepare(
     started = time.monotonic()
     out_uri = storage.absolute(out_uri) if out_uri else ""
     source = open_source(source_uri, options or SourceOptions(), storage.join(out_uri, "_prepare"))
-    check_places(source, storage.absolute(source_uri), out_uri, join)
+    check_uris(source, storage.absolute(source_uri), out_uri, join)
     ray_tasks.connect()  # not before: mistakes in a name are told at once
     if not out_uri:
         return scan_in_place(source, count_tokens, verify=verify, max_bad_fraction=max_bad_fraction)
-    stamp = stamp_of(source, join, samples_per_shard)
-    plan = open_plan(out_uri, stamp, overwrite) or make_plan(source, out_uri, join, samples_per_shard, stamp)
-    refused = [Rejected(**row) for row in read_table(out_uri, "rejected")]
+    config = plan_config(source, join, samples_per_shard)
+    plan = open_plan(out_uri, config, overwrite) or make_plan(source, out_uri, join, samples_per_shard, config)
+    refused = read_rejected(out_uri)
     check_fraction(refused, plan, max_bad_fraction, out_uri)
 
-    receipts = write_lots(source, out_uri, plan)
-    refused += [Rejected(*row) for receipt in receipts for row in receipt["rejected"]]
-    write_table(out_uri, "quarantine", QUARANTINE, (row._asdict() for row in refused))
+    results = write_shards(source, out_uri, plan)
+    refused += [Rejected(*row) for result in results for row in result["rejected"]]
+    write_rejected(out_uri, "quarantine", refused)
     check_fraction(refused, plan, max_bad_fraction, out_uri)
 
     summary = scan(out_uri, count_tokens, verify=verify, max_bad_fraction=1.0)
-    full = [receipt["lot"] for receipt in receipts if receipt["bytes"]]
+    full = [result["lot"] for result in results if result["bytes"]]
     if summary.num_shards != len(full):
         raise ValueError(f"{out_uri} holds {summary.num_shards} shards, {len(full)} of them written by this job")
-    refused += check_lots(out_uri, full)
-    write_table(out_uri, "quarantine", QUARANTINE, (row._asdict() for row in refused))
+    refused += verify_shards(out_uri, full)
+    write_rejected(out_uri, "quarantine", refused)
     check_fraction(refused, plan, max_bad_fraction, out_uri)
     prepared = Prepared(
         uri=out_uri,
@@ -141,7 +141,7 @@ def prepare(
         quarantined=dict(Counter(row.reason for row in refused).most_common()),
         quarantine_uri=table_uri(out_uri, "quarantine"),
         shards=summary.num_shards,
-        written=sum(receipt["written"] for receipt in receipts if receipt["bytes"]),
+        written=sum(result["written"] for result in results if result["bytes"]),
         scanned=summary.num_scanned,
         joined=plan["joined"],
         unmatched_uri=table_uri(out_uri, "unmatched"),
@@ -152,7 +152,7 @@ def prepare(
     return prepared
 
 
-def check_places(source: Source, named_uri: str, out_uri: str, join: Join | None) -> None:
+def check_uris(source: Source, named_uri: str, out_uri: str, join: Join | None) -> None:
     """Raise ValueError where the source and --out do not go together."""
     tars = source.format == "webdataset"
     if tars and out_uri and join is None:
@@ -170,23 +170,23 @@ def check_places(source: Source, named_uri: str, out_uri: str, join: Join | None
 # --- the work --------------------------------------------------------------------------------------------------------
 
 
-def write_lots(source: Source, out_uri: str, plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """Write the shards that are not there yet; the facts of all receipts, by number."""
-    writer = LotWriter(out_uri, source.images_uri, short_hash(plan["stamp"]))
-    receipts = []
+def write_shards(source: Source, out_uri: str, plan: Plan) -> list[ShardResult]:
+    """Write the shards that are not there yet; the results of all, by number."""
+    task = ShardTask(out_uri, source.images_uri, short_hash(plan["stamp"]))
+    results: list[ShardResult] = []
     with Progress("writing shards", plan["samples"]) as progress:
-        for receipt in ray_tasks.each(writer, range(plan["lots"])):
-            receipts.append(receipt)
-            progress.advance(receipt["samples"])
-    return sorted(receipts, key=lambda receipt: receipt["lot"])
+        for result in ray_tasks.each(task, range(plan["lots"])):
+            results.append(result)
+            progress.advance(result["samples"])
+    return sorted(results, key=lambda result: result["lot"])
 
 
-def check_lots(out_uri: str, numbers: list[int]) -> list[Rejected]:
+def verify_shards(out_uri: str, numbers: list[int]) -> list[Rejected]:
     """What the scan has put into quarantine. Raises ValueError where a shard is not what was written."""
-    checker = LotChecker(out_uri, storage.join(out_uri, "_index"))
+    verify = partial(verify_shard, out_uri, storage.join(out_uri, "_index"))
     refused: list[Rejected] = []
     with Progress("checking shards", len(numbers)) as progress:
-        for found in ray_tasks.each(checker, numbers):
+        for found in ray_tasks.each(verify, numbers):
             if found["wrong"]:
                 raise ValueError(
                     f"{storage.join(out_uri, shard_name(found['lot']))} does not hold what was written into it "
@@ -197,14 +197,14 @@ def check_lots(out_uri: str, numbers: list[int]) -> list[Rejected]:
     return sorted(refused)
 
 
-def check_fraction(refused: list[Rejected], plan: dict[str, Any], allowed: float, out_uri: str) -> None:
+def check_fraction(refused: list[Rejected], plan: Plan, allowed: float, out_uri: str) -> None:
     """Raise ValueError if too much was refused, or all of it; the work done is kept."""
     total = plan["found"] - plan["merged"] - sum(plan["left_out"].values())
     if len(refused) <= allowed * total and len(refused) < total:
         return
-    write_table(out_uri, "quarantine", QUARANTINE, (row._asdict() for row in refused))
+    write_rejected(out_uri, "quarantine", refused)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(r.reason for r in refused).most_common())
-    named = "; ".join(f"{row.place}: {row.reason} {row.detail}".strip() for row in refused[:3])
+    named = "; ".join(f"{row.source_location}: {row.reason} {row.detail}".strip() for row in refused[:3])
     raise ValueError(
         f"{len(refused):,} of {total:,} samples are bad, more than --max-bad-fraction {allowed:g} allows: {reasons}. "
         f"The first: {readable(named)}. {table_uri(out_uri, 'quarantine')} lists them; mend the source, or raise the "

@@ -1,4 +1,4 @@
-"""Staging: the entries of a source put together into samples, on this machine's disk, then cut into lots.
+"""Staging: the entries of a source put together into samples, on this machine's disk, then cut into shard tasks.
 
 Rows of one image are joined into one sample, second images of one id are refused, captions of another table are
 looked up. A source may have them in any order and in any number, so this is done in an SQLite file and not in memory.
@@ -10,17 +10,18 @@ import json
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
+from vladva.data.source import Entry, LeftOut, Rejected
 from vladva.prepare.join import Join
-from vladva.prepare.sources import Entry, LeftOut, Rejected
+from vladva.prepare.shard_tasks import TaskSample
 
 TABLES = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
 CREATE TABLE samples (number INTEGER PRIMARY KEY, id TEXT UNIQUE, key TEXT, file TEXT, offset INTEGER, entry TEXT);
 CREATE TABLE captions (seq INTEGER PRIMARY KEY, sample INTEGER, text TEXT);
-CREATE TABLE joined (seq INTEGER PRIMARY KEY, key TEXT, place TEXT, texts TEXT);
+CREATE TABLE joined (seq INTEGER PRIMARY KEY, key TEXT, location TEXT, texts TEXT);
 """
 INDEXES = """
 CREATE INDEX captions_of ON captions (sample);
@@ -32,6 +33,14 @@ JOINED = (
     "SELECT number, texts FROM samples JOIN joined ON joined.key = samples.key "
     "WHERE number BETWEEN ? AND ? ORDER BY joined.seq"
 )
+
+
+class Unmatched(NamedTuple):
+    """What a join found no partner for: a "sample" of the source or a row of the "table"."""
+
+    side: str
+    id: str
+    source_location: str
 
 
 class Staging:
@@ -57,14 +66,16 @@ class Staging:
         elif isinstance(found, Rejected):
             self.rejected.append(found)
         elif not _is_utf8(found.id) or not _is_utf8(found.file):
-            self.rejected.append(Rejected(readable(found.id), readable(found.place), "name is not UTF-8"))
+            self.rejected.append(Rejected(readable(found.id), readable(found.source_location), "name is not UTF-8"))
         else:
             self._add_entry(found, join)
 
     def _add_entry(self, entry: Entry, join: Join | None) -> None:
         number = self.counts["samples"]
         key = join.key_of(entry) if join else ""
-        content = json.dumps([entry.place, entry.length, entry.column, entry.beside, list(entry.negatives)])
+        content = json.dumps(
+            [entry.source_location, entry.length, entry.column, list(entry.caption_files), list(entry.hard_negatives)]
+        )
         row = (number, entry.id, key, entry.file, entry.offset, content)
         added = self.database.execute("INSERT OR IGNORE INTO samples VALUES (?, ?, ?, ?, ?, ?)", row)
         if added.rowcount:
@@ -74,7 +85,7 @@ class Staging:
             number, file, offset, first = self.database.execute(query, (entry.id,)).fetchone()
             if (file, offset) != (entry.file, entry.offset):
                 detail = f"the first one, at {json.loads(first)[0]}, is kept"
-                self.rejected.append(Rejected(entry.id, entry.place, "duplicate key", detail))
+                self.rejected.append(Rejected(entry.id, entry.source_location, "duplicate key", detail))
                 return
             self.counts["merged"] += 1
         rows = [(number, text) for text in entry.captions]
@@ -88,9 +99,9 @@ class Staging:
             if isinstance(row, Rejected):
                 rejected.append(row)
             else:
-                key, place, texts = row
-                insert = "INSERT INTO joined (key, place, texts) VALUES (?, ?, ?)"
-                self.database.execute(insert, (key, place, json.dumps(texts)))
+                key, location, texts = row
+                insert = "INSERT INTO joined (key, location, texts) VALUES (?, ?, ?)"
+                self.database.execute(insert, (key, location, json.dumps(texts)))
         return rejected
 
     def finish(self) -> None:
@@ -100,31 +111,31 @@ class Staging:
             count = f"SELECT COUNT(*) FROM {table} WHERE key IN (SELECT key FROM {other})"
             self.counts[name] = self.database.execute(count).fetchone()[0]
 
-    def unmatched(self) -> Iterator[dict[str, str]]:
-        """(side, id, place) of samples without a row in the other table, then of its rows without a sample."""
+    def unmatched(self) -> Iterator[Unmatched]:
+        """Samples without a row in the other table, then its rows without a sample."""
         samples = "SELECT id, entry FROM samples WHERE key NOT IN (SELECT key FROM joined) ORDER BY number"
         for name, entry in self.database.execute(samples):
-            yield {"side": "sample", "id": name, "place": json.loads(entry)[0]}
-        rows = "SELECT key, place FROM joined WHERE key NOT IN (SELECT key FROM samples) ORDER BY seq"
-        for key, place in self.database.execute(rows):
-            yield {"side": "table", "id": key, "place": place}
+            yield Unmatched("sample", name, json.loads(entry)[0])
+        rows = "SELECT key, location FROM joined WHERE key NOT IN (SELECT key FROM samples) ORDER BY seq"
+        for key, location in self.database.execute(rows):
+            yield Unmatched("table", key, location)
 
-    def lots(self, size: int) -> Iterator[list[dict[str, Any]]]:
-        """The samples in order, `size` at a time, with all of their captions; columns as in `lots.LOT`."""
+    def tasks(self, size: int) -> Iterator[list[TaskSample]]:
+        """The samples in order, `size` at a time, with all of their captions."""
         query = "SELECT number, id, file, offset, entry FROM samples WHERE number BETWEEN ? AND ? ORDER BY number"
         for first in range(0, self.counts["samples"], size):
             span = (first, first + size - 1)
-            lot = {}
-            for number, name, file, offset, entry in self.database.execute(query, span):
-                place, length, column, beside, negatives = json.loads(entry)
-                where = {"place": place, "file": file, "offset": offset, "length": length, "column": column}
-                texts = {"beside": beside, "negatives": negatives, "captions": []}
-                lot[number] = {"number": number, "id": name, **where, **texts}
+            captions: dict[int, list[str]] = {number: [] for number in range(first, first + size)}
             for number, text in self.database.execute(OF_ITSELF, span):
-                lot[number]["captions"].append(text)
+                captions[number].append(text)
             for number, texts in self.database.execute(JOINED, span):
-                lot[number]["captions"] += json.loads(texts)
-            yield list(lot.values())
+                captions[number] += json.loads(texts)
+            samples = []
+            for number, name, file, offset, content in self.database.execute(query, span):
+                location, length, column, files, negatives = json.loads(content)
+                entry = Entry(name, location, file, captions[number], offset, length, column, files, negatives)
+                samples.append(TaskSample(number, entry))
+            yield samples
 
 
 def _is_utf8(name: str) -> bool:

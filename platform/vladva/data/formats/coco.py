@@ -7,29 +7,33 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from vladva.prepare.sources import Entry, FileSet, LeftOut, Rejected, Source
-from vladva.prepare.sources.karpathy import entry_of, read_document
+from vladva.core.errors import InvalidSampleError
+from vladva.data.json_documents import one_caption, read_document, to_entries
+from vladva.data.source import Entry, FileSet, LeftOut, Rejected, Source, file_by_file
 
 TITLE = "COCO captions JSON (images and annotations) and the folder of its images"
-PRIORITY = 3
+PRIORITY = 4
 OPTIONS = ("images", "id_column")
-BEGINS = re.compile(rb'^\s*\{\s*"(info|images|licenses|annotations|type)"\s*:')
+BEGINS = re.compile(rb'^(\xef\xbb\xbf)?\s*\{\s*"(info|images|licenses|annotations|type)"\s*:')
 
 
 def match(files: FileSet) -> list[str]:
     """JSON files at the top that begin as COCO's do; of several, those with "caption" in their name."""
     found = [
         name
-        for name in files.ending(".json")
+        for name in files.with_suffix(".json")
         if "/" not in name and BEGINS.match(head := files.head(name)) and b'"sentids"' not in head
     ]
     return [name for name in found if "caption" in name.lower()] or found
 
 
+split = file_by_file
+
+
 def entries(source: Source) -> Iterator[Entry | Rejected | LeftOut]:
     """One entry an image, with the captions that the annotations give it, in their order.
 
-    Counted are the images, and those annotations whose image is not listed.
+    Named are also those annotations whose image is not listed, and those whose caption is no text.
     """
     for file in source.files:
         content = read_document(source, file, "images", "annotations")
@@ -37,13 +41,24 @@ def entries(source: Source) -> Iterator[Entry | Rejected | LeftOut]:
             raise ValueError(
                 f"{file} holds no captions: name the file that does as SOURCE, captions_train2017.json say"
             )
-        captions: dict[Any, list[Any]] = defaultdict(list)
-        for annotation in content["annotations"]:
-            captions[annotation.get("image_id")].append(annotation.get("caption"))
+        listed = {_hashable(image.get("id")) for image in content["images"]}
+        captions: dict[Any, list[str]] = defaultdict(list)
+        unusable = []
+        for number, annotation in enumerate(content["annotations"]):
+            image_id, location = _hashable(annotation.get("image_id")), f"{file}, annotation {number}"
+            if image_id not in listed:
+                unusable.append(Rejected(str(image_id), location, "unknown image", "not among its images"))
+                continue
+            try:
+                captions[image_id] += one_caption(annotation.get("caption"))
+            except InvalidSampleError as problem:
+                unusable.append(Rejected(str(image_id), location, problem.reason, problem.detail))
         for number, image in enumerate(content["images"]):
             path = image.get("file_name") or ""
-            yield entry_of(source, f"{file}, image {number}", image, path, captions.get(image.get("id"), []))
-        listed = {image.get("id") for image in content["images"]}
-        for number, annotation in enumerate(content["annotations"]):
-            if (image_id := annotation.get("image_id")) not in listed:
-                yield Rejected(str(image_id), f"{file}, annotation {number}", "unknown image", "not among its images")
+            found = captions.get(_hashable(image.get("id")), [])
+            yield from to_entries(source, f"{file}, image {number}", image, path, found, "caption")
+        yield from unusable
+
+
+def _hashable(image_id: Any) -> Any:
+    return image_id if isinstance(image_id, (int, str)) else repr(image_id)

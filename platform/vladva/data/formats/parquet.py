@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -11,29 +12,36 @@ import pyarrow.parquet as pq
 from vladva.core import storage
 from vladva.core.errors import InvalidSampleError
 from vladva.core.object_store import TransientStorageError
-from vladva.prepare.sources import (
-    CAPTION_COLUMNS,
-    PATH_COLUMNS,
-    Entry,
-    FileSet,
-    LeftOut,
-    Rejected,
-    Source,
-    ahead,
-    first_column,
+from vladva.data.columns import (
+    IMAGE_COLUMNS,
+    choose_caption_columns,
+    choose_column,
+    choose_image_column,
     refuse_urls,
-    texts_of,
+    to_name,
+    to_texts,
 )
+from vladva.data.parquet_cells import is_text_type, plain_rows
+from vladva.data.source import Entry, FileSet, LeftOut, Rejected, Source, ahead
 
 TITLE = "Parquet with a column of images (bytes or {bytes, path}) or of their paths"
-PRIORITY = 1
+PRIORITY = 2
 OPTIONS = ("images", "image_column", "caption_columns", "id_column")
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes", *PATH_COLUMNS)
 
 
 def match(files: FileSet) -> list[str]:
     """Every Parquet file."""
-    return files.ending(".parquet")
+    return files.with_suffix(".parquet")
+
+
+def split(source: Source) -> Iterator[Source]:
+    """The row groups of every file; a file that cannot be opened is one part, and says so."""
+    for number, file in enumerate(source.files):
+        part = source.part(number, number + 1)
+        footer = _footer(source, file)
+        groups = [-1] if isinstance(footer, Rejected) else range(footer.num_row_groups)
+        for group in groups:
+            yield replace(part, row_group=group)
 
 
 def entries(source: Source) -> Iterator[Entry | Rejected | LeftOut]:
@@ -41,26 +49,33 @@ def entries(source: Source) -> Iterator[Entry | Rejected | LeftOut]:
 
     Rows with bytes are called FILE#ROW, unless --id-column says what; rows with the same path are one sample.
     """
-    groups = ((source, file, *group) for file in source.files for group in _groups(source, file))
-    for found in ahead(_read_group, groups):
+    for found in ahead(_read_group, _groups(source)):
         yield from found
 
 
-def _groups(source: Source, file: str) -> list[tuple[int | Rejected, pq.FileMetaData | None]]:
-    """The row groups of a file, each with the file's footer, so that it is read once."""
+def _groups(source: Source) -> Iterator[tuple[Source, str, int, pq.FileMetaData | Rejected]]:
+    """The row groups of every file, each with the file's footer, so that it is read once."""
+    for file in source.files:
+        footer = _footer(source, file)
+        groups = [-1] if isinstance(footer, Rejected) else range(footer.num_row_groups)
+        for group in groups:
+            if source.row_group in (-1, group):
+                yield source, file, group, footer
+
+
+def _footer(source: Source, file: str) -> pq.FileMetaData | Rejected:
     try:
-        footer = pq.ParquetFile(storage.RangedFile(storage.join(source.uri, file))).metadata
-        return [(group, footer) for group in range(footer.num_row_groups)]
+        return pq.ParquetFile(storage.RangedFile(storage.join(source.uri, file))).metadata
     except pa.ArrowInvalid as error:
-        return [(Rejected(file, file, "unreadable Parquet", str(error)[:200]), None)]
+        return Rejected(file, file, "unreadable Parquet", str(error)[:200])
 
 
-def _read_group(piece: tuple[Source, str, int | Rejected, pq.FileMetaData | None]) -> list[Entry | Rejected]:
+def _read_group(piece: tuple[Source, str, int, pq.FileMetaData | Rejected]) -> list[Entry | Rejected]:
     source, file, group, footer = piece
-    if isinstance(group, Rejected):
-        return [group]
+    if isinstance(footer, Rejected):
+        return [footer]
     table = pq.ParquetFile(storage.RangedFile(storage.join(source.uri, file)), metadata=footer)
-    columns = _columns(source, table.schema_arrow, file)
+    columns = find_columns(source, table.schema_arrow, file)
     first = sum(table.metadata.row_group(number).num_rows for number in range(group))
     numbers = range(first, first + table.metadata.row_group(group).num_rows)
     try:
@@ -72,23 +87,26 @@ def _read_group(piece: tuple[Source, str, int | Rejected, pq.FileMetaData | None
     return [_entry(source, columns, file, number, row) for number, row in zip(numbers, rows, strict=True)]
 
 
-def _entry(source: Source, columns: Columns, file: str, number: int, row: dict[str, Any]) -> Entry | Rejected:
-    place = f"{file}, row {number}"
-    name = f"{file}#{number}"
+def _entry(source: Source, columns: ParquetColumns, file: str, number: int, row: dict[str, Any]) -> Entry | Rejected:
+    location, row_id = f"{file}, row {number}", f"{file}#{number}"
+    name = row_id
     try:
         if columns.id:
-            name = one_text(row[columns.id])
-        texts = [text for column in columns.captions for text in texts_of(row[column])]
+            name = to_name(row[columns.id])
+        texts = [text for column in columns.captions for text in to_texts(row[column])]
         if columns.by_path:
-            path = one_text(row[columns.image])
+            path = to_name(row[columns.image])
             refuse_urls(path, file)
-            return Entry(name if columns.id else path, place, path, texts)
-        return Entry(name, place, storage.join(source.uri, file), texts, offset=number, column=columns.image)
+            return Entry(name if columns.id else path, location, path, texts, row_id=row_id)
+        if not columns.image:
+            return Entry(name, location, "", texts, row_id=row_id)
+        uri = storage.join(source.uri, file)
+        return Entry(name, location, uri, texts, offset=number, column=columns.image, row_id=row_id)
     except InvalidSampleError as problem:
-        return Rejected(name, place, problem.reason, problem.detail)
+        return Rejected(name, location, problem.reason, problem.detail)
 
 
-class Columns(NamedTuple):
+class ParquetColumns(NamedTuple):
     """What is where in a file; `by_path`: the images' column holds paths."""
 
     image: str
@@ -101,55 +119,24 @@ class Columns(NamedTuple):
         return {*self.captions, *([self.id] if self.id else []), *([self.image] if self.by_path else [])}
 
 
-def _columns(source: Source, schema: pa.Schema, file: str) -> Columns:
+def find_columns(source: Source, schema: pa.Schema, file: str) -> ParquetColumns:
+    """The columns of a file that the options name, or that have a known name. Raises ValueError with the fix."""
     options, names = source.options, schema.names
-    image = first_column("pictures", "--image-column", IMAGE_COLUMNS, options.image_column, names, file)
+    image = choose_image_column(IMAGE_COLUMNS, options.image_column, names, file, required=source.needs_images)
     if options.id_column:
-        first_column("ids", "--id-column", (), options.id_column, names, file)
-    kind = schema.field(image).type
-    holds_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-    holds_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    if not (is_text(kind) or holds_bytes or holds_struct):
-        raise ValueError(f"{file}: the column {image} is of type {kind}; bytes, {{bytes, path}} or paths are needed")
-    return Columns(image, is_text(kind), caption_columns(options.caption_columns, names, file), options.id_column)
+        choose_column("ids", "--id-column", (), options.id_column, names, file)
+    by_path = bool(image) and is_path_column(schema, image, file)
+    captions = choose_caption_columns(options.caption_columns, [name for name in names if name != image], file)
+    return ParquetColumns(image, by_path, captions, options.id_column)
 
 
-def caption_columns(given: tuple[str, ...], columns: list[str], file: str) -> list[str]:
-    """The columns asked for, or the first of the known ones; none is no mistake, captions may be joined."""
-    if given:
-        return [first_column("captions", "--caption-column", (), name, columns, file) for name in given]
-    return [name for name in CAPTION_COLUMNS if name in columns][:1]
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a column holds text."""
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def plain_rows(table: pa.Table, num_rows: int) -> Iterator[dict[str, Any]]:
-    """Rows with text as bytes: of text that is no UTF-8, one bad cell would make the others unreadable."""
-    columns = {name: _as_bytes(table[name]).to_pylist() for name in table.column_names}
-    return ({name: column[number] for name, column in columns.items()} for number in range(num_rows))
-
-
-def one_text(value: Any) -> str:
-    """The text or number in a cell. Raises InvalidSampleError."""
-    # Bytes that are no UTF-8 are for the catalog to refuse, as in the names of files.
-    text = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
-    if isinstance(text, int):
-        text = str(text)
-    if not isinstance(text, str) or not text.strip():
-        raise InvalidSampleError("no id or path", repr(value))
-    return text.strip()
-
-
-def _as_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        column = column.cast(kind.value_type)
-    if is_text(kind):
-        return column.cast(pa.large_binary())
-    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and is_text(kind.value_type):
-        return column.cast(pa.large_list(pa.large_binary()))
-    return column
+def is_path_column(schema: pa.Schema, column: str, file: str) -> bool:
+    """Whether a column of images holds paths, and not bytes. Raises ValueError where it holds neither."""
+    kind = schema.field(column).type
+    if is_text_type(kind):
+        return True
+    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    has_bytes = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    if not has_bytes and not any(is_binary(kind) for is_binary in binary):
+        raise ValueError(f"{file}: the column {column} is of type {kind}; bytes, {{bytes, path}} or paths are needed")
+    return False

@@ -7,22 +7,27 @@ from collections.abc import Iterator
 import pyarrow.parquet as pq
 
 from vladva.core import storage
-from vladva.prepare.sources import Entry, FileSet, LeftOut, Rejected, Source
+from vladva.data.source import Entry, FileSet, LeftOut, Rejected, Source
 
 TITLE = "tar shards as img2dataset writes them: KEY.jpg with KEY.txt or KEY.json"
 PRIORITY = 0
 OPTIONS: tuple[str, ...] = ()
-ROWS = 1000  # read at a time
+SAMPLES_AT_ONCE = 1000
 
 
 def match(files: FileSet) -> list[str]:
     """Tars; those that img2dataset lists in Parquet files beside them are not another source."""
-    for name in files.ending(".tar.gz", ".tgz"):
+    for name in files.with_suffix(".tar.gz", ".tgz"):
         raise ValueError(_compressed(name))
-    tars = files.ending(".tar")
+    tars = files.with_suffix(".tar")
     if tars and files.head(tars[0], 2) == b"\x1f\x8b":  # of the others the scan tells
         raise ValueError(_compressed(tars[0]))
     return tars
+
+
+def split(source: Source) -> Iterator[Source]:
+    """The whole: shards are read by their index elsewhere."""
+    yield source
 
 
 def entries(source: Source) -> Iterator[Entry | Rejected | LeftOut]:
@@ -32,21 +37,28 @@ def entries(source: Source) -> Iterator[Entry | Rejected | LeftOut]:
 
     index_uri = storage.join(source.work_uri, "source")
     scan(source.uri, no_tokens, index_uri, max_bad_fraction=1.0)
-    for row in read_rows(storage.join(index_uri, "quarantine.parquet")):
+    for row in _quarantined(storage.join(index_uri, "quarantine.parquet")):
         yield Rejected(row["id"], row["id"], row["reason"], row["detail"])
     index = ShardIndex.open(source.uri, index_uri)
-    for first in range(0, index.num_samples, ROWS):
-        for ref in index.samples(first, min(ROWS, index.num_samples - first)):
+    for first in range(0, index.num_samples, SAMPLES_AT_ONCE):
+        for ref in index.samples(first, min(SAMPLES_AT_ONCE, index.num_samples - first)):
             if ref.width == 0:
                 yield LeftOut("text alone")
             else:
-                place = {"file": ref.shard, "offset": ref.offset, "length": ref.length}
-                yield Entry(id=ref.id, place=ref.id, captions=ref.captions, negatives=ref.negatives, **place)
+                yield Entry(
+                    id=ref.id,
+                    source_location=ref.id,
+                    file=ref.shard,
+                    captions=ref.captions,
+                    offset=ref.offset,
+                    length=ref.length,
+                    hard_negatives=ref.negatives,
+                )
 
 
-def read_rows(uri: str) -> Iterator[dict[str, str]]:
+def _quarantined(uri: str) -> Iterator[dict[str, str]]:
     """The rows of a Parquet file, in little memory."""
-    for batch in pq.ParquetFile(storage.RangedFile(uri)).iter_batches(ROWS):
+    for batch in pq.ParquetFile(storage.RangedFile(uri)).iter_batches(SAMPLES_AT_ONCE):
         yield from batch.to_pylist()
 
 
