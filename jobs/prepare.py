@@ -27,9 +27,9 @@ from vladva.core.cli import user_errors
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Command-line arguments."""
-    from vladva.data import source as sources
+    from vladva.data.source import find_format, format_names
 
-    formats = "\n".join(f"    {name:11} {sources.find_format(name).TITLE}" for name in sources.format_names())
+    formats = "\n".join(f"    {name:13} {find_format(name).TITLE}" for name in format_names())
     parser = argparse.ArgumentParser(
         prog="jobs/prepare.py",
         description=__doc__.format(formats=formats),
@@ -40,7 +40,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--out", default="", help="folder or s3://... for the shards; without it tars are used in place"
     )
     form = parser.add_argument_group("what the source is, where it is not found out")
-    form.add_argument("--format", default="", help=f"one of {', '.join(sources.format_names())}")
+    form.add_argument("--format", default="", help=f"one of {', '.join(format_names())}")
     form.add_argument("--images", default="", help="folder that relative paths of images start from (default: SOURCE)")
     form.add_argument("--split", default="", help="Karpathy JSON: only these splits, commas between")
     form.add_argument("--image-column", default="", help="column of images or of their paths")

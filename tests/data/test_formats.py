@@ -14,22 +14,30 @@ import pytest
 from tests.support.source_variants import CAPTIONS, IMAGES, VARIANTS, write_variant
 from vladva.core import storage
 from vladva.core.errors import InvalidSampleError
-from vladva.data import source as sources
-from vladva.data.image_refs import read_cells
-from vladva.data.source import Entry, LeftOut, Rejected, SourceOptions, ahead, open_source
-from vladva.prepare.image_fetch import read_images
+from vladva.data.image_refs import fetch_images, read_cells
+from vladva.data.source import (
+    Entry,
+    LeftOut,
+    Rejected,
+    SourceOptions,
+    ahead,
+    find_format,
+    format_names,
+    open_source,
+)
 
 
 def test_every_format_is_among_the_variants() -> None:
-    assert {form for form, _, _ in VARIANTS.values()} == set(sources.format_names())
+    # Class folders have no captions of their own: test_class_folders_give_their_names.
+    assert {form for form, _, _ in VARIANTS.values()} == set(format_names()) - {"class_folders"}
 
 
-@pytest.mark.parametrize("name", sources.format_names())
+@pytest.mark.parametrize("name", format_names())
 def test_a_format_says_what_it_is_and_refuses_an_empty_folder(name: str, tmp_path: Path) -> None:
-    form = sources.find_format(name)
+    form = find_format(name)
     assert form.__doc__
     assert "\n" not in form.TITLE
-    assert len({sources.find_format(other).PRIORITY for other in sources.format_names()}) == len(sources.format_names())
+    assert len({find_format(other).PRIORITY for other in format_names()}) == len(format_names())
     with pytest.raises(ValueError, match=f"nothing of the format {name}"):
         open_source(str(tmp_path), SourceOptions(format=name))
 
@@ -48,7 +56,7 @@ def test_every_format_lists_the_same_samples(variant: str, tmp_path: Path) -> No
     if variant != "folder, texts":  # those are read when the shards are written
         assert list(captions.values()) == list(CAPTIONS.values())
     first = list({entry.id: entry for entry in entries}.values())
-    bytes_of = read_images(source.images_uri, [entry._asdict() for entry in first])
+    bytes_of = fetch_images([entry.image_ref(source.images_uri) for entry in first], folder_uri=source.images_uri)
     assert bytes_of == list(IMAGES.values())
     assert [each.reason for each in found if isinstance(each, LeftOut)] == ["split test"] * (variant == "karpathy")
 
@@ -100,16 +108,16 @@ def test_bad_rows_of_a_table_are_named_by_their_line(tmp_path: Path) -> None:
     ]
     (tmp_path / "pairs.csv").write_bytes(b"\n".join([*lines, b"f\xff.jpg,name"]))
     found = entries_of(tmp_path)
-    assert [(each.place, each.reason) for each in found if isinstance(each, Rejected)] == [
+    assert [(each.source_location, each.reason) for each in found if isinstance(each, Rejected)] == [
         ("pairs.csv, line 3", "broken row"),
         ("pairs.csv, line 4", "caption is not UTF-8"),
         ("pairs.csv, line 6", "no id or path"),
     ]
     good = [each for each in found if isinstance(each, Entry)]
     assert [(each.id, list(each.captions)) for each in good[:3]] == [
-        ("a.jpg", ["good"]), ("d.jpg", ["two\nlines"]), ("e.jpg", []),
+        ("a.jpg", ["good"]), ("d.jpg", ["two\nlines"]), ("e.jpg", [""]),
     ]  # fmt: skip
-    assert good[2].place == "pairs.csv, line 9"
+    assert good[2].source_location == "pairs.csv, line 9"
 
 
 def test_bad_cells_and_files_of_parquet_are_named_by_their_row(tmp_path: Path) -> None:
@@ -120,7 +128,7 @@ def test_bad_cells_and_files_of_parquet_are_named_by_their_row(tmp_path: Path) -
     (tmp_path / "c.parquet").write_bytes(whole[:4] + bytes(40) + whole[44:])  # its footer is whole
     found = entries_of(tmp_path)
     assert [list(each.captions) for each in found if isinstance(each, Entry)] == [["good"], []]
-    assert [(each.place, each.reason) for each in found if isinstance(each, Rejected)] == [
+    assert [(each.source_location, each.reason) for each in found if isinstance(each, Rejected)] == [
         ("a.parquet, row 1", "caption is not UTF-8"),
         ("b.parquet", "unreadable Parquet"),
         *[(f"c.parquet, row {number}", "unreadable Parquet") for number in range(3)],
@@ -148,10 +156,10 @@ def test_annotations_without_their_image_are_named(tmp_path: Path) -> None:
     notes = [{"image_id": 1, "caption": "good"}, {"image_id": 3, "caption": "whose?"}, {"image_id": 1, "caption": 5}]
     (tmp_path / "x.json").write_text(json.dumps({"images": images, "annotations": notes}))
     found = entries_of(tmp_path)
-    assert [(each.place, each.reason) for each in found if isinstance(each, Rejected)] == [
-        ("x.json, image 0", "caption is not text"),
+    assert [(each.source_location, each.reason) for each in found if isinstance(each, Rejected)] == [
         ("x.json, image 1", "no id or path"),
         ("x.json, annotation 1", "unknown image"),
+        ("x.json, annotation 2", "caption is not text"),
     ]
 
 
@@ -177,7 +185,7 @@ def test_class_folders_give_their_names(tmp_path: Path) -> None:
             "a.csv",
             b"who,what\n1,2\n",
             {},
-            r"no column any of path, .* for the paths: name one with --image-column; it has \['who'",
+            r"no column any of path, .* for the images: name one with --image-column; it has \['who'",
         ),
         ("a.csv", b"path,what\n1,2\n", {"caption_columns": ("text",)}, "no column text .*--caption-column"),
         ("a.csv", b"path,what\n1,2\n", {"id_column": "key"}, "no column key .*--id-column"),
@@ -208,8 +216,8 @@ def test_what_cannot_be_used_at_all_is_refused_with_the_fix(
 
 def test_images_that_cannot_be_read_have_a_reason(tmp_path: Path) -> None:
     (tmp_path / "folder.jpg").mkdir()
-    samples = [Entry(name, name, name)._asdict() for name in ("missing.jpg", "folder.jpg")]
-    assert [each.reason for each in read_images(str(tmp_path), samples) if isinstance(each, InvalidSampleError)] == [
+    refs = [Entry(name, name, name).image_ref(str(tmp_path)) for name in ("missing.jpg", "folder.jpg")]
+    assert [each.reason for each in fetch_images(refs) if isinstance(each, InvalidSampleError)] == [
         "missing file",
         "unreadable file",
     ]

@@ -114,6 +114,31 @@ def folder_of_texts(folder: Path) -> None:
         (folder / "images" / name).with_suffix(".txt").write_text("\n".join(captions) + "\n")
 
 
+def image_folder(folder: Path) -> None:
+    """Hugging Face's ImageFolder, with splits."""
+    write_images(folder / "train")
+    rows = [{"file_name": f"images/{name}", "text": texts} for name, texts in CAPTIONS.items()]
+    (folder / "train/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def json_lines(folder: Path) -> None:
+    write_images(folder)
+    rows = [json.dumps({"file_name": f"images/{name}", "text": text}) for name, text in ROWS]
+    (folder / "pairs.jsonl").write_text("\n".join(rows))
+
+
+def json_list(folder: Path) -> None:
+    write_images(folder)
+    rows = [{"image": f"images/{name}", "caption": texts} for name, texts in CAPTIONS.items()]
+    (folder / "annotations.json").write_text(json.dumps(rows))
+
+
+def unquoted_tsv(folder: Path) -> None:
+    write_images(folder)
+    lines = ["path\tcaption", *(f"images/{name}\t{text}" for name, text in ROWS)]
+    (folder / "pairs.tsv").write_text("\n".join(lines))
+
+
 VARIANTS: dict[str, tuple[str, Callable[[Path], None], dict[str, Any]]] = {
     "webdataset": ("webdataset", webdataset, {}),
     "parquet, bytes": ("parquet", parquet_bytes, {}),
@@ -124,6 +149,10 @@ VARIANTS: dict[str, tuple[str, Callable[[Path], None], dict[str, Any]]] = {
     "csv": ("table", table, {}),
     "tsv": ("table", lambda folder: table(folder, "\t", "TSV"), {}),
     "csv, lists": ("table", table_of_lists, {}),
+    "tsv, unquoted": ("table", unquoted_tsv, {}),
+    "json lines": ("table", json_lines, {}),
+    "json list": ("table", json_list, {}),
+    "image folder": ("image_folder", image_folder, {}),
     "folder, texts": ("folder", folder_of_texts, {}),
 }
 

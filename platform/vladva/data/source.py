@@ -84,14 +84,14 @@ class Source:
         return replace(self, files=self.files[first:after], infos=self.infos[first:after], others=())
 
     def unused_files(self, named: set[str]) -> Iterator[LeftOut]:
-        """The files beside those of the format, but for the images in `named`: entries refer to them."""
+        """The files beside those of the format, but for the images whose URIs are `named`: rows refer to them."""
         for name in self.others:
             if HIDDEN.search(name):
                 yield LeftOut("file whose name, or folder's name, begins with . or _")
             elif not IMAGE.search(name):
                 yield LeftOut(f"file that the format {self.format} does not read")
-            elif name not in named:
-                yield LeftOut("image that no row names" if named else f"image beside the format {self.format}")
+            elif storage.join(self.uri, name) not in named:
+                yield LeftOut("image that no row names")
 
 
 class Entry(NamedTuple):
@@ -126,12 +126,14 @@ class Rejected(NamedTuple):
     source_location: str
     reason: str
     detail: str = ""
+    file: str = ""  # the image, where the rest of the row is what cannot be used
 
 
 class LeftOut(NamedTuple):
     """What is not asked for, or is no sample; only counted."""
 
     reason: str
+    file: str = ""  # the image, where there is one
 
 
 class Format(Protocol):

@@ -154,7 +154,7 @@ def _num_rows(source: Source) -> int:
 def remarks(source: Source, kinds: Sequence[str]) -> list[str]:
     """What of a source is not embedded, for the user."""
     by_path = source.format not in ("webdataset", *LISTED_BY_NAME)
-    images = {name for name in source.others if IMAGE.search(name)} if by_path else set()
+    images = {storage.join(source.uri, name) for name in source.others if IMAGE.search(name)} if by_path else set()
     counts = Counter(found.reason for found in source.unused_files(images))
     if source.format in LISTED_BY_NAME:
         counts.update(found.reason for found in source.entries() if isinstance(found, LeftOut))

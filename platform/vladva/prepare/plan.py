@@ -116,11 +116,13 @@ def make_plan(source: Source, out_uri: str, join: Join | None, samples_per_shard
 
 def list_source(source: Source) -> Iterator[Entry | Rejected | LeftOut]:
     """The entries of a source, then the files that were given and not read."""
+    images = {storage.join(source.uri, name) for name in source.others if IMAGE.search(name)}
     named = set()
-    images = {name for name in source.others if IMAGE.search(name)}
     for found in source.entries():
-        if images and isinstance(found, Entry) and found.file in images:
-            named.add(found.file)
+        if images and isinstance(found, Entry) and found.column:
+            images, named = set(), images  # cells may name images: only whoever reads them sees which
+        if images and found.file:
+            named.add(storage.resolve(source.images_uri, found.file))
         yield found
     yield from source.unused_files(named)
 
@@ -154,7 +156,7 @@ def table_uri(out_uri: str, name: str) -> str:
 
 def write_rejected(out_uri: str, name: str, rejected: Iterable[Rejected]) -> None:
     """Write a table of what was refused."""
-    write_plan_table(out_uri, name, REJECTED, rejected)
+    write_plan_table(out_uri, name, REJECTED, (row[: len(REJECTED)] for row in rejected))
 
 
 def write_plan_table(out_uri: str, name: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -39,8 +39,7 @@ def entries(source: Source) -> Iterator[Entry | Rejected | LeftOut]:
     for file in source.files:
         if is_metadata(file):
             for found in table_entries(source, file, options, file.rpartition("/")[0]):
-                if isinstance(found, Entry):
-                    named.add(found.file)
+                named.add(found.file)
                 yield found
     for file in source.files:
         if IMAGE.search(file) and file not in named:

@@ -27,13 +27,13 @@ def entries(source: Source) -> Iterator[Entry | Rejected | LeftOut]:
         known = set()
         for number, image in enumerate(read_document(source, file, "images")["images"]):
             known.add(image.get("split"))
-            if options.splits and image.get("split") not in options.splits:
-                yield LeftOut(f"split {image.get('split')}")
-                continue
-            sentences = image.get("sentences")
-            # `raw` and not `tokens`: the published numbers are on the captions as written.
-            raw = [each.get("raw") if isinstance(each, dict) else each for each in sentences or []]
             path = "/".join(str(part) for part in (image.get("filepath"), image.get("filename")) if part)
+            if options.splits and image.get("split") not in options.splits:
+                yield LeftOut(f"split {image.get('split')}", path)
+                continue
+            # `raw` and not `tokens`: the published numbers are on the captions as written.
+            sentences = image.get("sentences") or []
+            raw = [each.get("raw") if isinstance(each, dict) else each for each in sentences]
             yield from to_entries(source, f"{file}, image {number}", image, path, raw, "sentence")
         if missing := set(options.splits) - known:
             raise ValueError(f"--split {', '.join(sorted(missing))}: {file} has only {', '.join(map(str, known))}")

@@ -89,21 +89,22 @@ def _read_group(piece: tuple[Source, str, int, pq.FileMetaData | Rejected]) -> l
 
 def _entry(source: Source, columns: ParquetColumns, file: str, number: int, row: dict[str, Any]) -> Entry | Rejected:
     location, row_id = f"{file}, row {number}", f"{file}#{number}"
-    name = row_id
+    name, path = row_id, ""
     try:
         if columns.id:
             name = to_name(row[columns.id])
-        texts = [text for column in columns.captions for text in to_texts(row[column])]
         if columns.by_path:
             path = to_name(row[columns.image])
             refuse_urls(path, file)
+        texts = [text for column in columns.captions for text in to_texts(row[column])]
+        if columns.by_path:
             return Entry(name if columns.id else path, location, path, texts, row_id=row_id)
         if not columns.image:
             return Entry(name, location, "", texts, row_id=row_id)
         uri = storage.join(source.uri, file)
         return Entry(name, location, uri, texts, offset=number, column=columns.image, row_id=row_id)
     except InvalidSampleError as problem:
-        return Rejected(name, location, problem.reason, problem.detail)
+        return Rejected(name, location, problem.reason, problem.detail, path)
 
 
 class ParquetColumns(NamedTuple):
@@ -127,6 +128,8 @@ def find_columns(source: Source, schema: pa.Schema, file: str) -> ParquetColumns
         choose_column("ids", "--id-column", (), options.id_column, names, file)
     by_path = bool(image) and is_path_column(schema, image, file)
     captions = choose_caption_columns(options.caption_columns, [name for name in names if name != image], file)
+    if not image and not captions:
+        choose_image_column(IMAGE_COLUMNS, "", names, file)  # says what there is
     return ParquetColumns(image, by_path, captions, options.id_column)
 
 

@@ -58,6 +58,7 @@ def table_entries(
         if isinstance(row, InvalidSampleError):
             yield Rejected(location, location, row.reason, row.detail)
             continue
+        path = ""
         try:
             if list(row) != header:  # rows of JSON need not have the same fields
                 columns = _find_columns(source, options, list(row), file, is_first=not header)
@@ -69,7 +70,7 @@ def table_entries(
             texts = [text for column in columns.captions for text in to_texts(row[column])]
             yield Entry(name, location, path, texts, row_id=row_id)
         except InvalidSampleError as problem:
-            yield Rejected(location, location, problem.reason, problem.detail)
+            yield Rejected(location, location, problem.reason, problem.detail, path)
 
 
 class TableColumns(NamedTuple):
@@ -92,6 +93,8 @@ def _find_columns(
             required=source.needs_images or bool(options.image_column),
         )
         captions = choose_caption_columns(options.caption_columns, [name for name in columns if name != image], file)
+        if not image and not captions:
+            choose_image_column(PATH_COLUMNS, "", columns, file)  # says what there is
         if options.id_column:
             choose_column("ids", "--id-column", (), options.id_column, columns, file)
     except ValueError as error:
