@@ -443,7 +443,7 @@ def test_what_is_no_corpus_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="kinds: audio is unknown"):
         open_corpus(str(tmp_path), ["audio"])
     pq.write_table(pa.table({"colour": ["red"]}), tmp_path / "odd.parquet")
-    with pytest.raises(ValueError, match=r"odd\.parquet has no column any of image, .*--image-column; it has \['colour'\]"):
+    with pytest.raises(ValueError, match=r"odd\.parquet has no column any of image, .*; it has \['colour'\]"):
         open_corpus(str(tmp_path))
 
 
