@@ -21,7 +21,7 @@ import numpy as np
 
 from vladva.benchmarks.protocols.classification import ClassificationTask
 from vladva.benchmarks.protocols.retrieval import RetrievalTask
-from vladva.benchmarks.protocols.unique_items import Unique
+from vladva.benchmarks.protocols.unique_items import UniqueItems
 from vladva.data.image_refs import ImageRef
 
 
@@ -46,7 +46,7 @@ def coco() -> RetrievalTask:
 def imagenet() -> ClassificationTask:
     """50 images of each of the 1,000 classes, and the published names in all three sets of templates."""
     words = json.loads(resources.files("vladva.benchmarks.tasks").joinpath("imagenet_prompts.json").read_bytes())
-    texts = Unique()
+    texts = UniqueItems()
     prompts = {
         suffix: np.stack([texts.add(t.replace("{c}", name) for t in templates) for name in words["class_names"]])
         for suffix, templates in words["templates"].items()

@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).parents[2] / ".venv/peers"))  # where `make i
 from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
 
 from vladva.benchmarks.metrics import hits_at, rank, unit_rows
-from vladva.benchmarks.protocols.retrieval import CUTOFFS
+from vladva.benchmarks.protocols.retrieval import RETRIEVAL_CUTOFFS
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ def coco(width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def ours(texts: np.ndarray, images: np.ndarray, owners: np.ndarray) -> dict[str, float]:
     numbers = np.arange(len(images))
     ways = {"t2i": rank(texts, images, owners, numbers), "i2t": rank(images, texts, numbers, owners)}
-    return {f"{way}_r{k}": hits_at(ranks, k).mean("strict") for way, ranks in ways.items() for k in CUTOFFS}
+    return {f"{way}_r{k}": hits_at(ranks, k).mean("strict") for way, ranks in ways.items() for k in RETRIEVAL_CUTOFFS}
 
 
 def theirs(texts: np.ndarray, images: np.ndarray, owners: np.ndarray, batch: int = 64) -> dict[str, float]:
@@ -58,7 +58,7 @@ def theirs(texts: np.ndarray, images: np.ndarray, owners: np.ndarray, batch: int
     positive = torch.zeros_like(scores, dtype=torch.bool)
     positive[torch.arange(len(scores)), torch.from_numpy(owners)] = True
     found = {}
-    for k in CUTOFFS:
+    for k in RETRIEVAL_CUTOFFS:
         for way, matrix, target in (("t2i", scores, positive), ("i2t", scores.T, positive.T)):
             hits = batchify(recall_at_k, matrix, target, batch, "cpu", k=k) > 0
             found[f"{way}_r{k}"] = hits.double().mean().item()

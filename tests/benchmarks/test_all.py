@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.checkpoints import build_blip_2
 from tests.support.small_benchmarks import write_benchmarks
-from vladva.benchmarks.benchmark import find
+from vladva.benchmarks.benchmark import find_benchmark
 from vladva.core.images import decode_image
 from vladva.data.image_refs import read_images
 from vladva.evaluate.scoring import read_outcomes
@@ -31,7 +31,7 @@ def test_all_benchmarks_of_a_folder(
 
     data, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(scenes / "test", data / "scenes/test")
-    task = find("scenes_retrieval").read(str(data))
+    task = find_benchmark("scenes_retrieval").read(str(data))
     pictures, captions = read_images(task.images[:8]), [str(text) for text in task.texts[:9]]
     write_benchmarks(data, pictures, captions)
     blip_2 = build_blip_2(tmp_path / "blip_2")

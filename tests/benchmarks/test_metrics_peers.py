@@ -17,7 +17,7 @@ from sklearn.metrics import top_k_accuracy_score
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.retrieval import RetrievalHitRate
 
-from vladva.benchmarks.benchmark import find
+from vladva.benchmarks.benchmark import find_benchmark
 from vladva.benchmarks.metrics import all_above, class_embeddings, hits_at, rank, unit_rows, winoground
 
 
@@ -149,7 +149,9 @@ def test_class_embeddings_are_clips() -> None:
 
 def test_imagenet_names_and_templates() -> None:
     folder = resources.files("clip_benchmark").joinpath("datasets")
-    ours = json.loads(resources.files("vladva.benchmarks.tasks").joinpath(find("imagenet").prompts).read_text())
+    ours = json.loads(
+        resources.files("vladva.benchmarks.tasks").joinpath(find_benchmark("imagenet").prompts).read_text()
+    )
     names = json.loads(folder.joinpath("en_classnames.json").read_text())["imagenet1k"]
     templates = json.loads(folder.joinpath("en_zeroshot_classification_templates.json").read_text())["imagenet1k"]
     assert ours["class_names"] == names

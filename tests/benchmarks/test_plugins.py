@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vladva.benchmarks import tasks
-from vladva.benchmarks.benchmark import find, names
+from vladva.benchmarks.benchmark import benchmark_names, find_benchmark
 from vladva.benchmarks.tasks import sugar_crepe
 
 OFFICIAL = Path(__file__).parent / "sugar_crepe"
@@ -19,13 +19,13 @@ FOLDER = Path(tasks.__file__).parent
 
 def test_the_folder_is_the_menu() -> None:
     files = {path.stem for path in FOLDER.glob("*.py")} - {"__init__"}
-    assert set(names()) == files
+    assert set(benchmark_names()) == files
     assert {"scenes_retrieval", "scenes_compositionality", "flickr30k", "coco", "nocaps", "imagenet"} < files
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", benchmark_names())
 def test_declaration_is_complete(name: str, tmp_path: Path) -> None:
-    benchmark = find(name)
+    benchmark = find_benchmark(name)
     assert benchmark.title
     assert benchmark.source
     assert benchmark.licence
@@ -36,7 +36,7 @@ def test_declaration_is_complete(name: str, tmp_path: Path) -> None:
 
 def test_unknown_name_lists_the_known() -> None:
     with pytest.raises(ValueError, match=r"no 'imagnet'; known are coco, flickr30k, imagenet"):
-        find("imagnet")
+        find_benchmark("imagnet")
 
 
 @pytest.fixture
@@ -98,6 +98,6 @@ def test_scenes_files_are_found_in_the_corpus_and_beside_other_benchmarks(tmp_pa
         (root / "test").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (2, 2)).save(root / "test/000000.png")
         (root / "test/retrieval.json").write_text(json.dumps([{"image": "000000.png", "caption": ["a"]}]))
-        task = find("scenes_retrieval").read(str(tmp_path))
+        task = find_benchmark("scenes_retrieval").read(str(tmp_path))
         assert task.counts["images"] == 1
     assert list(task.files) == ["scenes/test/retrieval.json"]

@@ -7,8 +7,8 @@ from PIL import Image
 
 from vladva.benchmarks.protocols.matching import MatchingTask
 from vladva.benchmarks.protocols.two_captions import TwoCaptionsTask
-from vladva.benchmarks.readers.sugar_crepe import Row
-from vladva.benchmarks.readers.winoground import Example
+from vladva.benchmarks.readers.sugar_crepe import CaptionChoiceRow
+from vladva.benchmarks.readers.winoground import WinogroundExample
 from vladva.data.image_refs import ImageRef
 from vladva.report.page_examples import choices_of, wrong_choices
 
@@ -26,7 +26,10 @@ def at(*degrees: float) -> np.ndarray:
 
 
 def test_of_two_true_captions_the_weaker_one_is_shown(tmp_path: Path) -> None:
-    rows = [Row("0", "a.png", "near", "far", "between"), Row("1", "b.png", "far", "near", "opposite")]
+    rows = [
+        CaptionChoiceRow("0", "a.png", "near", "far", "between"),
+        CaptionChoiceRow("1", "b.png", "far", "near", "opposite"),
+    ]
     task = TwoCaptionsTask(
         ("near", "far", "between", "opposite"),
         images(tmp_path, ["a.png", "b.png"]),
@@ -48,7 +51,7 @@ def test_winogrounds_images_are_shown_with_each_others_captions(tmp_path: Path) 
         ("a", "b"),
         images(tmp_path, ["0.png", "1.png"]),
         np.array([[0], [1]]),
-        [Example(7, ("a", "b"), ("0.png", "1.png"), "Object")],
+        [WinogroundExample(7, ("a", "b"), ("0.png", "1.png"), "Object")],
         "strict",
         counts={},
         files={},

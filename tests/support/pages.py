@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.support.without_ray import count_words, leave_ray_out
-from vladva.benchmarks.benchmark import find
+from vladva.benchmarks.benchmark import find_benchmark
 from vladva.data.shard_writer import ShardWriter
 from vladva.prepare import pipeline, statistics
 from vladva.report.data_page import write_page
@@ -107,7 +107,7 @@ def write_wide(path: Path) -> None:
         metrics.setdefault(column.benchmark, {})[column.metric] = 0.5
     [about] = base["benchmarks"].values()
     base["benchmarks"] = {
-        name: about | {"title": find(name).title, "chance": of_name} for name, of_name in metrics.items()
+        name: about | {"title": find_benchmark(name).title, "chance": of_name} for name, of_name in metrics.items()
     }
     intervals = {name: dict.fromkeys(of_name, (0.456, 0.999)) for name, of_name in metrics.items()}
     found = {"scores": metrics, "intervals": intervals, "layers": {}}

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.support.checkpoints import build_llava
-from vladva.benchmarks.benchmark import find
+from vladva.benchmarks.benchmark import find_benchmark
 from vladva.config import ClusterConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from vladva.core.images import decode_image
 from vladva.data.image_refs import read_images
@@ -99,7 +99,7 @@ def test_a_run_leaves_what_the_design_says(finished: RunConfig) -> None:
 
 def test_validation_is_what_evaluation_finds_later(finished: RunConfig, scenes: Path) -> None:
     """64 images over two workers in batches of four: the scores are those of the saved model, embedded anew."""
-    task = find("scenes_retrieval").read(str(scenes))
+    task = find_benchmark("scenes_retrieval").read(str(scenes))
     embedder = load_embedder(finished.uri)
     pictures = [decode_image(data) for data in read_images(task.images)]
     expected = task.score(embedder.embed_texts(task.texts), embedder.embed_images(pictures)).scores

@@ -1,8 +1,8 @@
 """Benchmarks: what is measured, on which files, and with which counts to expect. One declarative file each.
 
 The folder listing is the menu: every module here holds one `BENCHMARK` and is found by its file name, so adding a
-benchmark is adding a file. `kinds/` holds what the benchmarks of a kind do alike (read, then score), `readers/` the
-forms in which annotations and images come. Reading a benchmark gives a `Task`: the unique texts and images to
+benchmark is adding a file. `protocols/` holds what several benchmarks do alike (read, then score), `readers/` the forms
+in which annotations and images come. Reading a benchmark gives a `Task`: the unique texts and images to
 embed, and a `score` that turns their embeddings into numbers without any model at hand.
 """
 
@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from vladva.benchmarks.bootstrap import Averages, Samples
 from vladva.benchmarks.metrics import Outcomes, Ties
+from vladva.benchmarks.score_columns import ScoreColumn, TableLayout
 from vladva.data.image_refs import ImageRef
 
 
@@ -58,6 +59,26 @@ class Benchmark(Protocol):
     source: str
     licence: str
 
+    @property
+    def table(self) -> TableLayout:
+        """The table that its scores are shown in."""
+        ...
+
+    @property
+    def columns(self) -> Sequence[ScoreColumn]:
+        """Its columns there, by heading and then as they are declared."""
+        ...
+
+    @property
+    def headlines(self) -> Mapping[str, str]:
+        """The metrics that stand for it where there is room for one or two, and what they are called."""
+        ...
+
+    @property
+    def paper_layers(self) -> Mapping[str, str]:
+        """Metric -> its key in the paper's table of layers, where it is there."""
+        ...
+
     def read(self, data_uri: str) -> Task:
         """Read the annotations, check the counts, find the images.
 
@@ -67,25 +88,25 @@ class Benchmark(Protocol):
         ...
 
 
-def names() -> list[str]:
+def benchmark_names() -> list[str]:
     """Names of all benchmarks, sorted."""
     return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "tasks")]))
 
 
-def find(name: str) -> Benchmark:
-    """The benchmark declared in `benchmarks/<name>.py`; ValueError if there is none."""
-    if name not in names():
-        raise ValueError(f"benchmarks: there is no {name!r}; known are {', '.join(names())}")
+def find_benchmark(name: str) -> Benchmark:
+    """The benchmark declared in `tasks/<name>.py`; ValueError if there is none."""
+    if name not in benchmark_names():
+        raise ValueError(f"benchmarks: there is no {name!r}; known are {', '.join(benchmark_names())}")
     return importlib.import_module(f"vladva.benchmarks.tasks.{name}").BENCHMARK
 
 
-def summarise(outcomes: Mapping[str, Outcomes], ties: Ties) -> tuple[dict[str, float], dict[str, float]]:
+def score_outcomes(outcomes: Mapping[str, Outcomes], ties: Ties) -> tuple[dict[str, float], dict[str, float]]:
     """Outcomes by metric -> scores and tie rates by metric."""
     scores = {metric: samples.mean(ties) for metric, samples in outcomes.items()}
     return scores, {metric: samples.tie_rate for metric, samples in outcomes.items()}
 
 
-def check(title: str, what: str, expected: int | Sequence[int] | None, found: int) -> None:
+def check_count(title: str, what: str, expected: int | Sequence[int] | None, found: int) -> None:
     """Raise ValueError unless `found` is the expected number (or one of them); None expects nothing."""
     allowed = [expected] if isinstance(expected, int) else list(expected or [found])
     if found not in allowed:

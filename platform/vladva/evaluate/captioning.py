@@ -73,7 +73,7 @@ def images_of(tasks: Mapping[str, Task], count: int) -> list[ImageToCaption]:
 def images_in(folder_uri: str, count: int) -> list[ImageToCaption]:
     """`count` images at even distances of a folder of image files or tar shards. Raises ValueError for none."""
     parent, _, name = absolute(folder_uri).rstrip("/").rpartition("/")
-    found = sorted(find_images(parent, [name]).items())
+    found = sorted((image.name, image) for image in find_images(parent, [name]))
     if not found:
         raise ValueError(f"--images: there are no images under {folder_uri}")
     return [ImageToCaption(found[number][1], frozenset()) for number in spread(len(found), count)]

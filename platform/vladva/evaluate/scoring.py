@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from vladva.benchmarks.benchmark import Result, Task, find, names
+from vladva.benchmarks.benchmark import Result, Task, benchmark_names, find_benchmark
 from vladva.benchmarks.bootstrap import compare, interval, resample
 from vladva.core.storage import join, write_json
 from vladva.embed.table import read_rows, write_rows
@@ -37,9 +37,9 @@ def read_benchmarks(benchmarks: Sequence[str], data_uri: str) -> dict[str, Task]
     """
     if list(benchmarks) != ["all"]:
         return dict(_read(benchmark, data_uri) for benchmark in benchmarks)
-    tasks = {name: task for name in names() if (task := _read_if_there(name, data_uri))}
+    tasks = {name: task for name in benchmark_names() if (task := _read_if_there(name, data_uri))}
     if not tasks:
-        raise ValueError(f"benchmarks: none of {', '.join(names())} has its files under {data_uri}")
+        raise ValueError(f"benchmarks: none of {', '.join(benchmark_names())} has its files under {data_uri}")
     return tasks
 
 
@@ -164,8 +164,8 @@ def read_outcomes(out_uri: str, label: str, benchmark: str) -> pa.Table:
 def _read(benchmark: str, data_uri: str) -> tuple[str, Task]:
     name, colon, cap = benchmark.partition(":")
     if not colon:
-        return name, find(name).read(data_uri)
-    declared = find(name)
+        return name, find_benchmark(name).read(data_uri)
+    declared = find_benchmark(name)
     if not cap.isdecimal() or not hasattr(declared, "max_captions_per_image"):
         raise ValueError(
             f"benchmarks: {benchmark!r} is not a retrieval benchmark with a number of captions, like coco:5"
@@ -175,13 +175,13 @@ def _read(benchmark: str, data_uri: str) -> tuple[str, Task]:
 
 def _read_if_there(name: str, data_uri: str) -> Task | None:
     try:
-        return find(name).read(data_uri)
+        return find_benchmark(name).read(data_uri)
     except FileNotFoundError:
         return None
 
 
 def _about(name: str, task: Task) -> dict[str, Any]:
-    benchmark = find(name)
+    benchmark = find_benchmark(name)
     return {
         "title": benchmark.title,
         "ties": benchmark.ties,

@@ -8,25 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from vladva.benchmarks.benchmark import find_benchmark
 from vladva.models.model_zoo import paper_row
 from vladva.report.tables import Cell, Column, Row, ScoreTable, layouts, paper_tables
 
-HEADLINES = {  # the metrics that stand for a benchmark where there is room for one or two
-    "t2i_r1": "image retrieval R@1",
-    "i2t_r1": "text retrieval R@1",
-    "average_macro": "average",
-    "itt_macro": "ITT",
-    "tot_macro": "TOT",
-    "text": "text",
-    "image": "image",
-    "group": "group",
-    "top1": "top-1",
-}
 LAYERS_PAPER = "VladVA (LLaVA-1.5-7B)"  # table 6's system
-LAYERS_METRICS = {
-    ("flickr30k", "i2t_r1"): "flickr30k_text_retrieval_R@1",
-    ("sugar_crepe", "average_macro"): "sugarcrepe_average",
-}
 
 
 def comparison_tables(scores: dict[str, Any]) -> list[ScoreTable]:
@@ -64,7 +50,7 @@ def _layer_table(label: str, model: dict[str, Any], scores: dict[str, Any], *, i
     rows = []
     for name, metric, title in headlines(scores):
         values = {int(layer): 100 * of["scores"][name][metric] for layer, of in model["layers"].items()}
-        reported = paper.get(LAYERS_METRICS.get((name, metric), ""), []) if is_papers else []
+        reported = paper.get(find_benchmark(name).paper_layers.get(metric, ""), []) if is_papers else []
         papers = dict(zip(paper["layer"], reported, strict=False))
         cells = [Cell(values[layer] - values[own], papers.get(layer), is_change=True) for layer in others]
         rows.append(Row(title, (Cell(values[own]), *cells), reported=False))
@@ -88,6 +74,6 @@ def _reported(paper: dict[str, Any]) -> Iterator[str]:
 def headlines(scores: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """(benchmark, metric, title) of the metrics that stand for each benchmark."""
     for name, about in scores["benchmarks"].items():
-        for metric, title in HEADLINES.items():
+        for metric, title in find_benchmark(name).headlines.items():
             if metric in about["chance"]:
                 yield name, metric, f"{about['title']}, {title}"

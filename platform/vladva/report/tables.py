@@ -7,13 +7,14 @@ Our rows come first, with the paper's number and the difference in each cell tha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
+from vladva.benchmarks.benchmark import Benchmark, benchmark_names, find_benchmark
 from vladva.evaluate.caption_actor import CAPTION_PROMPTS
 from vladva.evaluate.captioning import statistics
 from vladva.models.model_zoo import SYSTEMS, paper_row
@@ -21,17 +22,6 @@ from vladva.models.model_zoo import SYSTEMS, paper_row
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
-SUGAR_CREPE_KINDS = (
-    ("Replace", "Object"),
-    ("Replace", "Attribute"),
-    ("Replace", "Relation"),
-    ("Swap", "Object"),
-    ("Swap", "Attribute"),
-    ("Add", "Object"),
-    ("Add", "Attribute"),
-)
-RETRIEVAL_SETS = {"flickr30k": "Flickr30K", "coco": "COCO", "nocaps": "nocaps"}
-WAYS = {"t2i": ("image retrieval", "image_retrieval"), "i2t": ("text retrieval", "text_retrieval")}
 SHORT = {"Object": "obj", "Attribute": "att", "Relation": "rel", "image retrieval": "image", "text retrieval": "text"}
 
 
@@ -49,7 +39,7 @@ class Layout:
     """A table to be: its columns, and the paper's table it is laid out like."""
 
     title: str
-    paper_table: str
+    paper_table: str  # empty where the paper has none
     columns: tuple[Column, ...]
     other_data: str = ""  # what the paper's rows are on where it is not the same: they show the shape of the effect
 
@@ -121,53 +111,27 @@ class ScoreTable:
 
 
 def layouts() -> tuple[Layout, ...]:
-    """All tables, in the paper's order, the project's own scenes first."""
-    return (
-        Layout("Scenes: retrieval", "table1_retrieval", tuple(_scenes()), "Flickr30K"),
-        Layout(
-            "Scenes: compositionality", "table2_sugarcrepe", tuple(_choices("scenes_compositionality")), "SugarCrepe"
-        ),
-        Layout("Retrieval (table 1)", "table1_retrieval", tuple(_table_1())),
-        Layout("SugarCrepe (table 2)", "table2_sugarcrepe", tuple(_choices("sugar_crepe"))),
-        Layout("SugarCrepe++ (table 3)", "table3_sugarcrepe_pp", tuple(_table_3())),
-        Layout(
-            "Winoground (table 4)",
-            "table4_winoground",
-            tuple(Column((name.title(),), "winoground", name, name) for name in ("image", "text", "group")),
-        ),
-        Layout(
-            "ImageNet (table 5)",
-            "table5_imagenet",
-            tuple(Column((f"Top-{k}",), "imagenet", f"top{k}", f"top{k}") for k in (1, 5)),
-        ),
+    """All tables, as the benchmarks declare them: those with one title side by side, by their widest headings."""
+    benchmarks = {name: find_benchmark(name) for name in benchmark_names()}
+    tables: dict[str, list[str]] = {}
+    for name in sorted(benchmarks, key=lambda name: (benchmarks[name].table.position, name)):
+        tables.setdefault(benchmarks[name].table.title or benchmarks[name].title, []).append(name)
+    return tuple(
+        Layout(title, table.paper_table, tuple(_columns({name: benchmarks[name] for name in names})), table.other_data)
+        for title, names in tables.items()
+        for table in [benchmarks[names[0]].table]
     )
 
 
-def _scenes() -> Iterator[Column]:
-    for way, (heading, paper) in WAYS.items():
-        for k in (1, 5, 10):
-            yield Column((heading, f"R@{k}"), "scenes_retrieval", f"{way}_r{k}", f"{paper}.flickr30k.R@{k}")
-
-
-def _table_1() -> Iterator[Column]:
-    for way, (heading, paper) in WAYS.items():
-        for benchmark, name in RETRIEVAL_SETS.items():
-            for k in (1, 10):
-                yield Column((heading, name, f"R@{k}"), benchmark, f"{way}_r{k}", f"{paper}.{benchmark}.R@{k}")
-
-
-def _choices(benchmark: str) -> Iterator[Column]:
-    for group, kind in SUGAR_CREPE_KINDS:
-        name = f"{group}.{kind}".lower()
-        yield Column((group, kind), benchmark, name.replace(".", "_"), name)
-
-
-def _table_3() -> Iterator[Column]:
-    for group in ("Swap", "Replace"):  # the paper's order; there is no Add
-        for kind in (kind for kind_group, kind in SUGAR_CREPE_KINDS if kind_group == group):
-            for score in ("ITT", "TOT"):
-                metric = f"{group}_{kind}_{score}".lower()
-                yield Column((group, kind, score), "sugar_crepe_pp", metric, f"{group}.{kind}".lower() + f".{score}")
+def _columns(benchmarks: Mapping[str, Benchmark]) -> list[Column]:
+    """The columns of benchmarks that share a table."""
+    columns = [
+        Column(column.heading, name, column.metric, column.paper)
+        for name, benchmark in benchmarks.items()
+        for column in benchmark.columns
+    ]
+    widest = list(dict.fromkeys(column.heading[0] for column in columns))
+    return sorted(columns, key=lambda column: widest.index(column.heading[0]))
 
 
 def paper_tables() -> dict[str, Any]:
@@ -181,7 +145,7 @@ def score_tables(scores: dict[str, Any]) -> list[ScoreTable]:
     for layout in layouts():
         columns = tuple(column for column in layout.columns if column.benchmark in scores["benchmarks"])
         if columns:
-            reported = {row["model"]: row for row in paper_tables()[layout.paper_table]}
+            reported = {row["model"]: row for row in paper_tables()[layout.paper_table]} if layout.paper_table else {}
             rows = [_measured(label, model, columns, layout, reported) for label, model in scores["models"].items()]
             rows += [row for name in reported if (row := _reported(name, columns, layout, reported))]
             headings = tuple(column.heading for column in columns)

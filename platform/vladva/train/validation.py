@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from vladva.benchmarks.benchmark import Task, find
+from vladva.benchmarks.benchmark import Task, find_benchmark
 from vladva.core.images import decode_image
 from vladva.models.batch import as_tensors
 from vladva.train.grad_cache import gather, world
@@ -32,7 +32,7 @@ class Validation:
     def __init__(self, config: RunConfig) -> None:
         """Raises ValueError or FileNotFoundError where there is no such benchmark, or not its files."""
         self.name = config.train.validate_on
-        self.task: Task = find(self.name).read(config.data.validation_uri)
+        self.task: Task = find_benchmark(self.name).read(config.data.validation_uri)
         self.batch_size = config.train.chunk_size
 
     def __call__(self, engine: Engine) -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""Kinds of benchmarks: what all of one kind do alike. A benchmark's own file only says what sets it apart."""
+"""Protocols: what all benchmarks of one protocol do alike. A benchmark's own file only says what sets it apart."""

@@ -4,18 +4,19 @@ One score per subset, strict: a tie is a failure. Beside them the two averages i
 subset scores (most papers), `_micro` the mean over all rows (SugarCrepe's own table 5).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
-from vladva.benchmarks.benchmark import Result, summarise
+from vladva.benchmarks.benchmark import Result, score_outcomes
 from vladva.benchmarks.metrics import Outcomes, Ties, all_above, cosines, unit_rows
 from vladva.benchmarks.protocols.subsets import Subset, read_subsets
-from vladva.benchmarks.protocols.unique_items import Unique, clean
+from vladva.benchmarks.protocols.unique_items import UniqueItems
 from vladva.benchmarks.readers.images import pick_images
-from vladva.benchmarks.readers.sugar_crepe import Row
+from vladva.benchmarks.readers.sugar_crepe import CaptionChoiceRow
+from vladva.benchmarks.score_columns import OWN_TABLE, ScoreColumn, TableLayout
 from vladva.data.image_refs import ImageRef
 
 
@@ -31,17 +32,32 @@ class CaptionChoice:
     source: str
     licence: str
     ties: Ties = "strict"
+    table: TableLayout = OWN_TABLE
+    paper_layers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> Sequence[ScoreColumn]:
+        """See `Benchmark.columns`: the subsets, whose metrics are GROUP_KIND and the paper's keys GROUP.KIND."""
+        split = [subset.metric.partition("_") for subset in self.subsets]
+        return [
+            ScoreColumn((group.title(), kind.title()), group + _ + kind, f"{group}.{kind}") for group, _, kind in split
+        ]
+
+    @property
+    def headlines(self) -> Mapping[str, str]:
+        """See `Benchmark.headlines`."""
+        return {"average_macro": "average"}
 
     def read(self, data_uri: str) -> "CaptionChoiceTask":
         """See `Benchmark.read`."""
         subsets = read_subsets(data_uri, self.annotations, self.subsets, self.title)
-        texts, images = Unique(), Unique()
+        texts, images = UniqueItems(), UniqueItems()
         triples = {
             metric: np.stack(
                 [
                     images.add(row.image for row in rows),
-                    texts.add(clean(row.caption) for row in rows),
-                    texts.add(clean(row.negative) for row in rows),
+                    texts.add(row.caption.strip() for row in rows),
+                    texts.add(row.negative.strip() for row in rows),
                 ]
             )
             for metric, rows in subsets.rows.items()
@@ -65,7 +81,7 @@ class CaptionChoiceTask:
     texts: tuple[str, ...]
     images: list[ImageRef]
     triples: dict[str, np.ndarray]
-    rows: dict[str, list[Row]]
+    rows: dict[str, list[CaptionChoiceRow]]
     groups: Mapping[str, tuple[str, ...]]
     ties: Ties
     counts: dict[str, int]
@@ -85,7 +101,7 @@ class CaptionChoiceTask:
             right, wrong = cosines(images[image], texts[caption]), cosines(images[image], texts[negative])
             outcomes[metric] = all_above(right[:, None], wrong[:, None])
             tables.append(_table(metric, self.rows[metric], right, wrong, outcomes[metric].under(self.ties)))
-        scores, tie_rates = summarise(outcomes, self.ties)
+        scores, tie_rates = score_outcomes(outcomes, self.ties)
         pooled = Outcomes(*(np.concatenate(columns) for columns in zip(*outcomes.values(), strict=True)))
         averages = dict(self.groups) | {"average_macro": tuple(outcomes)}
         for values in (scores, tie_rates):
@@ -98,7 +114,9 @@ class CaptionChoiceTask:
         return Result(scores, tie_rates, pa.concat_tables(tables), samples, weights)
 
 
-def _table(metric: str, rows: list[Row], right: np.ndarray, wrong: np.ndarray, outcome: np.ndarray) -> pa.Table:
+def _table(
+    metric: str, rows: list[CaptionChoiceRow], right: np.ndarray, wrong: np.ndarray, outcome: np.ndarray
+) -> pa.Table:
     return pa.table(
         {
             "task": [metric] * len(rows),

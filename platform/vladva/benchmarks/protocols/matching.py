@@ -1,16 +1,18 @@
 """Matching two captions to two images: Winoground's protocol. See `metrics.winoground` for text, image and group."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
-from vladva.benchmarks.benchmark import Result, check, summarise
+from vladva.benchmarks.benchmark import Result, check_count, score_outcomes
 from vladva.benchmarks.metrics import Ties, cosines, unit_rows, winoground
-from vladva.benchmarks.protocols.unique_items import Unique, clean
+from vladva.benchmarks.protocols.unique_items import UniqueItems
 from vladva.benchmarks.readers.files import read_first
 from vladva.benchmarks.readers.images import parquet_images, pick_images
-from vladva.benchmarks.readers.winoground import IMAGE_COLUMNS, Example, read_examples
+from vladva.benchmarks.readers.winoground import WINOGROUND_IMAGES, WinogroundExample, read_examples
+from vladva.benchmarks.score_columns import OWN_TABLE, ScoreColumn, TableLayout
 from vladva.data.image_refs import ImageRef
 
 
@@ -25,23 +27,35 @@ class Matching:
     licence: str
     num_examples: int | None = None
     ties: Ties = "strict"
+    table: TableLayout = OWN_TABLE
+    paper_layers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> Sequence[ScoreColumn]:
+        """See `Benchmark.columns`."""
+        return [ScoreColumn((score.title(),), score, score) for score in ("image", "text", "group")]
+
+    @property
+    def headlines(self) -> Mapping[str, str]:
+        """See `Benchmark.headlines`."""
+        return {score: score for score in ("text", "image", "group")}
 
     def read(self, data_uri: str) -> "MatchingTask":
         """See `Benchmark.read`."""
         file = read_first(data_uri, self.annotations, self.title)
         examples = read_examples(file.path, file.data)
-        check(self.title, f"examples in {file.path}", self.num_examples, len(examples))
+        check_count(self.title, f"examples in {file.path}", self.num_examples, len(examples))
         names = [example.images[side] for side in (0, 1) for example in examples]
         if file.path.endswith(".parquet"):
             half = len(examples)
             images = [
-                *parquet_images(data_uri, file.path, IMAGE_COLUMNS[0], names[:half]),
-                *parquet_images(data_uri, file.path, IMAGE_COLUMNS[1], names[half:]),
+                *parquet_images(data_uri, file.path, WINOGROUND_IMAGES[0], names[:half]),
+                *parquet_images(data_uri, file.path, WINOGROUND_IMAGES[1], names[half:]),
             ]
         else:
             images = pick_images(data_uri, self.images, names, self.title)
-        texts = Unique()
-        captions = np.stack([texts.add(clean(example.captions[side]) for example in examples) for side in (0, 1)])
+        texts = UniqueItems()
+        captions = np.stack([texts.add(example.captions[side].strip() for example in examples) for side in (0, 1)])
         counts = {"examples": len(examples), "images": len(images), "distinct_captions": len(texts.items)}
         return MatchingTask(
             texts.items, images, captions, examples, self.ties, counts=counts, files={file.path: file.sha256}
@@ -55,7 +69,7 @@ class MatchingTask:
     texts: tuple[str, ...]
     images: list[ImageRef]
     captions: np.ndarray
-    examples: list[Example]
+    examples: list[WinogroundExample]
     ties: Ties
     counts: dict[str, int]
     files: dict[str, str]
@@ -82,4 +96,4 @@ class MatchingTask:
             **{metric: samples.under(self.ties) for metric, samples in outcomes.items()},
         }
         samples = {"examples": {metric: of.under(self.ties) for metric, of in outcomes.items()}}
-        return Result(*summarise(outcomes, self.ties), pa.table(columns), samples)
+        return Result(*score_outcomes(outcomes, self.ties), pa.table(columns), samples)

@@ -7,21 +7,23 @@ are in groups (nocaps' domains), each score is there for the queries of each gro
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 
 import numpy as np
 import pyarrow as pa
 
-from vladva.benchmarks.benchmark import Result, check, summarise
+from vladva.benchmarks.benchmark import Result, check_count, score_outcomes
 from vladva.benchmarks.metrics import Outcomes, Ranks, Ties, hits_at, rank, unit_rows
-from vladva.benchmarks.protocols.unique_items import Unique, clean, in_lists
-from vladva.benchmarks.readers.captions import read_caption_tables, read_captions
+from vladva.benchmarks.protocols.unique_items import UniqueItems, in_lists
+from vladva.benchmarks.readers.captions import read_caption_tables, read_captioned_images
 from vladva.benchmarks.readers.files import AnnotationFile, read_first
 from vladva.benchmarks.readers.images import pick_images
+from vladva.benchmarks.score_columns import OWN_TABLE, ScoreColumn, TableLayout
 from vladva.data.image_refs import ImageRef
 
-CUTOFFS = (1, 5, 10)
+RETRIEVAL_CUTOFFS = (1, 5, 10)
+DIRECTIONS = {"t2i": ("image retrieval", "image_retrieval"), "i2t": ("text retrieval", "text_retrieval")}
 NEAREST = 10  # neighbours kept per query in the outcomes, for looking at
 
 
@@ -40,8 +42,29 @@ class Retrieval:
     max_captions_per_image: int | None = None  # keep only the first ones (some papers cut COCO at 5); None keeps all
     tables: tuple[str, ...] = ()  # patterns of Parquet files that hold images and captions, tried first
     groups: Mapping[str, int] | None = None  # group -> its images, where the annotations name groups
+    table: TableLayout = OWN_TABLE
+    column_title: str = ""  # between "image retrieval" and "R@1" in the headings of a table that is shared
+    cutoffs: tuple[int, ...] = (1, 10)  # that have a column
+    paper_set: str = ""  # what the paper's keys call the data set
+    paper_layers: Mapping[str, str] = field(default_factory=dict)
     image_ids: str = ""  # sha256 of the numbers in the images' names, sorted, one a line; empty expects nothing
     ties: Ties = "expected"
+
+    @property
+    def columns(self) -> Sequence[ScoreColumn]:
+        """See `Benchmark.columns`: both directions at each of the cut-offs."""
+        found = []
+        for direction, (heading, paper) in DIRECTIONS.items():
+            for k in self.cutoffs:
+                headings = (heading, self.column_title, f"R@{k}") if self.column_title else (heading, f"R@{k}")
+                key = f"{paper}.{self.paper_set}.R@{k}" if self.paper_set else None
+                found.append(ScoreColumn(headings, f"{direction}_r{k}", key))
+        return found
+
+    @property
+    def headlines(self) -> Mapping[str, str]:
+        """See `Benchmark.headlines`."""
+        return {f"{direction}_r1": f"{heading} R@1" for direction, (heading, _) in DIRECTIONS.items()}
 
     def read(self, data_uri: str) -> "RetrievalTask":
         """See `Benchmark.read`."""
@@ -51,18 +74,18 @@ class Retrieval:
             rows = tables.rows
         else:
             file = read_first(data_uri, self.annotations, self.title)
-            rows = read_captions(file.path, file.data)
+            rows = read_captioned_images(data_uri, file.path)
             check_ids(self.title, file.path, [row.name for row in rows], self.image_ids)
-        check(self.title, f"images in {file.path}", self.num_images, len(rows))
-        check(self.title, f"distinct images in {file.path}", len(rows), len({row.name for row in rows}))
-        check(self.title, f"captions in {file.path}", self.num_captions, sum(len(row.captions) for row in rows))
+        check_count(self.title, f"images in {file.path}", self.num_images, len(rows))
+        check_count(self.title, f"distinct images in {file.path}", len(rows), len({row.name for row in rows}))
+        check_count(self.title, f"captions in {file.path}", self.num_captions, sum(len(row.captions) for row in rows))
         poor = [row.name for row in rows if len(row.captions) < self.min_captions_per_image]
-        check(self.title, f"images with fewer than {self.min_captions_per_image} captions", 0, len(poor))
+        check_count(self.title, f"images with fewer than {self.min_captions_per_image} captions", 0, len(poor))
 
         rows = [row._replace(captions=row.captions[: self.max_captions_per_image]) for row in rows]
         owners = np.repeat(np.arange(len(rows)), [len(row.captions) for row in rows])
-        texts = Unique()
-        caption_text = texts.add(clean(caption) for row in rows for caption in row.captions)
+        texts = UniqueItems()
+        caption_text = texts.add(caption.strip() for row in rows for caption in row.captions)
         images = tables.images if tables else pick_images(data_uri, self.images, (row.name for row in rows), self.title)
         counts = {"images": len(rows), "captions": len(owners), "distinct_captions": len(texts.items)}
         if self.max_captions_per_image:
@@ -70,7 +93,7 @@ class Retrieval:
         groups = np.array([row.group for row in rows])
         if self.groups and groups[0]:
             for name, expected in self.groups.items():
-                check(self.title, f"{name} images in {file.path}", expected, int((groups == name).sum()))
+                check_count(self.title, f"{name} images in {file.path}", expected, int((groups == name).sum()))
         return RetrievalTask(
             texts.items, images, caption_text, owners, self.ties, counts, {file.path: file.sha256}, groups
         )
@@ -124,18 +147,18 @@ class RetrievalTask:
         sets = self._hits({"t2i": to_image, "i2t": to_text})
         samples = {name: {metric: hits.under(self.ties) for metric, hits in of.items()} for name, of in sets.items()}
         hits = {metric: outcomes for of in sets.values() for metric, outcomes in of.items()}
-        return Result(*summarise(hits, self.ties), self._outcomes(to_image, to_text), samples)
+        return Result(*score_outcomes(hits, self.ties), self._outcomes(to_image, to_text), samples)
 
-    def _hits(self, ways: Mapping[str, Ranks]) -> dict[str, dict[str, Outcomes]]:
-        """Set of queries -> metric -> outcomes: all queries of each way, then those of each group."""
+    def _hits(self, directions: Mapping[str, Ranks]) -> dict[str, dict[str, Outcomes]]:
+        """Set of queries -> metric -> outcomes: all queries of each direction, then those of each group."""
         group_of = {"t2i": self.image_group[self.caption_image], "i2t": self.image_group}
         sets = {}
-        for way, ranks in ways.items():
-            hits = {f"{way}_r{k}": hits_at(ranks, k) for k in CUTOFFS}
-            sets[way] = hits
+        for direction, ranks in directions.items():
+            hits = {f"{direction}_r{k}": hits_at(ranks, k) for k in RETRIEVAL_CUTOFFS}
+            sets[direction] = hits
             for group in sorted(set(self.image_group) - {""}):
-                among = group_of[way] == group
-                sets[f"{way} {group}"] = {
+                among = group_of[direction] == group
+                sets[f"{direction} {group}"] = {
                     f"{metric}_{group.replace('-', '_')}": Outcomes(*(policy[among] for policy in outcomes))
                     for metric, outcomes in hits.items()
                 }

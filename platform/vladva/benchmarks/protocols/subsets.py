@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from vladva.benchmarks.benchmark import check
+from vladva.benchmarks.benchmark import check_count
 from vladva.benchmarks.readers.files import check_hash, read_first
-from vladva.benchmarks.readers.sugar_crepe import Row, read_rows
+from vladva.benchmarks.readers.sugar_crepe import CaptionChoiceRow, read_choice_rows
 
 
 class Subset(NamedTuple):
@@ -20,7 +20,7 @@ class Subset(NamedTuple):
 class Subsets(NamedTuple):
     """The files of a benchmark as read."""
 
-    rows: dict[str, list[Row]]  # by metric
+    rows: dict[str, list[CaptionChoiceRow]]  # by metric
     counts: dict[str, int]
     files: dict[str, str]
 
@@ -30,10 +30,10 @@ def read_subsets(data_uri: str, folders: Sequence[str], subsets: Sequence[Subset
     read = Subsets({}, {}, {})
     for subset in subsets:
         file = read_first(data_uri, [f"{folder}/{name}" for folder in folders for name in subset.files], title)
-        rows = read_rows(file.path, file.data)
+        rows = read_choice_rows(file.path, file.data)
         editions = subset.editions or {len(rows): None}
-        check(title, f"rows in {file.path}", list(editions), len(rows))
-        check(title, f"distinct images in {file.path}", subset.num_images, len({row.image for row in rows}))
+        check_count(title, f"rows in {file.path}", list(editions), len(rows))
+        check_count(title, f"distinct images in {file.path}", subset.num_images, len({row.image for row in rows}))
         if file.path.endswith(".json"):
             check_hash(title, file, editions[len(rows)])
         read.rows[subset.metric] = rows

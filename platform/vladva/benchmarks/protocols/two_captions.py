@@ -5,17 +5,19 @@ only): the true captions are nearer to each other than either is to the false on
 halves of ITT. `itt_macro` and `tot_macro` are means over subsets. The three texts get the same prompt.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
-from vladva.benchmarks.benchmark import Result, check, summarise
+from vladva.benchmarks.benchmark import Result, check_count, score_outcomes
 from vladva.benchmarks.metrics import Outcomes, Ties, all_above, cosines, unit_rows
 from vladva.benchmarks.protocols.subsets import Subset, read_subsets
-from vladva.benchmarks.protocols.unique_items import Unique, clean
+from vladva.benchmarks.protocols.unique_items import UniqueItems
 from vladva.benchmarks.readers.images import pick_images
-from vladva.benchmarks.readers.sugar_crepe import Row
+from vladva.benchmarks.readers.sugar_crepe import CaptionChoiceRow
+from vladva.benchmarks.score_columns import OWN_TABLE, ScoreColumn, TableLayout
 from vladva.data.image_refs import ImageRef
 
 CHANCE = {"itt": 1 / 3, "tot": 1 / 3, "p1": 1 / 2, "p2": 1 / 2}
@@ -33,23 +35,41 @@ class TwoCaptions:
     licence: str
     num_images: int | None = None
     ties: Ties = "strict"
+    table: TableLayout = OWN_TABLE
+    paper_layers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> Sequence[ScoreColumn]:
+        """See `Benchmark.columns`: both scores of each subset, whose metrics begin with GROUP_KIND."""
+        found = []
+        for subset in self.subsets:
+            group, _, kind = subset.metric.partition("_")
+            for score in ("itt", "tot"):
+                heading = (group.title(), kind.title(), score.upper())
+                found.append(ScoreColumn(heading, f"{subset.metric}_{score}", f"{group}.{kind}.{score.upper()}"))
+        return found
+
+    @property
+    def headlines(self) -> Mapping[str, str]:
+        """See `Benchmark.headlines`."""
+        return {"itt_macro": "ITT", "tot_macro": "TOT"}
 
     def read(self, data_uri: str) -> "TwoCaptionsTask":
         """See `Benchmark.read`."""
         subsets = read_subsets(data_uri, self.annotations, self.subsets, self.title)
-        texts, images = Unique(), Unique()
+        texts, images = UniqueItems(), UniqueItems()
         quadruples = {
             metric: np.stack(
                 [
                     images.add(row.image for row in rows),
-                    texts.add(clean(row.caption) for row in rows),
-                    texts.add(clean(row.caption2) for row in rows),
-                    texts.add(clean(row.negative) for row in rows),
+                    texts.add(row.caption.strip() for row in rows),
+                    texts.add(row.caption2.strip() for row in rows),
+                    texts.add(row.negative.strip() for row in rows),
                 ]
             )
             for metric, rows in subsets.rows.items()
         }
-        check(self.title, "distinct images in all subsets", self.num_images, len(images.items))
+        check_count(self.title, "distinct images in all subsets", self.num_images, len(images.items))
         unwinnable = sum(
             int(((negative == p1) | (negative == p2)).sum()) for _, p1, p2, negative in quadruples.values()
         )
@@ -71,7 +91,7 @@ class TwoCaptionsTask:
     texts: tuple[str, ...]
     images: list[ImageRef]
     quadruples: dict[str, np.ndarray]
-    rows: dict[str, list[Row]]
+    rows: dict[str, list[CaptionChoiceRow]]
     ties: Ties
     counts: dict[str, int]
     files: dict[str, str]
@@ -100,7 +120,7 @@ class TwoCaptionsTask:
             outcomes |= {f"{subset}_{score}": samples for score, samples in found.items()}
             cosine = {"i_p1": i_p1, "i_p2": i_p2, "i_n": i_n, "p1_p2": p1_p2, "p1_n": p1_n, "p2_n": p2_n}
             tables.append(_table(subset, self.rows[subset], found, cosine, self.ties))
-        scores, tie_rates = summarise(outcomes, self.ties)
+        scores, tie_rates = score_outcomes(outcomes, self.ties)
         for values in (scores, tie_rates):
             for score in ("itt", "tot"):
                 values[f"{score}_macro"] = float(np.mean([values[f"{subset}_{score}"] for subset in self.quadruples]))
@@ -114,7 +134,7 @@ class TwoCaptionsTask:
 
 
 def _table(
-    subset: str, rows: list[Row], found: dict[str, Outcomes], cosine: dict[str, np.ndarray], ties: Ties
+    subset: str, rows: list[CaptionChoiceRow], found: dict[str, Outcomes], cosine: dict[str, np.ndarray], ties: Ties
 ) -> pa.Table:
     columns = {
         "task": [subset] * len(rows),

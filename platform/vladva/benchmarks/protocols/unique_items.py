@@ -1,4 +1,4 @@
-"""What all kinds need: annotations -> unique texts and images to embed, and outcomes -> columns of a table."""
+"""What all protocols need: annotations -> unique texts and images to embed, and outcomes -> columns of a table."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,10 +6,11 @@ import numpy as np
 import pyarrow as pa
 
 
-class Unique:
+class UniqueItems:
     """Numbers items by first appearance, so that each is embedded once and equal texts get equal embeddings.
 
-    A text that is embedded twice, in two batches, may come out slightly different, which hides a tie.
+    A text that is embedded twice, in two batches, may come out slightly different, which hides a tie. Captions are used
+    as written but for the space around them, which the annotators left by accident.
     """
 
     def __init__(self) -> None:
@@ -23,11 +24,6 @@ class Unique:
     def items(self) -> Sequence[str]:
         """All items, in the order of their numbers."""
         return tuple(self.number)
-
-
-def clean(text: str) -> str:
-    """Captions are used as written but for the space around them, which the annotators left by accident."""
-    return text.strip()
 
 
 def in_lists(values: np.ndarray, names: pa.Array | None = None) -> pa.Array:

@@ -1,31 +1,31 @@
 """Captioned images, from every form their annotations are published in.
 
-| form | for instance | looks like |
+| form | for instance | read by |
 |---|---|---|
-| Karpathy | `dataset_coco.json` | `{"images": [{"filename", "split", "sentences": [{"raw"}]}]}` |
-| COCO | `nocaps_val_4500_captions.json` | `{"images": [{"id", "file_name"}], "annotations": [{"image_id", ..}]}` |
-| BLIP | `coco_karpathy_test.json` | `[{"image", "caption": [..]}]` |
-| CLIP benchmark | `flickr30k_test_karpathy.txt` | a header line, then `name.jpg,caption` |
-| CSV | `test_1k_flickr.csv` | columns `filename` and `raw`, a JSON list of captions |
-| Parquet | `test-00000-of-00004.parquet` | columns `image` and `text` or `annotations_captions`, a list |
-"""
+| Karpathy: `{"images": [{"filename", "split", "sentences": [{"raw"}]}]}` | `dataset_coco.json` | `data/formats/karpathy.py` |
+| COCO: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", ..}]}` | `nocaps_val_4500_captions.json` | `data/formats/coco.py` |
+| BLIP: `[{"image", "caption": [..]}]` | `coco_karpathy_test.json` | `data/formats/table.py` |
+| CSV: columns `filename` and `raw`, a JSON list of captions | `test_1k_flickr.csv` | `data/formats/table.py` |
+| Parquet: columns `image` and `text` or the like, a list | `test-00000-of-00004.parquet` | `data/formats/parquet.py` |
+| CLIP benchmark: a header line, then `name.jpg,caption` without quotes | `flickr30k_test_karpathy.txt` | here |
 
-import csv
-import io
+A benchmark is whole or it is none: what the other jobs would count as unusable is an error here, which names it.
+"""  # noqa: E501
+
+from __future__ import annotations
+
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from hashlib import sha256
 from typing import NamedTuple
 
-import pyarrow.parquet as pq
-
-from vladva.benchmarks.readers.files import parse_json
 from vladva.benchmarks.readers.images import parquet_images
-from vladva.core.storage import absolute, join, list_files, open_storage
+from vladva.core.storage import absolute, file_info, join, list_files, read_bytes
 from vladva.data.image_refs import ImageRef
+from vladva.data.source import Entry, FileSet, Rejected, Source, SourceOptions, find_format
 
-CAPTION_COLUMNS = ("text", "annotations_captions", "captions", "caption")
+FORMATS = ("karpathy", "coco", "table")  # of text files
 
 
 class CaptionedImage(NamedTuple):
@@ -57,80 +57,68 @@ def read_caption_tables(data_uri: str, patterns: Sequence[str]) -> CaptionTables
             rows: list[CaptionedImage] = []
             images: list[ImageRef] = []
             for path in paths:
-                captions = _caption_column(data_uri, path)
-                names = [f"{path}/{row}" for row in range(len(captions))]
-                rows += [CaptionedImage(name, _as_tuple(of)) for name, of in zip(names, captions, strict=True)]
-                images += parquet_images(data_uri, path, "image", names)
+                entries = list(_usable(_source(root, path, "parquet", SourceOptions())))
+                if entries and not any(entry.captions for entry in entries):
+                    raise ValueError(f"{path}: holds no captions in a column of a known name")
+                names = [f"{path}/{row}" for row in range(len(entries))]
+                rows += [CaptionedImage(name, tuple(of.captions)) for name, of in zip(names, entries, strict=True)]
+                images += parquet_images(data_uri, path, entries[0].column if entries else "image", names)
             digest = sha256(json.dumps([row.captions for row in rows]).encode()).hexdigest()
             return CaptionTables(rows, images, digest)
     return None
 
 
-def _caption_column(data_uri: str, path: str) -> list[str | list[str]]:
-    filesystem, inside = open_storage(join(data_uri, path))
-    columns = pq.read_schema(inside, filesystem=filesystem).names
-    column = next((name for name in CAPTION_COLUMNS if name in columns), None)
-    if column is None:
-        expected = ", ".join(CAPTION_COLUMNS)
-        raise ValueError(f"{path}: holds no captions; expected one of the columns {expected}, found {columns}")
-    return pq.read_table(inside, columns=[column], filesystem=filesystem)[column].to_pylist()
+def read_captioned_images(data_uri: str, path: str, *, split: str = "test") -> list[CaptionedImage]:
+    """Read the annotations at `path` below `data_uri`. `split` is what is taken of a Karpathy file.
 
-
-def read_captions(path: str, data: bytes, *, split: str = "test") -> list[CaptionedImage]:
-    """Read annotations of any of the forms above. `split` is what is taken of a Karpathy file."""
+    Images are in the order in which they are first named. Raises ValueError for a file of another form, and for one
+    of which anything cannot be used, naming file and line.
+    """
+    root = absolute(data_uri)
     if path.endswith(".txt"):
-        return _clip_benchmark_lines(data.decode("utf-8"))
-    if path.endswith(".csv"):
-        table = csv.DictReader(io.StringIO(data.decode("utf-8"), newline=""))
-        return [CaptionedImage(row["filename"], tuple(json.loads(row["raw"]))) for row in table]
-    content = parse_json(path, data)
-    if isinstance(content, list):
-        return _blip_list(path, content)
-    if "annotations" in content:
-        return _coco_captions(content)
-    if content.get("images") and "sentences" in content["images"][0]:
-        return _karpathy(content, split)
-    raise ValueError(
-        f"{path}: holds no captions; expected a Karpathy, COCO-captions or BLIP file, found the keys "
-        f"{sorted(content)} (a list of images without captions, such as nocaps_val_image_info.json, will not do)"
-    )
-
-
-def _karpathy(content: dict, split: str) -> list[CaptionedImage]:
-    # `filepath` is there for COCO only. `raw` and not `tokens`: the published numbers are on the captions as written.
-    return [
-        CaptionedImage(
-            "/".join(part for part in (image.get("filepath"), image["filename"]) if part),
-            tuple(sentence["raw"] for sentence in image["sentences"]),
+        return _clip_benchmark_lines(path, read_bytes(join(root, path)))
+    folder, _, file = path.rpartition("/")
+    files = FileSet(join(root, folder) if folder else root, {file: file_info(join(root, path))})
+    name = next((name for name in FORMATS if find_format(name).match(files)), "")
+    if not name:
+        raise ValueError(
+            f"{path}: holds no captions; expected a Karpathy, COCO-captions or BLIP file (a list of images without "
+            "captions, such as nocaps_val_image_info.json, will not do)"
         )
-        for image in content["images"]
-        if image["split"] == split
-    ]
-
-
-def _coco_captions(content: dict) -> list[CaptionedImage]:
-    captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
-    for annotation in content["annotations"]:  # neither grouped nor sorted; ids start at 0
-        captions[annotation["image_id"]].append(annotation["caption"])
-    return [
-        CaptionedImage(image["file_name"], tuple(captions[image["id"]]), image.get("domain", ""))
-        for image in content["images"]
-    ]
-
-
-def _blip_list(path: str, content: list[dict]) -> list[CaptionedImage]:
-    if any("caption" not in row for row in content):
-        raise ValueError(f"{path}: rows without `caption`; the caption-less nocaps_val.json of BLIP will not do")
-    return [CaptionedImage(row["image"], _as_tuple(row["caption"])) for row in content]
-
-
-def _as_tuple(caption: str | list[str]) -> tuple[str, ...]:
-    return (caption,) if isinstance(caption, str) else tuple(caption)
-
-
-def _clip_benchmark_lines(text: str) -> list[CaptionedImage]:
     captions: dict[str, list[str]] = {}
-    for line in text.splitlines()[1:]:
-        name, caption = line.split(",", 1)  # captions have commas of their own
-        captions.setdefault(name, []).append(caption)
-    return [CaptionedImage(name, tuple(lines)) for name, lines in captions.items()]
+    groups: dict[str, str] = {}
+    for entry in _usable(_source(root, path, name, SourceOptions(splits=(split,) if name == "karpathy" else ()))):
+        captions.setdefault(entry.file, []).extend(entry.captions)
+        groups[entry.file] = entry.group
+    if captions and not any(captions.values()):
+        raise ValueError(f"{path}: holds no captions, of none of its {len(captions)} images")
+    return [CaptionedImage(image, tuple(texts), groups[image]) for image, texts in captions.items()]
+
+
+def _source(root: str, path: str, name: str, options: SourceOptions) -> Source:
+    """One file as a source; entries name it as it is called in the benchmark's folder."""
+    return Source(root, name, (path,), (), options)
+
+
+def _usable(source: Source) -> Iterator[Entry]:
+    for found in source.entries():
+        if isinstance(found, Rejected):
+            raise ValueError(
+                f"{found.source_location}: {found.reason}; {found.detail or 'expected a path and captions'}"
+            )
+        if isinstance(found, Entry):
+            yield found
+
+
+def _clip_benchmark_lines(path: str, data: bytes) -> list[CaptionedImage]:
+    """Lines of `name.jpg,caption`, a caption each, after a header."""
+    captions: dict[str, list[str]] = {}
+    for number, line in enumerate(data.decode("utf-8-sig").split("\n")[1:], start=2):
+        if line.strip():
+            name, comma, caption = line.removesuffix("\r").partition(",")
+            if not comma or not name.strip():
+                raise ValueError(
+                    f"{path}, line {number}: expected an image's name, a comma and a caption, found {line!r}"
+                )
+            captions.setdefault(name.strip(), []).append(caption)
+    return [CaptionedImage(name, tuple(texts)) for name, texts in captions.items()]

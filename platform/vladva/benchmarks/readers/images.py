@@ -10,51 +10,68 @@ from collections.abc import Iterable, Sequence
 from hashlib import sha1
 from pathlib import PurePosixPath
 
+from vladva.core.images import IMAGE
 from vladva.core.storage import FileInfo, RangedFile, absolute, join, list_infos
 from vladva.data.image_refs import ImageRef
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif"}
 READ_AHEAD = 1 << 20  # bytes; headers of small tar members then cost one request for many
 
 
-def find_images(data_uri: str, folders: Sequence[str]) -> dict[str, ImageRef]:
+def find_images(data_uri: str, folders: Sequence[str]) -> list[ImageRef]:
     """All images under the first of `folders` (relative to `data_uri`) that has any, files and tar members alike.
 
-    Keys are paths relative to the folder (files) and member names (tars). Empty when no folder has images.
+    They are called by their path relative to the folder (files) or their member's name (tars). Empty when no folder
+    has images.
     """
     for folder in folders:
         base = join(absolute(data_uri), folder)
-        found: dict[str, ImageRef] = {}
+        found: list[ImageRef] = []
         for info in list_infos(base):
             path = PurePosixPath(info.uri[len(base) + 1 :])
             version = _version(info)
-            if path.suffix.lower() in SUFFIXES:
-                found[str(path)] = ImageRef(f"image/{folder}/{path}@{version}", str(path), info.uri, 0, info.size)
+            if IMAGE.search(path.name):
+                found.append(ImageRef(f"image/{folder}/{path}@{version}", str(path), info.uri, 0, info.size))
             elif path.suffix == ".tar":
-                for name, offset, length in _members(info.uri):
-                    found[name] = ImageRef(f"image/{folder}/{path}#{name}@{version}", name, info.uri, offset, length)
+                found += [
+                    ImageRef(f"image/{folder}/{path}#{name}@{version}", name, info.uri, offset, length)
+                    for name, offset, length in _members(info.uri)
+                ]
         if found:
             return found
-    return {}
+    return []
 
 
 def pick_images(data_uri: str, folders: Sequence[str], wanted: Iterable[str], title: str) -> list[ImageRef]:
     """The images called `wanted`, in that order, found by whole path or else by file name alone.
 
-    Raises ValueError with the number and the first names of those that are missing: leaving them out would change the
-    denominators.
+    Raises ValueError with the number and the first names of those that are missing (leaving them out would change the
+    denominators), and for a name that several images have.
     """
-    found = find_images(data_uri, folders)
-    by_file_name = {PurePosixPath(name).name: ref for name, ref in found.items()}
+    by_path: dict[str, list[ImageRef]] = {}
+    by_file_name: dict[str, list[ImageRef]] = {}
+    for ref in find_images(data_uri, folders):
+        by_path.setdefault(ref.name, []).append(ref)
+        by_file_name.setdefault(PurePosixPath(ref.name).name, []).append(ref)
     wanted = list(wanted)
-    refs = [found.get(name) or by_file_name.get(PurePosixPath(name).name) for name in wanted]
-    missing = [name for name, ref in zip(wanted, refs, strict=True) if ref is None]
+    refs, missing = [], []
+    for name in wanted:
+        candidates = by_path.get(name) or by_file_name.get(PurePosixPath(name).name, [])
+        if len(candidates) > 1:
+            places = ", ".join(ref.id.removeprefix("image/").rpartition("@")[0] for ref in candidates[:3])
+            raise ValueError(
+                f"{title}: {name} stands for {len(candidates)} images ({places}): name it with its folder in the "
+                "annotations, or leave only the right ones there"
+            )
+        if candidates:
+            refs.append(candidates[0]._replace(name=name))
+        else:
+            missing.append(name)
     if missing:
         raise ValueError(
             f"{title}: expected {len(wanted)} images under {data_uri} (looked in {', '.join(folders)}), found "
-            f"{len(wanted) - len(missing)}; missing {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+            f"{len(refs)}; missing {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         )
-    return [ref._replace(name=name) for name, ref in zip(wanted, refs, strict=True) if ref is not None]
+    return refs
 
 
 def parquet_images(data_uri: str, path: str, column: str, names: Sequence[str]) -> list[ImageRef]:
@@ -72,7 +89,7 @@ def _members(uri: str) -> list[tuple[str, int, int]]:
         return [
             (member.name, member.offset_data, member.size)
             for member in tar
-            if member.isfile() and PurePosixPath(member.name).suffix.lower() in SUFFIXES
+            if member.isfile() and IMAGE.search(member.name)
         ]
 
 

@@ -38,36 +38,44 @@ def read_labelled(data_uri: str, folders: Sequence[str], title: str) -> Labelled
     images = find_images(data_uri, folders)
     if not images:
         raise FileNotFoundError(f"{title}: no images under {data_uri}; looked in {', '.join(folders)}")
-    tars = sorted({ref.uri for ref in images.values() if ref.uri.endswith(".tar")})
+    tars = sorted({ref.uri for ref in images if ref.uri.endswith(".tar")})
     return _webdataset(images, tars, title) if tars else _class_folders(images, title)
 
 
-def _class_folders(images: dict[str, ImageRef], title: str) -> Labelled:
-    flat = [name for name in images if "/" not in name]
+def _class_folders(images: list[ImageRef], title: str) -> Labelled:
+    flat = [ref.name for ref in images if "/" not in ref.name]
     if flat:
         raise ValueError(
             f"{title}: {flat[0]} lies in no class folder; sort the images into one folder per WordNet id (the ids in "
             "ILSVRC2012_validation_ground_truth.txt are in another order than the class names)"
         )
-    classes = sorted({PurePosixPath(name).parent.name for name in images})
+    folders = [PurePosixPath(ref.name).parent.name for ref in images]
+    classes = sorted(set(folders))
     number = {name: index for index, name in enumerate(classes)}
-    labels = [number[PurePosixPath(name).parent.name] for name in images]
-    return Labelled(list(images.values()), labels, len(classes))
+    return Labelled(images, [number[folder] for folder in folders], len(classes))
 
 
-def _webdataset(images: dict[str, ImageRef], tars: list[str], title: str) -> Labelled:
-    labels: dict[str, int] = {}
+def _webdataset(images: list[ImageRef], tars: list[str], title: str) -> Labelled:
+    labels: dict[tuple[str, str], int] = {}  # (tar, key) -> class
     for uri in tars:
         with io.BufferedReader(RangedFile(uri), READ_AHEAD) as file, tarfile.open(fileobj=file) as tar:
             for member in tar:
                 if member.name.endswith(".cls"):
                     content = tar.extractfile(member)
                     assert content is not None, "a .cls member is a plain file"
-                    labels[member.name.removesuffix(".cls")] = int(content.read())
-    missing = [name for name in images if str(PurePosixPath(name).with_suffix("")) not in labels]
+                    labels[uri, member.name.removesuffix(".cls")] = _class_number(content.read(), uri, member.name)
+    keys = [(ref.uri, str(PurePosixPath(ref.name).with_suffix(""))) for ref in images]
+    missing = [ref.name for ref, key in zip(images, keys, strict=True) if key not in labels]
     if missing:
         raise ValueError(f"{title}: {len(missing)} images have no .cls member, the first is {missing[0]}")
-    return Labelled(list(images.values()), [labels[str(PurePosixPath(name).with_suffix(""))] for name in images], 0)
+    return Labelled(images, [labels[key] for key in keys], 0)
+
+
+def _class_number(content: bytes, uri: str, member: str) -> int:
+    try:
+        return int(content)
+    except ValueError:
+        raise ValueError(f"{uri}#{member}: expected the number of a class, found {content[:40]!r}") from None
 
 
 def _parquet(data_uri: str, paths: list[str]) -> Labelled:
@@ -75,7 +83,12 @@ def _parquet(data_uri: str, paths: list[str]) -> Labelled:
     labels: list[int] = []
     for path in paths:
         filesystem, inside = open_storage(join(data_uri, path))
-        found = pq.read_table(inside, columns=["label"], filesystem=filesystem)["label"]
-        labels += found.to_pylist()
+        if "label" not in (names := pq.read_schema(inside, filesystem=filesystem).names):
+            raise ValueError(f"{path}: expected a column `label` of class numbers, found {names}")
+        found = pq.read_table(inside, columns=["label"], filesystem=filesystem)["label"].to_pylist()
+        if not all(isinstance(label, int) for label in found):
+            row = next(row for row, label in enumerate(found) if not isinstance(label, int))
+            raise ValueError(f"{path}, row {row}: expected the number of a class, found {found[row]!r}")
+        labels += found
         images += parquet_images(data_uri, path, "image", [f"{path}/{row}" for row in range(len(found))])
     return Labelled(images, labels, 0)

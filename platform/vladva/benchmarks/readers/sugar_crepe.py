@@ -5,14 +5,14 @@ SugarCrepe: `{"0": {"filename", "caption", "negative_caption"}, ..}`, a dict who
 """
 
 import io
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
 from vladva.benchmarks.readers.files import parse_json
 
 
-class Row(NamedTuple):
+class CaptionChoiceRow(NamedTuple):
     """An image, its true caption(s) and one false caption, as written."""
 
     key: str
@@ -22,18 +22,24 @@ class Row(NamedTuple):
     negative: str
 
 
-def read_rows(path: str, data: bytes) -> list[Row]:
+FIELDS = ("filename", "caption", "negative_caption")
+
+
+def read_choice_rows(path: str, data: bytes) -> list[CaptionChoiceRow]:
     """Read one subset's file, in either benchmark's form. Raises ValueError naming the row that lacks a field."""
-    if path.endswith(".parquet"):
-        keyed = [(str(row["id"]), row) for row in pq.read_table(io.BytesIO(data)).to_pylist()]
-    else:
-        content = parse_json(path, data)
-        keyed = list(content.items()) if isinstance(content, dict) else [(str(row["id"]), row) for row in content]
-    for key, row in keyed:
-        absent = {"filename", "caption", "negative_caption"} - row.keys()
-        if absent:
-            raise ValueError(f"{path}: row {key} has no {', '.join(sorted(absent))}")
-    return [
-        Row(key, row["filename"], row["caption"], row.get("caption2", ""), row["negative_caption"])
-        for key, row in keyed
-    ]
+    content = pq.read_table(io.BytesIO(data)).to_pylist() if path.endswith(".parquet") else parse_json(path, data)
+    if not isinstance(content, (dict, list)):
+        raise ValueError(f"{path}: expected a dict or a list of rows, found {type(content).__name__}")
+    numbered = content.items() if isinstance(content, dict) else enumerate(content)
+    return [_to_row(path, str(number), row, is_list=isinstance(content, list)) for number, row in numbered]
+
+
+def _to_row(path: str, number: str, row: Any, *, is_list: bool) -> CaptionChoiceRow:
+    """In a list a row has its key in `id`, elsewhere it is known by its number."""
+    found = row if isinstance(row, dict) else {}
+    key = str(found.get("id", number)) if is_list else number
+    absent = {name for name in FIELDS if not isinstance(found.get(name), str)}
+    if absent:
+        raise ValueError(f"{path}: row {key} has no {', '.join(sorted(absent))}")
+    second = found.get("caption2") or ""
+    return CaptionChoiceRow(key, found["filename"], found["caption"], second, found["negative_caption"])

@@ -5,6 +5,7 @@ accepted, and the number found is in the scores.
 """
 
 from vladva.benchmarks.protocols.retrieval import Retrieval
+from vladva.benchmarks.score_columns import TableLayout
 
 BENCHMARK = Retrieval(
     title="COCO",
@@ -20,6 +21,9 @@ BENCHMARK = Retrieval(
     num_captions=(25010, 25000),
     min_captions_per_image=5,
     image_ids="d20da3dd48646d91a7ff7837c1c1f591d52c75e72921b2fd7f6854dc1093339f",
+    table=TableLayout("Retrieval (table 1)", 11, "table1_retrieval"),
+    column_title="COCO",
+    paper_set="coco",
     source="https://cs.stanford.edu/people/karpathy/deepimagesent/",
     licence="CC BY 4.0 (captions); COCO terms of use (images)",
 )

@@ -6,12 +6,14 @@ Two names stand for two classes each (missile, sunglasses), so that 200 images t
 """
 
 from vladva.benchmarks.protocols.classification import Classification
+from vladva.benchmarks.score_columns import TableLayout
 
 BENCHMARK = Classification(
     title="ImageNet-1k",
     images=("imagenet/val", "imagenet/validation", "imagenet/data", "imagenet"),
     prompts="imagenet_prompts.json",
     num_images=50_000,
+    table=TableLayout("ImageNet (table 5)", 50, "table5_imagenet"),
     source="https://www.image-net.org (ILSVRC2012 validation)",
     licence="ImageNet terms of access (images); MIT, OpenAI (class names and templates)",
 )

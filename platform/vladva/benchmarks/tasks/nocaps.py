@@ -4,6 +4,7 @@ The test split has no public captions. Text retrieval is easier than on COCO, as
 """
 
 from vladva.benchmarks.protocols.retrieval import Retrieval
+from vladva.benchmarks.score_columns import TableLayout
 
 BENCHMARK = Retrieval(
     title="nocaps",
@@ -14,6 +15,9 @@ BENCHMARK = Retrieval(
     num_captions=45000,
     min_captions_per_image=10,
     groups={"in-domain": 648, "near-domain": 2938, "out-domain": 914},
+    table=TableLayout("Retrieval (table 1)", 12, "table1_retrieval"),
+    column_title="nocaps",
+    paper_set="nocaps",
     source="https://nocaps.org",
     licence="CC BY 2.0",
 )

@@ -6,6 +6,7 @@ images 1,200 are in Karpathy's COCO training split: models fine-tuned on COCO ha
 
 from vladva.benchmarks.protocols.caption_choice import CaptionChoice
 from vladva.benchmarks.protocols.subsets import Subset
+from vladva.benchmarks.score_columns import TableLayout
 
 BENCHMARK = CaptionChoice(
     title="SugarCrepe",
@@ -25,6 +26,8 @@ BENCHMARK = CaptionChoice(
         "swap_macro": ("swap_object", "swap_attribute"),
         "add_macro": ("add_object", "add_attribute"),
     },
+    table=TableLayout("SugarCrepe (table 2)", 20, "table2_sugarcrepe"),
+    paper_layers={"average_macro": "sugarcrepe_average"},
     source="https://github.com/RAIVNLab/sugar-crepe/tree/0047054/data",
     licence="MIT (annotations); COCO terms of use (images)",
 )

@@ -6,6 +6,7 @@ Parquet names are those of Hugging Face's configurations, one of which it misspe
 
 from vladva.benchmarks.protocols.subsets import Subset
 from vladva.benchmarks.protocols.two_captions import TwoCaptions
+from vladva.benchmarks.score_columns import TableLayout
 
 BENCHMARK = TwoCaptions(
     title="SugarCrepe++",
@@ -23,6 +24,7 @@ BENCHMARK = TwoCaptions(
         Subset("replace_relation", ("replace_rel.json", "replace_relation.parquet"), {1406: "040fb95d3f0619bf"}),
     ),
     num_images=1542,
+    table=TableLayout("SugarCrepe++ (table 3)", 30, "table3_sugarcrepe_pp"),
     source="https://github.com/Sri-Harsha/scpp/tree/c083bbf/data",
     licence="see the source; COCO terms of use (images)",
 )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vladva.core.errors import InvalidSampleError
+from vladva.data.formats.karpathy import HAS_SENTENCES
 from vladva.data.json_documents import one_caption, read_document, to_entries
 from vladva.data.source import Entry, FileSet, LeftOut, Rejected, Source, file_by_file
 
@@ -22,7 +23,7 @@ def match(files: FileSet) -> list[str]:
     found = [
         name
         for name in files.with_suffix(".json")
-        if "/" not in name and BEGINS.match(head := files.head(name)) and b'"sentids"' not in head
+        if "/" not in name and BEGINS.match(head := files.head(name)) and not HAS_SENTENCES.search(head)
     ]
     return [name for name in found if "caption" in name.lower()] or found
 

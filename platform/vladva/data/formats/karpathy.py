@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from vladva.data.json_documents import read_document, to_entries
@@ -10,11 +11,12 @@ from vladva.data.source import Entry, FileSet, LeftOut, Rejected, Source, file_b
 TITLE = "Karpathy JSON (dataset_coco.json) and the folder of its images; --split picks"
 PRIORITY = 3
 OPTIONS = ("images", "id_column", "splits")
+HAS_SENTENCES = re.compile(rb'"(sentids|sentences)"\s*:')
 
 
 def match(files: FileSet) -> list[str]:
     """JSON files at the top whose images have sentences."""
-    return [name for name in files.with_suffix(".json") if "/" not in name and b'"sentids"' in files.head(name)]
+    return [name for name in files.with_suffix(".json") if "/" not in name and HAS_SENTENCES.search(files.head(name))]
 
 
 split = file_by_file
