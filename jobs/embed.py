@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Embed a corpus: `jobs/embed.py RUN_OR_MODEL --data URI --out URI`.
 
-The corpus is a folder of WebDataset shards, of Parquet files or of images, or a text file with one text a line. The
-same command goes on with a table that was interrupted, and embeds what is new in a corpus that has grown.
+The corpus is what jobs/prepare.py reads (shards, Parquet, tables, folders of images, COCO or Karpathy JSON), or a text
+file with one text a line. The same command goes on with a table that was interrupted, and embeds what is new in a
+corpus that has grown.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from vladva.core.cli import user_errors
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Command-line arguments."""
+    from vladva.data.source_arguments import add_source_arguments
+
     parser = argparse.ArgumentParser(
         prog="jobs/embed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -29,6 +32,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64, help="items embedded at a time, at most")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model")
     parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="stop when more of the items are bad")
+    add_source_arguments(parser)
     options = parser.parse_args(arguments)
     options.kinds = options.kinds.split(",")
     options.actors = actors(options.actors)
@@ -49,6 +53,7 @@ def main() -> None:
     options = parse(sys.argv[1:])
 
     from vladva.core import ray_tasks
+    from vladva.data.source_arguments import source_options
     from vladva.embed.corpus import open_corpus
     from vladva.embed.pipeline import encode
     from vladva.models.resolve import describe, preprocessor_of
@@ -57,7 +62,9 @@ def main() -> None:
     if description.get("vectors_per_image", 1) > 1:
         raise ValueError(f"{options.model} gives an image several vectors, which no index takes; jobs/evaluate.py does")
     ray_tasks.connect()
-    corpus = open_corpus(options.data, options.kinds, count_tokens=preprocessor_of(config).count_tokens)
+    count_tokens = preprocessor_of(config).count_tokens
+    corpus = open_corpus(options.data, options.kinds, source_options(options), count_tokens=count_tokens)
+    print(*corpus.remarks, sep="\n", end="\n" * bool(corpus.remarks), flush=True)
     summary = encode(
         corpus.items,
         options.model,

@@ -28,6 +28,7 @@ from vladva.core.cli import user_errors
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Command-line arguments."""
     from vladva.data.source import find_format, format_names
+    from vladva.data.source_arguments import add_source_arguments
 
     formats = "\n".join(f"    {name:13} {find_format(name).TITLE}" for name in format_names())
     parser = argparse.ArgumentParser(
@@ -39,13 +40,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--out", default="", help="folder or s3://... for the shards; without it tars are used in place"
     )
-    form = parser.add_argument_group("what the source is, where it is not found out")
-    form.add_argument("--format", default="", help=f"one of {', '.join(format_names())}")
-    form.add_argument("--images", default="", help="folder that relative paths of images start from (default: SOURCE)")
-    form.add_argument("--split", default="", help="Karpathy JSON: only these splits, commas between")
-    form.add_argument("--image-column", default="", help="column of images or of their paths")
-    form.add_argument("--caption-column", action="append", default=[], help="column of captions; may be repeated")
-    form.add_argument("--id-column", default="", help="column or field with ids (default: path, or file and row)")
+    add_source_arguments(parser)
     join = parser.add_argument_group("more captions for the same images, from a table (images captioned again)")
     join.add_argument("--captions-from", metavar="TABLE", default="", help=".parquet, .csv, .tsv or .jsonl")
     join.add_argument(
@@ -82,7 +77,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main() -> None:
     options = parse(sys.argv[1:])
 
-    from vladva.data.source import SourceOptions
+    from vladva.data.source_arguments import source_options
     from vladva.models.preprocessor import Preprocessor
     from vladva.models.resolve import find_model
     from vladva.prepare.join import Join
@@ -94,19 +89,11 @@ def main() -> None:
     join = None
     if options.captions_from:
         join = Join.parse(options.captions_from, options.join_on, options.join_caption_column)
-    source = SourceOptions(
-        format=options.format,
-        images=options.images,
-        image_column=options.image_column,
-        caption_columns=tuple(options.caption_column),
-        id_column=options.id_column,
-        splits=tuple(options.split.split(",")) if options.split else (),
-    )
     prepared = prepare(
         options.source,
         options.out,
         count_tokens,
-        source,
+        source_options(options),
         join=join,
         samples_per_shard=options.samples_per_shard,
         verify=options.verify,

@@ -30,6 +30,12 @@ def test_declaration_is_complete(name: str, tmp_path: Path) -> None:
     assert benchmark.source
     assert benchmark.licence
     assert benchmark.ties in ("strict", "expected")
+    if benchmark.only_by_name:
+        with pytest.raises(FileNotFoundError, match="looked"):
+            benchmark.read(str(tmp_path / "nothing"))
+        with pytest.raises(ValueError, match="holds nothing of a known format"):
+            benchmark.read(str(tmp_path))
+        return
     with pytest.raises(FileNotFoundError, match="looked"):
         benchmark.read(str(tmp_path))
 

@@ -60,6 +60,11 @@ class Benchmark(Protocol):
     licence: str
 
     @property
+    def only_by_name(self) -> bool:
+        """Whether it is left out where all benchmarks of a folder are asked for."""
+        ...
+
+    @property
     def table(self) -> TableLayout:
         """The table that its scores are shown in."""
         ...

@@ -82,7 +82,7 @@ def _repeat(
         scores_RM = np.stack([weigh(random, len(outcomes_NM)) @ outcomes_NM for _ in range(repeats)]) / len(outcomes_NM)
         scores |= dict(zip(metrics, scores_RM.T, strict=True))
     for name, weights in averages.items():
-        scores[name] = sum(weight * scores[metric] for metric, weight in weights.items())
+        scores[name] = sum((weight * scores[metric] for metric, weight in weights.items()), start=np.zeros(repeats))
     return scores
 
 

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from vladva.config import ModelConfig
 from vladva.core.hashing import digest
+from vladva.embed.source_items import REJECTED
 from vladva.embed.table import CONTENT, keys_of
 from vladva.embed.table_writer import contains, write_repeats
 from vladva.models.batch import cut
@@ -100,7 +101,11 @@ def make_batches(items: pa.Table, *, settings: BatchingConfig) -> Iterator[pa.Ta
             yield from prepare(rows.slice(first, size), contents, settings)
     strange = fresh.filter(pc.invert(pc.is_in(fresh["kind"], pa.array(["text", "image"]))))
     if len(strange):
-        yield _row(None, bad=[_bad(item, "kind is neither image nor text") for item in strange.to_pylist()])
+        yield _row(None, bad=[_bad(item, _why_not(item)) for item in strange.to_pylist()])
+
+
+def _why_not(item: dict[str, Any]) -> str:
+    return item["text"] if item["kind"] == REJECTED else "kind is neither image nor text"
 
 
 def _texts(rows: pa.Table, done: np.ndarray, settings: BatchingConfig) -> Iterator[pa.Table]:

@@ -183,7 +183,10 @@ def _items(pieces: list[Any], read: Callable[..., Iterator[list[dict[str, Any]]]
         return ray.data.from_arrow(ITEM.empty_table())
     blocks = ray.data.range(len(pieces), override_num_blocks=len(pieces))
     return blocks.map_batches(
-        _read_piece, batch_size=1, fn_kwargs={"pieces": ray.put(pieces), "read": read}, batch_format="pyarrow"
+        _read_piece,  # type: ignore[arg-type]  # Ray's signature forgets keyword arguments
+        batch_size=1,
+        fn_kwargs={"pieces": ray.put(pieces), "read": read},
+        batch_format="pyarrow",
     )
 
 

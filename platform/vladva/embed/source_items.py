@@ -30,7 +30,9 @@ def source_items(kinds: Sequence[str], source: Source) -> Iterator[list[dict[str
     """The items of a part of a source, some at a time. Images in Parquet come along, others are read later."""
     entries = source.entries()
     while found := list(islice(entries, ROWS_PER_READ)):
-        items = [_rejected(each.source_location, each.reason, each.detail) for each in found if _is(each, Rejected)]
+        items = [
+            _rejected(each.source_location, each.reason, each.detail) for each in found if isinstance(each, Rejected)
+        ]
         good = [each for each in found if isinstance(each, Entry)]
         held = [entry for entry in good if entry.column and "image" in kinds]
         refs = [entry.image_ref(source.images_uri) for entry in held]
@@ -39,10 +41,6 @@ def source_items(kinds: Sequence[str], source: Source) -> Iterator[list[dict[str
         for entry in good:
             items += _entry_items(kinds, source, entry, images.get(entry.row_id))
         yield items
-
-
-def _is(each: object, kind: type) -> bool:
-    return isinstance(each, kind)
 
 
 def _rejected(name: str, reason: str, detail: str = "") -> dict[str, Any]:

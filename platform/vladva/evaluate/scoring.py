@@ -37,9 +37,13 @@ def read_benchmarks(benchmarks: Sequence[str], data_uri: str) -> dict[str, Task]
     """
     if list(benchmarks) != ["all"]:
         return dict(_read(benchmark, data_uri) for benchmark in benchmarks)
-    tasks = {name: task for name in benchmark_names() if (task := _read_if_there(name, data_uri))}
+    names = [name for name in benchmark_names() if not find_benchmark(name).only_by_name]
+    tasks = {name: task for name in names if (task := _read_if_there(name, data_uri))}
     if not tasks:
-        raise ValueError(f"benchmarks: none of {', '.join(benchmark_names())} has its files under {data_uri}")
+        raise ValueError(
+            f"benchmarks: none of {', '.join(names)} has its files under {data_uri}; images and captions of your own, "
+            "in a table, shards or a folder, are scored with --benchmarks retrieval"
+        )
     return tasks
 
 

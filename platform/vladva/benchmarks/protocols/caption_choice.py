@@ -33,6 +33,7 @@ class CaptionChoice:
     licence: str
     ties: Ties = "strict"
     table: TableLayout = OWN_TABLE
+    only_by_name: bool = False
     paper_layers: Mapping[str, str] = field(default_factory=dict)
 
     @property

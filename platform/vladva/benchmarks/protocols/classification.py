@@ -35,6 +35,7 @@ class Classification:
     num_images: int | None = None
     ties: Ties = "expected"
     table: TableLayout = OWN_TABLE
+    only_by_name: bool = False
     paper_layers: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -28,6 +28,7 @@ class Matching:
     num_examples: int | None = None
     ties: Ties = "strict"
     table: TableLayout = OWN_TABLE
+    only_by_name: bool = False
     paper_layers: Mapping[str, str] = field(default_factory=dict)
 
     @property

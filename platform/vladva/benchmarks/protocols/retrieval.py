@@ -43,6 +43,7 @@ class Retrieval:
     tables: tuple[str, ...] = ()  # patterns of Parquet files that hold images and captions, tried first
     groups: Mapping[str, int] | None = None  # group -> its images, where the annotations name groups
     table: TableLayout = OWN_TABLE
+    only_by_name: bool = False
     column_title: str = ""  # between "image retrieval" and "R@1" in the headings of a table that is shared
     cutoffs: tuple[int, ...] = (1, 10)  # that have a column
     paper_set: str = ""  # what the paper's keys call the data set

@@ -36,6 +36,7 @@ class TwoCaptions:
     num_images: int | None = None
     ties: Ties = "strict"
     table: TableLayout = OWN_TABLE
+    only_by_name: bool = False
     paper_layers: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -136,7 +137,7 @@ class TwoCaptionsTask:
 def _table(
     subset: str, rows: list[CaptionChoiceRow], found: dict[str, Outcomes], cosine: dict[str, np.ndarray], ties: Ties
 ) -> pa.Table:
-    columns = {
+    columns: dict[str, Sequence[str] | np.ndarray] = {
         "task": [subset] * len(rows),
         "sample": [row.key for row in rows],
         "image": [row.image for row in rows],

@@ -1,6 +1,6 @@
 """What all protocols need: annotations -> unique texts and images to embed, and outcomes -> columns of a table."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ class UniqueItems:
         return np.array([self.number.setdefault(item, len(self.number)) for item in items], np.int64)
 
     @property
-    def items(self) -> Sequence[str]:
+    def items(self) -> tuple[str, ...]:
         """All items, in the order of their numbers."""
         return tuple(self.number)
 

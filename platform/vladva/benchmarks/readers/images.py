@@ -28,7 +28,7 @@ def find_images(data_uri: str, folders: Sequence[str]) -> list[ImageRef]:
         found: list[ImageRef] = []
         for info in list_infos(base):
             path = PurePosixPath(info.uri[len(base) + 1 :])
-            version = _version(info)
+            version = file_version(info)
             if IMAGE.search(path.name):
                 found.append(ImageRef(f"image/{folder}/{path}@{version}", str(path), info.uri, 0, info.size))
             elif path.suffix == ".tar":
@@ -77,7 +77,7 @@ def pick_images(data_uri: str, folders: Sequence[str], wanted: Iterable[str], ti
 def parquet_images(data_uri: str, path: str, column: str, names: Sequence[str]) -> list[ImageRef]:
     """The images in a column of the Parquet file `path` below `data_uri`, one per row, to be called `names`."""
     file = join(absolute(data_uri), path)
-    version = next(_version(info) for info in list_infos(file.rpartition("/")[0]) if info.uri == file)
+    version = next(file_version(info) for info in list_infos(file.rpartition("/")[0]) if info.uri == file)
     return [
         ImageRef(f"image/{path}#{column}/{row}@{version}", name, file, row, 0, column) for row, name in enumerate(names)
     ]
@@ -93,5 +93,6 @@ def _members(uri: str) -> list[tuple[str, int, int]]:
         ]
 
 
-def _version(info: FileInfo) -> str:
+def file_version(info: FileInfo) -> str:
+    """A few letters that change when the file does."""
     return sha1(f"{info.size} {info.changed}".encode()).hexdigest()[:8]
