@@ -82,7 +82,7 @@ def main() -> None:
     from vladva.models.resolve import find_model
     from vladva.prepare.join import Join
     from vladva.prepare.pipeline import prepare
-    from vladva.prepare.statistics import summarise
+    from vladva.prepare.statistics import compute_statistics
     from vladva.report.data_page import write_page
 
     count_tokens = Preprocessor(find_model(options.model).checkpoint).count_tokens
@@ -100,7 +100,7 @@ def main() -> None:
         max_bad_fraction=options.max_bad_fraction,
         overwrite=options.overwrite,
     )
-    summary = summarise(prepared.uri)
+    summary = compute_statistics(prepared.uri)
     page = write_page(options.html, prepared, summary, command=" ".join(["jobs/prepare.py", *sys.argv[1:]]))
     print(f"{prepared}\n{summary}\nThe page: {page}. Next: jobs/train.py RECIPE --data.uri {prepared.uri}")
 

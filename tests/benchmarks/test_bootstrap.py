@@ -5,7 +5,7 @@ from math import comb, sqrt
 import numpy as np
 import pytest
 
-from vladva.benchmarks.bootstrap import compare, interval, resample
+from vladva.benchmarks.bootstrap import compare_outcomes, interval, resample
 
 R = 1000
 
@@ -61,14 +61,14 @@ def test_averages_are_resampled_within_their_subsets() -> None:
 
 def test_equal_models_do_not_differ() -> None:
     outcomes = one(np.arange(50) % 3 == 0)
-    assert compare(outcomes, outcomes, {}, R)["m"] == (0, 0, 0, 1)
+    assert compare_outcomes(outcomes, outcomes, {}, R)["m"] == (0, 0, 0, 1)
 
 
 def test_p_is_the_share_of_sign_flips_counted_by_hand() -> None:
     """Five samples that all got better: of 32 flips, the two that agree in sign are as far. Three of five: 2 / 8."""
     better = one([1, 1, 1, 1, 1])
-    assert compare(better, one([0] * 5), {}, 20_000)["m"].p == pytest.approx(2 / 32, abs=0.006)
-    three = compare(one([1, 1, 1, 1, 0]), one([0, 0, 0, 1, 0]), {}, 20_000)["m"]
+    assert compare_outcomes(better, one([0] * 5), {}, 20_000)["m"].p == pytest.approx(2 / 32, abs=0.006)
+    three = compare_outcomes(one([1, 1, 1, 1, 0]), one([0, 0, 0, 1, 0]), {}, 20_000)["m"]
     assert three.difference == pytest.approx(3 / 5)
     assert three.p == pytest.approx(2 / 8, abs=0.01)
 
@@ -80,13 +80,15 @@ def test_p_agrees_with_the_sign_test() -> None:
     ours[:gained], theirs[gained : gained + lost] = 1, 1
     changed = gained + lost
     exact = 2 * sum(comb(changed, k) for k in range(gained, changed + 1)) / 2**changed
-    assert compare(one(ours), one(theirs), {}, 10_000)["m"].p == pytest.approx(exact, abs=0.008)
+    assert compare_outcomes(one(ours), one(theirs), {}, 10_000)["m"].p == pytest.approx(exact, abs=0.008)
 
 
 def test_p_is_uniform_where_models_are_equal_in_truth() -> None:
     random = np.random.default_rng(3)
     draws = [(one(random.random(200) < 0.5), one(random.random(200) < 0.5)) for _ in range(300)]
-    small = np.mean([compare(ours, theirs, {}, 200, seed)["m"].p <= 0.05 for seed, (ours, theirs) in enumerate(draws)])
+    small = np.mean(
+        [compare_outcomes(ours, theirs, {}, 200, seed)["m"].p <= 0.05 for seed, (ours, theirs) in enumerate(draws)]
+    )
     assert 0.01 <= small <= 0.09
 
 
@@ -95,7 +97,7 @@ def test_a_real_difference_is_found_though_intervals_overlap() -> None:
     theirs = np.random.default_rng(4).random(1000) < 0.5
     ours = theirs.copy()
     ours[np.flatnonzero(~theirs)[:30]] = True
-    [found] = compare(one(ours), one(theirs), {}, R).values()
+    [found] = compare_outcomes(one(ours), one(theirs), {}, R).values()
     assert found.p == pytest.approx(1 / (R + 1))
     assert found.low > 0.015
     assert found.high < 0.05
@@ -103,13 +105,13 @@ def test_a_real_difference_is_found_though_intervals_overlap() -> None:
     assert low[1] > high[0]
     # Negative control: shuffled, the pairing is lost, and the same two scores are no longer told apart.
     shuffled = np.random.default_rng(5).permutation(ours)
-    assert compare(one(shuffled), one(theirs), {}, R)["m"].p > 0.05
+    assert compare_outcomes(one(shuffled), one(theirs), {}, R)["m"].p > 0.05
 
 
 def test_the_difference_is_that_of_the_shared_resamples() -> None:
     random = np.random.default_rng(6)
     ours, theirs = one(random.random(300) < 0.6), one(random.random(300) < 0.5)
     shared = resample(ours, {}, R)["m"] - resample(theirs, {}, R)["m"]
-    found = compare(ours, theirs, {}, R)["m"]
+    found = compare_outcomes(ours, theirs, {}, R)["m"]
     assert (found.low, found.high) == pytest.approx(interval(shared), abs=1e-12)
     assert resample(ours, {}, R, seed=1)["m"].tolist() != resample(ours, {}, R)["m"].tolist()

@@ -102,7 +102,7 @@ def test_scenes_show_the_papers_rows_but_no_differences() -> None:
 
 
 def test_every_column_of_every_table_finds_its_number_in_the_paper() -> None:
-    for layout in layouts():
+    for layout in (layout for layout in layouts() if layout.paper_table):
         known = set().union(*paper_tables()[layout.paper_table])
         absent = {column.paper for column in layout.columns} - known
         assert {name for name in absent if not name.endswith("R@5")} == set(), layout.title

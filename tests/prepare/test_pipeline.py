@@ -467,13 +467,13 @@ def test_ray_tasks_write_what_one_process_writes(tmp_path: Path, ray_cluster: No
     good, bad = bad_table(tmp_path / "source", 200)
     source, options = str(tmp_path / "source"), SourceOptions(id_column="id")
     prepared = prepare(source, str(tmp_path / "many"), count_letters, options, samples_per_shard=20)
-    counted = statistics.summarise(prepared.uri)
+    counted = statistics.compute_statistics(prepared.uri)
     assert delivered(prepared.uri) == good
     assert quarantined(prepared) == bad
     with pytest.MonkeyPatch.context() as patch:
         leave_ray_out(patch)
         alone = prepare(source, str(tmp_path / "one"), count_letters, options, samples_per_shard=20)
-        assert statistics.summarise(alone.uri) == counted
+        assert statistics.compute_statistics(alone.uri) == counted
     assert tars(tmp_path / "one") == tars(tmp_path / "many")
     assert len(tars(tmp_path / "one")) == alone.shards == 10
 

@@ -19,7 +19,7 @@ from vladva.data.shard_writer import ShardWriter
 from vladva.data.source import Rejected
 from vladva.prepare import statistics
 from vladva.prepare.pipeline import Prepared, prepare
-from vladva.prepare.statistics import SIDE_BOUNDS, TOKEN_BOUNDS, Duplicates, summarise
+from vladva.prepare.statistics import SIDE_BOUNDS, TOKEN_BOUNDS, Duplicates, compute_statistics
 from vladva.report.data_page import contact_sheet, ledger, size_of, span, write_page
 from vladva.report.svg import heat_map, histogram
 
@@ -55,7 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Prepared, i
 
 def test_everything_is_counted(data: tuple[Prepared, int]) -> None:
     prepared, num_bytes = data
-    counted = summarise(prepared.uri)
+    counted = compute_statistics(prepared.uri)
     good = [number for number in range(60) if number not in (7, 44)]
     assert (counted.num_samples, counted.num_shards, counted.image_bytes) == (58, 6, num_bytes)
     assert counted.captions_per_image == Counter(number % 3 + 1 for number in good)
@@ -78,9 +78,9 @@ def test_everything_is_counted(data: tuple[Prepared, int]) -> None:
 def test_of_what_is_too_much_some_are_watched_with_all_their_copies(
     data: tuple[Prepared, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = summarise(data[0].uri)
-    monkeypatch.setattr(statistics, "KEPT", 10)  # of 53 different images
-    drawn = summarise(data[0].uri)
+    whole = compute_statistics(data[0].uri)
+    monkeypatch.setattr(statistics, "SAMPLED", 10)  # of 53 different images
+    drawn = compute_statistics(data[0].uri)
     assert drawn.images.every == 6
     assert 0 < len(drawn.images.seen) < 25
     assert drawn.images.seen.items() <= whole.images.seen.items()
@@ -103,7 +103,7 @@ def test_the_page_needs_no_network_and_shows_everything(data: tuple[Prepared, in
     prepared = replace(
         data[0], joined={"rows": 4, "rows_without": 3, "rows_rejected": 2, "samples": 1, "samples_without": 0}
     )
-    uri = write_page(str(tmp_path / "page.html"), prepared, summarise(prepared.uri), "jobs/prepare.py <DATA>")
+    uri = write_page(str(tmp_path / "page.html"), prepared, compute_statistics(prepared.uri), "jobs/prepare.py <DATA>")
     page = Path(uri).read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert all(source.startswith(("data:", "#")) for source in sources)
@@ -126,7 +126,7 @@ def test_hostile_text_stays_text(data: tuple[Prepared, int], tmp_path: Path) -> 
         patch.setattr(
             "vladva.report.data_page.quarantine", lambda _: {evil: (1, [Rejected(evil, evil, evil)._asdict()])}
         )
-        page = write_page(str(tmp_path / "page.html"), data[0], summarise(data[0].uri), evil)
+        page = write_page(str(tmp_path / "page.html"), data[0], compute_statistics(data[0].uri), evil)
     assert "<script" not in Path(page).read_text()
 
 

@@ -133,5 +133,5 @@ def write_data_page(path: Path) -> None:
         leave_ray_out(patch)
         prepared = pipeline.prepare(folder, "", count_words, max_bad_fraction=0.1)
         joined = {"rows": 4, "rows_without": 3, "rows_rejected": 2, "samples": 1, "samples_without": 0}
-        counted = statistics.summarise(prepared.uri)
+        counted = statistics.compute_statistics(prepared.uri)
         write_page(str(path), replace(prepared, joined=joined), counted, "jobs/prepare.py " + folder)

@@ -52,7 +52,9 @@ def interval(scores: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def compare(ours: Samples, theirs: Samples, averages: Averages, resamples: int, seed: int = 0) -> dict[str, Difference]:
+def compare_outcomes(
+    ours: Samples, theirs: Samples, averages: Averages, resamples: int, seed: int = 0
+) -> dict[str, Difference]:
     """Our scores minus theirs on the same samples, by metric."""
     changes = {
         name: {metric: outcomes - theirs[name][metric] for metric, outcomes in of.items()} for name, of in ours.items()

@@ -121,6 +121,7 @@ def rank(
 
 def rank_scores(scores: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarray, *, keep: int = 0) -> Ranks:
     """`rank` on a similarity matrix [Q, G]. Raises ValueError for a query that has no positive in the gallery."""
+    # The gallery sorted by label: a query's positives are neighbours in `order`, from `first` on, `count` of them.
     order = np.argsort(gallery_labels, kind="stable")
     first = np.searchsorted(gallery_labels, query_labels, "left", sorter=order)
     count = np.searchsorted(gallery_labels, query_labels, "right", sorter=order) - first
@@ -132,8 +133,10 @@ def rank_scores(scores: np.ndarray, query_labels: np.ndarray, gallery_labels: np
     rows = np.repeat(np.arange(len(scores)), count)
     columns = order[np.arange(len(rows)) + np.repeat(first - starts, count)]
     positives = scores[rows, columns]
+    # The largest of each query's part of the list.
     best = np.maximum.reduceat(positives, starts)
 
+    # Above it there are only negatives; level with it there may be positives too, which are taken off.
     above = np.count_nonzero(scores > best[:, None], axis=1)
     level = np.count_nonzero(scores == best[:, None], axis=1)
     tied_positives = np.add.reduceat((positives == best[rows]).astype(np.int64), starts)
@@ -144,15 +147,20 @@ def rank_scores(scores: np.ndarray, query_labels: np.ndarray, gallery_labels: np
 
 def hits_at(ranks: Ranks, k: int) -> Outcomes:
     """Is at least one positive among the k best? A hit rate, not the share of positives found (true recall)."""
-    places = k - ranks.above  # left for the items level with the best positive
+    # Slots of the k that are left for the items level with the best positive; none, where k items are above it.
+    slots = k - ranks.above
+    # All ties lost: the e negatives that are level with it take slots before it.
     strict = ranks.above + ranks.tied < k
+    # All ties won: one slot left is enough.
     optimistic = ranks.above < k
-    # Chance that none of the m level positives is drawn into the `places`: C(e, places) / C(e + m, places).
-    miss = np.ones(len(places))
+    # Ties broken at random: the chance that none of the m level positives, of e + m level items, gets one of the
+    # slots is C(e, slots) / C(e + m, slots), a product with one factor a slot.
+    miss = np.ones(len(slots))
     level = ranks.tied + ranks.tied_positives
     for drawn in range(k):
+        # The next slot goes to a negative: of those and of all level items, `drawn` have theirs already.
         factor = np.maximum(ranks.tied - drawn, 0) / np.maximum(level - drawn, 1)
-        miss = np.where(drawn < places, miss * factor, miss)
+        miss = np.where(drawn < slots, miss * factor, miss)
     return Outcomes(strict.astype(np.float64), 1.0 - miss, optimistic.astype(np.float64))
 
 

@@ -185,7 +185,7 @@ def format_names() -> list[str]:
 
 def find_format(name: str) -> Format:
     """The format in `formats/<name>.py`."""
-    return importlib.import_module(f"vladva.data.formats.{name}")  # type: ignore[return-value]
+    return importlib.import_module(f"vladva.data.formats.{name}")
 
 
 def open_source(uri: str, options: SourceOptions, work_uri: str = "", *, needs_images: bool = True) -> Source:

@@ -27,7 +27,7 @@ from vladva.core.errors import InvalidSampleError
 from vladva.data.columns import IMAGE_COLUMNS, choose_image_column, to_texts
 from vladva.data.image_refs import ImageRef, fetch_images
 from vladva.data.source import SourceOptions, open_source
-from vladva.embed.source_items import KINDS, REJECTED, ROWS_PER_READ, count_items, remarks, sample_items, source_items
+from vladva.embed.source_items import REJECTED, ROWS_PER_READ, count_items, remarks, sample_items, source_items
 
 if TYPE_CHECKING:
     import ray.data
@@ -63,7 +63,7 @@ class Corpus:
 
 def open_corpus(
     uri: str,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = ("image", "text"),
     options: SourceOptions | None = None,
     *,
     count_tokens: CountTokens | None = None,

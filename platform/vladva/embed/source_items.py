@@ -19,7 +19,6 @@ from vladva.data.columns import ID_COLUMNS, unique_captions
 from vladva.data.image_refs import fetch_images
 from vladva.data.source import Entry, LeftOut, Rejected, Source
 
-KINDS = ("image", "text")
 REJECTED = "rejected"  # the kind of an item that stands for what cannot be delivered
 ROWS_PER_READ = 256
 WHOLE_FILE = -1  # length of an image whose size is not known

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from vladva.benchmarks.benchmark import Result, Task, benchmark_names, find_benchmark
-from vladva.benchmarks.bootstrap import compare, interval, resample
+from vladva.benchmarks.bootstrap import compare_outcomes, interval, resample
 from vladva.core.storage import join, write_json
 from vladva.embed.table import read_rows, write_rows
 from vladva.evaluate.benchmark_embeddings import embed, open_embeddings
@@ -144,7 +144,7 @@ def _comparisons(results: Mapping[str, Mapping[str, Result]], bootstrap: int) ->
             "benchmarks": {
                 name: {
                     metric: difference._asdict()
-                    for metric, difference in compare(
+                    for metric, difference in compare_outcomes(
                         ours.samples, results[earlier][name].samples, ours.averages, bootstrap
                     ).items()
                 }

@@ -16,8 +16,8 @@ from vladva.data.delimited import TABLE_SUFFIXES, read_rows_of_text
 from vladva.data.parquet_cells import plain_rows
 from vladva.data.source import Entry, Rejected
 
-FIELDS = ("id", "key", "path", "name", "stem")
-SUFFIXES = (".parquet", *TABLE_SUFFIXES)
+JOIN_FIELDS = ("id", "key", "path", "name", "stem")
+JOIN_SUFFIXES = (".parquet", *TABLE_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Join:
         """`on` is COLUMN or FIELD=COLUMN. Raises ValueError with the fix."""
         field, equals, column = on.partition("=")
         field, column = (field, column) if equals else ("id", on)
-        if not column or field not in FIELDS:
+        if not column or field not in JOIN_FIELDS:
             raise ValueError(
                 f"--join-on is {on!r}; give the column of {uri} that holds the samples' ids, or FIELD=COLUMN with "
-                f"FIELD one of {', '.join(FIELDS)}"
+                f"FIELD one of {', '.join(JOIN_FIELDS)}"
             )
-        if not uri.lower().endswith(SUFFIXES):
-            raise ValueError(f"--captions-from {uri}: its name must end in one of {', '.join(SUFFIXES)}")
+        if not uri.lower().endswith(JOIN_SUFFIXES):
+            raise ValueError(f"--captions-from {uri}: its name must end in one of {', '.join(JOIN_SUFFIXES)}")
         return cls(storage.absolute(uri), column, field, tuple(captions))
 
     def key_of(self, entry: Entry) -> str:

@@ -29,8 +29,8 @@ from vladva.prepare.join import Join
 from vladva.prepare.shard_tasks import write_task
 from vladva.prepare.staging import Staging, Unmatched, readable
 
-REJECTED = ("id", "place", "reason", "detail")  # columns of the quarantine table; "place" is the source location
-UNMATCHED = ("side", "id", "place")
+QUARANTINE_COLUMNS = ("id", "place", "reason", "detail")  # "place": the source location
+UNMATCHED_COLUMNS = ("side", "id", "place")
 ROWS_PER_WRITE = 10_000
 
 
@@ -97,7 +97,7 @@ def make_plan(source: Source, out_uri: str, join: Join | None, samples_per_shard
             if not counts["joined_samples"]:
                 raise ValueError(_nothing_joined(join, staging))
             broken = (Unmatched("table", f"({row.reason})", row.source_location) for row in bad_rows)
-            write_plan_table(out_uri, "unmatched", UNMATCHED, chain(staging.unmatched(), broken))
+            write_plan_table(out_uri, "unmatched", UNMATCHED_COLUMNS, chain(staging.unmatched(), broken))
         tasks = enumerate(staging.tasks(samples_per_shard))
         num_tasks = sum(1 for _ in ahead(lambda numbered: write_task(out_uri, *numbered), tasks))
     write_rejected(out_uri, "rejected", staging.rejected)
@@ -156,7 +156,7 @@ def table_uri(out_uri: str, name: str) -> str:
 
 def write_rejected(out_uri: str, name: str, rejected: Iterable[Rejected]) -> None:
     """Write a table of what was refused."""
-    write_plan_table(out_uri, name, REJECTED, (row[: len(REJECTED)] for row in rejected))
+    write_plan_table(out_uri, name, QUARANTINE_COLUMNS, (row[: len(QUARANTINE_COLUMNS)] for row in rejected))
 
 
 def write_plan_table(out_uri: str, name: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -177,4 +177,4 @@ def read_plan_table(out_uri: str, name: str) -> list[dict[str, str]]:
 
 def read_rejected(out_uri: str) -> list[Rejected]:
     """What the listing refused."""
-    return [Rejected(*(row[column] for column in REJECTED)) for row in read_plan_table(out_uri, "rejected")]
+    return [Rejected(*(row[column] for column in QUARANTINE_COLUMNS)) for row in read_plan_table(out_uri, "rejected")]

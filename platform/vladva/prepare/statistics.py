@@ -1,4 +1,4 @@
-"""Summary: what a scanned data set holds, in counts, from its sidecars alone.
+"""Statistics: what a scanned data set holds, in counts, from its sidecars alone.
 
 One Ray task a shard counts, and the counts are added up here, so that memory does not grow with the data set. Only for
 the duplicates something of single samples is kept: of a big data set, of every n-th different image and caption (all
@@ -30,7 +30,7 @@ TOKEN_BOUNDS = (0, 5, 10, 15, 20, 25, 30, 40, 50, 75, 100, 150, 200, 300, 400, 5
 CAPTIONS_PER_IMAGE = 11  # captions from which images are counted together
 SIDE_BOUNDS = tuple(round(2 ** (power / 2)) for power in range(34))  # pixels: 1, 1, 2, 3, 4, 6, 8, 11, 16 ..
 MEGAPIXEL_BOUNDS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # the last bin is open
-KEPT = 500_000  # different images, and captions, that are watched for copies
+SAMPLED = 500_000  # different images, and captions, that are watched for copies
 CAPTIONS_EXPECTED = 4  # per image, for the same
 LARGEST = 5
 
@@ -97,9 +97,9 @@ class DatasetStatistics:
         short, long = (TOKEN_BOUNDS.index(bound) for bound in (DataConfig.short_below, DataConfig.long_below))
         bins = self.tokens.items()
         return {
-            "short": sum(count for place, count in bins if place < short),
-            "long": sum(count for place, count in bins if short <= place < long),
-            "unused": sum(count for place, count in bins if place >= long),
+            "short": sum(count for bin_, count in bins if bin_ < short),
+            "long": sum(count for bin_, count in bins if short <= bin_ < long),
+            "unused": sum(count for bin_, count in bins if bin_ >= long),
         }
 
     def __str__(self) -> str:
@@ -113,11 +113,11 @@ class DatasetStatistics:
         )
 
 
-def summarise(data_uri: str, index_uri: str | None = None) -> DatasetStatistics:
+def compute_statistics(data_uri: str, index_uri: str | None = None) -> DatasetStatistics:
     """Count what is in the index of a scanned data set; needs a Ray cluster. Raises ValueError where there is none."""
     index = ShardIndex.open(data_uri, index_uri)
-    every = max(1, math.ceil(index.num_samples / KEPT))
-    captions_every = max(1, math.ceil(index.num_samples * CAPTIONS_EXPECTED / KEPT))
+    every = max(1, math.ceil(index.num_samples / SAMPLED))
+    captions_every = max(1, math.ceil(index.num_samples * CAPTIONS_EXPECTED / SAMPLED))
     counter = ShardCounter(index.index_uri, index.shards, every, captions_every)
     shards = range(len(index.shards))
     summary = DatasetStatistics(
@@ -156,7 +156,7 @@ class ShardCounter:
             "tokens": _counted(np.searchsorted(TOKEN_BOUNDS, tokens, side="right") - 1),
             "captions_per_image": _counted(np.minimum(captions_per_image, CAPTIONS_PER_IMAGE)),
             "megapixels": _counted(np.searchsorted(MEGAPIXEL_BOUNDS, megapixels, side="right") - 1),
-            "sizes": [[place // 100, place % 100, count] for place, count in _counted(sides[0] * 100 + sides[1])],
+            "sizes": [[bin_ // 100, bin_ % 100, count] for bin_, count in _counted(sides[0] * 100 + sides[1])],
             "images": list(self._images(keys, table["id"])),
             "captions": list(self._captions(table)),
         }
@@ -164,9 +164,9 @@ class ShardCounter:
     def _images(self, keys: np.ndarray, ids: pa.ChunkedArray) -> Iterator[tuple[int, int, str]]:
         # The checksum's bits are as good as random: its remainder draws one in `every`, in all shards the same ones.
         unique, first, counts = np.unique(keys, return_index=True, return_counts=True)
-        for key, place, count in zip(unique.tolist(), first.tolist(), counts.tolist(), strict=True):
+        for key, row, count in zip(unique.tolist(), first.tolist(), counts.tolist(), strict=True):
             if (key >> 30) % self.every == 0:
-                yield key, count, ids[place].as_py()
+                yield key, count, ids[row].as_py()
 
     def _captions(self, table: pa.Table) -> Iterator[tuple[int, int, str]]:
         for text, count in Counter(pc.list_flatten(table["captions"]).to_pylist()).items():
@@ -175,6 +175,6 @@ class ShardCounter:
                 yield key, count, text[:200]
 
 
-def _counted(places: np.ndarray) -> list[list[int]]:
-    values, counts = np.unique(places, return_counts=True)
+def _counted(bins: np.ndarray) -> list[list[int]]:
+    values, counts = np.unique(bins, return_counts=True)
     return [[int(value), int(count)] for value, count in zip(values, counts, strict=True)]

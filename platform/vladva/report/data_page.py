@@ -20,7 +20,7 @@ from vladva.prepare.statistics import CAPTIONS_PER_IMAGE, MEGAPIXEL_BOUNDS, SIDE
 from vladva.report.html import Highlight, data_uri, page_environment
 from vladva.report.svg import heat_map, histogram
 
-IMAGES = 12
+SHEET_IMAGES = 12
 EXAMPLES = 3  # of each reason
 CAPTIONS_SHOWN = 3  # of each image
 CAPTION_WIDTH = 240  # characters of each
@@ -100,14 +100,14 @@ def ledger(prepared: Prepared) -> list[tuple[str, int]]:
 
 def token_figure(summary: DatasetStatistics) -> str:
     """Captions by length, coloured by what training does with them."""
-    used = bins_of(summary.tokens, len(TOKEN_BOUNDS))
+    bins = bins_of(summary.tokens, len(TOKEN_BOUNDS))
     kinds = [
-        SHORT if TOKEN_BOUNDS[place] < DataConfig.short_below else LONG if TOKEN_BOUNDS[place] < DataConfig.long_below
+        SHORT if TOKEN_BOUNDS[bin_] < DataConfig.short_below else LONG if TOKEN_BOUNDS[bin_] < DataConfig.long_below
         else UNUSED
-        for place in used
+        for bin_ in bins
     ]  # fmt: skip
-    names = [span(TOKEN_BOUNDS, place, 1) for place in used]
-    counts = {name: summary.tokens[place] for name, place in zip(names, used, strict=True)}
+    names = [span(TOKEN_BOUNDS, bin_, 1) for bin_ in bins]
+    counts = {name: summary.tokens[bin_] for name, bin_ in zip(names, bins, strict=True)}
     return histogram(counts, kinds=kinds, label="Captions by length in tokens", width=760)
 
 
@@ -120,8 +120,8 @@ def per_image_figure(summary: DatasetStatistics) -> str:
 
 def megapixel_figure(summary: DatasetStatistics) -> str:
     """Images by area."""
-    used = bins_of(summary.megapixels, len(MEGAPIXEL_BOUNDS))
-    counts = {span(MEGAPIXEL_BOUNDS, place): summary.megapixels[place] for place in used}
+    bins = bins_of(summary.megapixels, len(MEGAPIXEL_BOUNDS))
+    counts = {span(MEGAPIXEL_BOUNDS, bin_): summary.megapixels[bin_] for bin_ in bins}
     return histogram(counts, label="Images by area in megapixels")
 
 
@@ -137,11 +137,11 @@ def bins_of(counts: Counter[int], number: int) -> range:
     return range(min(counts, default=0), max(counts, default=number - 1) + 1)
 
 
-def span(bounds: Sequence[float], place: int, step: int = 0) -> str:
+def span(bounds: Sequence[float], bin_: int, step: int = 0) -> str:
     """A bin's name: from its lower bound to `step` below the next."""
-    if place == len(bounds) - 1:
-        return f"{bounds[place]:g}+"
-    return f"{bounds[place]:g}\N{EN DASH}{bounds[place + 1] - step:g}"
+    if bin_ == len(bounds) - 1:
+        return f"{bounds[bin_]:g}+"
+    return f"{bounds[bin_]:g}\N{EN DASH}{bounds[bin_ + 1] - step:g}"
 
 
 def size_of(count: float) -> str:
@@ -168,7 +168,7 @@ def quarantine(uri: str) -> dict[str, tuple[int, list[dict[str, Any]]]]:
 def contact_sheet(data_folder_uri: str) -> list[Shown]:
     """Images at even distances of the whole data set."""
     index = ShardIndex.open(data_folder_uri)
-    refs = [index.samples(number, 1)[0] for number in spread(index.num_samples, IMAGES)]
+    refs = [index.samples(number, 1)[0] for number in spread(index.num_samples, SHEET_IMAGES)]
     refs = [ref for ref in refs if ref.width]
     return [
         Shown(

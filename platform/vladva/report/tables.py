@@ -22,7 +22,13 @@ from vladva.models.model_zoo import SYSTEMS, paper_row
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
-SHORT = {"Object": "obj", "Attribute": "att", "Relation": "rel", "image retrieval": "image", "text retrieval": "text"}
+SHORT_HEADINGS = {
+    "Object": "obj",
+    "Attribute": "att",
+    "Relation": "rel",
+    "image retrieval": "image",
+    "text retrieval": "text",
+}
 
 
 class Column(NamedTuple):
@@ -220,7 +226,7 @@ def _draw(table: ScoreTable, columns: range) -> RenderableType:
     for column in columns:
         heading = table.headings[column]
         shown = [
-            SHORT.get(part, part) if heading[: level + 1] != previous[: level + 1] else ""
+            SHORT_HEADINGS.get(part, part) if heading[: level + 1] != previous[: level + 1] else ""
             for level, part in enumerate(heading)
         ]
         # Given, because rich measures the longest word of a cell: it would cut "p < 0.001" short.

@@ -23,8 +23,8 @@ from vladva.data.columns import unique_captions
 from vladva.data.image_refs import ImageRef
 from vladva.data.source import Entry, Rejected, Source, SourceOptions, open_source
 
-SHOWN = 3  # of what cannot be used, in an error
-SAMPLES_AT_ONCE = 1000
+PROBLEMS_SHOWN = 3  # of what cannot be used, in an error
+SAMPLES_PER_READ = 1000
 
 
 class OwnImage(NamedTuple):
@@ -106,7 +106,7 @@ def _images(source: Source, title: str) -> Iterator[OwnImage]:
                 yield OwnImage(ref._replace(id=name, name=found.id), captions)
     if problems:
         raise ValueError(
-            f"{title}: {len(problems)} rows of {source.uri} cannot be used: {'; '.join(problems[:SHOWN])}. "
+            f"{title}: {len(problems)} rows of {source.uri} cannot be used: {'; '.join(problems[:PROBLEMS_SHOWN])}. "
             "Scores without them would be those of another collection: mend them, or let jobs/prepare.py write what is "
             "good as shards and score those"
         )
@@ -120,8 +120,8 @@ def _shard_images(source: Source, infos: dict[str, FileInfo], title: str) -> Ite
         index = ShardIndex.open(source.uri)
     except ValueError as error:
         raise ValueError(f"{title}: {error} (jobs/prepare.py {source.uri})") from None
-    for first in range(0, index.num_samples, SAMPLES_AT_ONCE):
-        for sample in index.samples(first, min(SAMPLES_AT_ONCE, index.num_samples - first)):
+    for first in range(0, index.num_samples, SAMPLES_PER_READ):
+        for sample in index.samples(first, min(SAMPLES_PER_READ, index.num_samples - first)):
             if sample.width:  # others are text alone
                 ref = sample.image(source.uri)
                 name = f"image/{sample.id}@{file_version(infos[ref.uri])}"

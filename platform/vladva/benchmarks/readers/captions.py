@@ -25,7 +25,7 @@ from vladva.core.storage import absolute, file_info, join, list_files, read_byte
 from vladva.data.image_refs import ImageRef
 from vladva.data.source import Entry, FileSet, Rejected, Source, SourceOptions, find_format
 
-FORMATS = ("karpathy", "coco", "table")  # of text files
+TEXT_FORMATS = ("karpathy", "coco", "table")  # of text files
 
 
 class CaptionedImage(NamedTuple):
@@ -79,7 +79,7 @@ def read_captioned_images(data_uri: str, path: str, *, split: str = "test") -> l
         return _clip_benchmark_lines(path, read_bytes(join(root, path)))
     folder, _, file = path.rpartition("/")
     files = FileSet(join(root, folder) if folder else root, {file: file_info(join(root, path))})
-    name = next((name for name in FORMATS if find_format(name).match(files)), "")
+    name = next((name for name in TEXT_FORMATS if find_format(name).match(files)), "")
     if not name:
         raise ValueError(
             f"{path}: holds no captions; expected a Karpathy, COCO-captions or BLIP file (a list of images without "

@@ -22,7 +22,7 @@ class CaptionChoiceRow(NamedTuple):
     negative: str
 
 
-FIELDS = ("filename", "caption", "negative_caption")
+CHOICE_FIELDS = ("filename", "caption", "negative_caption")
 
 
 def read_choice_rows(path: str, data: bytes) -> list[CaptionChoiceRow]:
@@ -38,7 +38,7 @@ def _to_row(path: str, number: str, row: Any, *, is_list: bool) -> CaptionChoice
     """In a list a row has its key in `id`, elsewhere it is known by its number."""
     found = row if isinstance(row, dict) else {}
     key = str(found.get("id", number)) if is_list else number
-    absent = {name for name in FIELDS if not isinstance(found.get(name), str)}
+    absent = {name for name in CHOICE_FIELDS if not isinstance(found.get(name), str)}
     if absent:
         raise ValueError(f"{path}: row {key} has no {', '.join(sorted(absent))}")
     second = found.get("caption2") or ""

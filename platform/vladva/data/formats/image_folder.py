@@ -12,7 +12,7 @@ from vladva.data.source import Entry, FileSet, LeftOut, Rejected, Source
 TITLE = "folders of images with metadata.csv or metadata.jsonl (Hugging Face ImageFolder)"
 PRIORITY = 1
 OPTIONS = ("caption_columns", "id_column")
-METADATA = ("metadata.csv", "metadata.jsonl")
+METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 
 
 def match(files: FileSet) -> list[str]:
@@ -24,7 +24,7 @@ def match(files: FileSet) -> list[str]:
 
 def is_metadata(name: str) -> bool:
     """Whether a file says what is on the images of its folder."""
-    return name.rpartition("/")[2] in METADATA
+    return name.rpartition("/")[2] in METADATA_FILES
 
 
 def split(source: Source) -> Iterator[Source]:
