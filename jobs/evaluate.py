@@ -32,7 +32,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--benchmarks",
         default="all",
-        help="names with commas between (coco:5 for 5 captions an image), or `all` that --data holds",
+        help="names with commas between (coco:5 for 5 captions an image), `retrieval` for images and captions of your "
+        "own (--data is a table, shards or a folder then), or `all` that --data holds",
     )
     parser.add_argument("--data", default=".vladva/scenes", help="folder or s3://... with the benchmarks' files")
     parser.add_argument("--out", default=".vladva/evaluation", help="folder or s3://... for scores and embeddings")
