@@ -20,7 +20,7 @@ from tests.support.source_variants import IMAGES
 from vladva.data.caption_files import read_caption_files
 from vladva.data.columns import unique_captions
 from vladva.data.source import Entry, LeftOut, Rejected, SourceOptions, open_source
-from vladva.embed.source_items import remarks, source_items
+from vladva.embed.source_items import count_items, remarks, source_items
 from vladva.prepare.plan import list_source
 
 Outcome = dict[str, list[str]]
@@ -163,6 +163,16 @@ def test_what_is_not_embedded_is_said(tmp_path: Path) -> None:
     [told] = remarks(source, ("image", "text"))
     assert told == "t.parquet has no column of images: only its texts are embedded"
     assert remarks(source, ("text",)) == []
+
+
+def test_a_file_that_is_no_parquet_costs_no_other(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [JPEG] * 3, "text": ["x", "y", "z"]}), tmp_path / "b.parquet", row_group_size=2)
+    whole = (tmp_path / "b.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
+    items = embedded(tmp_path)
+    assert [item["id"] for item in items if item["kind"] == "rejected"] == ["a.parquet"]
+    assert sorted(item["text"] for item in items if item["kind"] == "text") == ["x", "y", "z"]
+    assert count_items(open_source(str(tmp_path), SourceOptions()), ("image", "text")) == 6
 
 
 # --- Parquet: ids and schemas -----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from tests.support.source_variants import CAPTIONS, IMAGES, VARIANTS, write_variant
@@ -57,7 +58,11 @@ def embeddings(uri: str) -> dict[str, bytes]:
 def test_three_jobs_give_the_same_embeddings_to_the_bit(tmp_path: Path, ray_cluster: None, tiny: str) -> None:
     write_variant("csv, lists", tmp_path / "source")
     source = str(tmp_path / "source")
-    prepared = prepare(source, str(tmp_path / "out"), count_words)
+    table = tmp_path / "source/pairs.csv"
+    good = table.read_text()
+    table.write_text(good + "images/z.jpg,one,too many\n")
+    prepared = prepare(source, str(tmp_path / "out"), count_words, max_bad_fraction=0.5)
+    assert prepared.quarantined == {"broken row": 1}
     found = []
     for name, uri in (("raw", source), ("prepared", prepared.uri)):
         corpus = open_corpus(uri, count_tokens=count_words)
@@ -65,6 +70,10 @@ def test_three_jobs_give_the_same_embeddings_to_the_bit(tmp_path: Path, ray_clus
         encode(corpus.items, tiny, str(tmp_path / name), read_images=corpus.read_images, **options)
         found.append(embeddings(str(tmp_path / name)))
     assert found[0] == found[1]
+    [bad] = pq.read_table(tmp_path / "raw/_quarantine.parquet").to_pylist()
+    assert bad["id"] == "pairs.csv, line 7"
+    assert bad["reason"].startswith("broken row: 3 cells where the header has 2: images/z.jpg")
+    table.write_text(good)
     assert len(found[0]) == 15
 
     task = find_benchmark("retrieval").read(source)

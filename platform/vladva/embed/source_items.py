@@ -128,24 +128,34 @@ def _ids(uri: str, column: str) -> tuple[list[Any], bool]:
 def count_items(source: Source, kinds: Sequence[str]) -> int:
     """How many items there are: counted for tables in text, estimated from the first part for Parquet and folders."""
     if source.format not in ("parquet", *LISTED_BY_NAME):
-        return sum(len(items) for items in source_items(kinds, source))
-    parts = source.split()
-    first = next(parts, None)
-    if first is None:
+        return _num_items(source, kinds)
+    total, first = 0, None
+    for part in source.split():
+        total += _num_rows(part)
+        first = part if first is None and total else first
+    return round(total * _num_items(first, kinds) / _num_rows(first)) if first else 0
+
+
+def _num_items(source: Source, kinds: Sequence[str]) -> int:
+    """The items of all entries, whose images are not read for it."""
+    return sum(
+        len(_entry_items(kinds, source, found, None)) if isinstance(found, Entry) else isinstance(found, Rejected)
+        for found in source.entries()
+    )
+
+
+def _num_rows(part: Source) -> int:
+    """Rows of a row group, or images of a folder; none of a file that is no Parquet."""
+    if part.format in LISTED_BY_NAME:
+        return sum(1 for name in part.files if IMAGE.search(name))
+    if part.row_group < 0:
         return 0
-    total, of_first = _num_rows(source), _num_rows(first)
-    return round(total * sum(len(items) for items in source_items(kinds, first)) / max(1, of_first))
+    return _footer(storage.join(part.uri, part.files[0])).row_group(part.row_group).num_rows
 
 
-def _num_rows(source: Source) -> int:
-    """Rows of Parquet, or images of a folder."""
-    if source.format in LISTED_BY_NAME:
-        return sum(1 for name in source.files if IMAGE.search(name))
-    footers = [pq.ParquetFile(storage.RangedFile(storage.join(source.uri, file))).metadata for file in source.files]
-    groups = [footer.row_group(i) for footer in footers for i in range(footer.num_row_groups)]
-    if source.row_group >= 0:
-        groups = [groups[source.row_group]]
-    return sum(group.num_rows for group in groups)
+@lru_cache(maxsize=4)
+def _footer(uri: str) -> pq.FileMetaData:
+    return pq.ParquetFile(storage.RangedFile(uri)).metadata
 
 
 def remarks(source: Source, kinds: Sequence[str]) -> list[str]:
