@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.source_variants import IMAGES
+from tests.support.source_variants import IMAGES, write_variant
 from vladva.data.caption_files import read_caption_files
 from vladva.data.columns import unique_captions
 from vladva.data.source import Entry, LeftOut, Rejected, SourceOptions, open_source
@@ -173,6 +173,19 @@ def test_a_file_that_is_no_parquet_costs_no_other(tmp_path: Path) -> None:
     assert [item["id"] for item in items if item["kind"] == "rejected"] == ["a.parquet"]
     assert sorted(item["text"] for item in items if item["kind"] == "text") == ["x", "y", "z"]
     assert count_items(open_source(str(tmp_path), SourceOptions()), ("image", "text")) == 6
+
+
+def test_files_beside_tars_are_counted_but_for_those_that_describe_them(tmp_path: Path) -> None:
+    write_variant("webdataset", tmp_path / "source")  # with img2dataset's 00000_stats.json and 00000.parquet
+    assert open_source(str(tmp_path / "source"), SourceOptions()).others == ()
+    write(tmp_path / "source", {"loose.jpg": JPEG, "notes.md": "x", "_later/00009.tar": b"x"})
+    left_out = Counter(
+        each.reason for each in open_source(str(tmp_path / "source"), SourceOptions()).unused_files(set())
+    )
+    assert left_out == {
+        "file that the format webdataset does not read": 2,
+        "file whose name, or folder's name, begins with . or _": 1,
+    }
 
 
 # --- Parquet: ids and schemas -----------------------------------------------------------------------------------------

@@ -33,6 +33,9 @@ from vladva.core.storage import FileInfo
 from vladva.data.image_refs import ImageRef
 
 READS_AHEAD = 8
+DESCRIBES = re.compile(
+    r"(_stats)?\.(json|parquet|idx)$"
+)  # 00000_stats.json, 00000.parquet beside img2dataset's 00000.tar
 HIDDEN = re.compile(r"(^|/)[._]")
 OURS = re.compile(r"(^|/)(_index|_prepare)/")  # what jobs of this project leave beside data
 
@@ -88,7 +91,7 @@ class Source:
         for name in self.others:
             if HIDDEN.search(name):
                 yield LeftOut("file whose name, or folder's name, begins with . or _")
-            elif not IMAGE.search(name):
+            elif not IMAGE.search(name) or self.format == "webdataset":
                 yield LeftOut(f"file that the format {self.format} does not read")
             elif storage.join(self.uri, name) not in named:
                 yield LeftOut("image that no row names")
@@ -206,7 +209,10 @@ def open_source(uri: str, options: SourceOptions, work_uri: str = "", *, needs_i
     for name in [options.format] if options.format else format_names():
         if matched := find_format(name).match(files):
             check_options(name, options)
-            others = tuple(below.keys() - set(matched))
+            described = {file.rpartition(".")[0] for file in matched}
+            others = tuple(
+                sorted(file for file in below.keys() - set(matched) if DESCRIBES.sub("", file) not in described)
+            )
             infos = [files.infos[file] for file in matched]
             return Source(uri, name, tuple(matched), tuple(infos), options, work_uri, others, needs_images=needs_images)
     formats = "; ".join(f"{name} ({find_format(name).TITLE})" for name in format_names())

@@ -71,14 +71,15 @@ class Prepared:
 
 def scan_in_place(source: Source, count_tokens: CountTokens, *, verify: bool, max_bad_fraction: float) -> Prepared:
     """Scan tars where they are. Raises ValueError as `scan` does."""
+    left_out = Counter(unused.reason for unused in source.unused_files(set()))
     summary = scan(source.uri, count_tokens, verify=verify, max_bad_fraction=max_bad_fraction)
     return Prepared(
         uri=source.uri,
         format=source.format,
-        found=summary.num_samples + summary.num_quarantined,
+        found=summary.num_samples + summary.num_quarantined + left_out.total(),
         samples=summary.num_samples,
         merged=0,
-        left_out={},
+        left_out=dict(left_out.most_common()),
         quarantined=summary.reasons,
         quarantine_uri=summary.quarantine_uri,
         shards=summary.num_shards,
