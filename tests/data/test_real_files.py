@@ -325,3 +325,40 @@ def test_of_any_text_every_line_is_delivered_or_named(
     assert len(set(numbers)) == len(numbers)
     if '"' not in body:
         assert numbers == starts
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+NAMES = st.builds(
+    "{}{}{}".format,
+    st.sampled_from(["", "x/", "x/y/", "_x/", ".h/"]),
+    st.sampled_from(["a", "b", "c.d", "_e", ".f", "\N{SNOWMAN} g"]),
+    st.sampled_from([".jpg", ".JPG", ".webp", ".txt", ".TXT", ".caption", ".json", ".md", ""]),
+)
+
+
+@SMALL
+@given(names=st.sets(NAMES, min_size=1, max_size=12))
+def test_every_file_of_any_folder_is_delivered_named_or_counted(
+    tmp_path_factory: pytest.TempPathFactory, names: set[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("folder")
+    write(folder, {name: b"{}" if name.endswith(".json") else b"a caption" for name in names})
+    if not any(name.lower().endswith((".jpg", ".webp")) for name in names - hidden(names)):
+        with pytest.raises(ValueError, match="holds nothing of a known format"):
+            open_source(str(folder), SourceOptions())
+        return
+    source = open_source(str(folder), SourceOptions())
+    found = list(list_source(source))
+    entries = [each for each in found if isinstance(each, Entry)]
+    texts = {file for entry in entries for file in entry.caption_files}
+    assert len(entries) + len(texts) + sum(not isinstance(each, Entry) for each in found) == len(names)
+    assert {entry.file for entry in entries} | texts <= names - hidden(names)
+    # Embedding lists the same images, in parts.
+    images = {item["id"] for part in source.split() for items in source_items(("image",), part) for item in items}
+    assert images == {entry.file for entry in entries}
+
+
+def hidden(names: set[str]) -> set[str]:
+    """Those that begin with a dot or an underscore, or are in a folder that does."""
+    return {name for name in names if any(part[:1] in "._" for part in name.split("/"))}
