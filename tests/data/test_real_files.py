@@ -191,6 +191,15 @@ def test_files_beside_tars_are_counted_but_for_those_that_describe_them(tmp_path
 # --- Parquet: ids and schemas -----------------------------------------------------------------------------------------
 
 
+def test_an_image_of_several_rows_is_one_item_and_each_caption_its_own(tmp_path: Path) -> None:
+    write(tmp_path, {"x.csv": "path,caption\na.jpg,one\nb.jpg,two\na.jpg,three\n"})
+    items = embedded(tmp_path)
+    assert [item["id"] for item in items if item["kind"] == "image"] == ["a.jpg", "b.jpg"]
+    texts = {item["id"]: item["text"] for item in items if item["kind"] == "text"}
+    assert texts == {"x.csv#2#0": "one", "x.csv#3#0": "two", "x.csv#4#0": "three"}
+    assert count_items(open_source(str(tmp_path), SourceOptions()), ("image", "text")) == len(items) == 5
+
+
 @pytest.mark.parametrize(
     ("ids", "expected"),
     [

@@ -28,6 +28,7 @@ LISTED_BY_NAME = ("folder", "class_folders")  # formats whose entries are cheap 
 def source_items(kinds: Sequence[str], source: Source) -> Iterator[list[dict[str, Any]]]:
     """The items of a part of a source, some at a time. Images in Parquet come along, others are read later."""
     entries = source.entries()
+    seen: set[str] = set()
     while found := list(islice(entries, ROWS_PER_READ)):
         items = [
             _rejected(each.source_location, each.reason, each.detail) for each in found if isinstance(each, Rejected)
@@ -38,7 +39,7 @@ def source_items(kinds: Sequence[str], source: Source) -> Iterator[list[dict[str
         bodies = fetch_images(refs, folder_uri=source.images_uri)
         images = dict(zip([entry.row_id for entry in held], bodies, strict=True))
         for entry in good:
-            items += _entry_items(kinds, source, entry, images.get(entry.row_id))
+            items += _entry_items(kinds, source, entry, images.get(entry.row_id), seen)
         yield items
 
 
@@ -47,8 +48,9 @@ def _rejected(name: str, reason: str, detail: str = "") -> dict[str, Any]:
 
 
 def _entry_items(
-    kinds: Sequence[str], source: Source, entry: Entry, image: bytes | InvalidSampleError | None
+    kinds: Sequence[str], source: Source, entry: Entry, image: bytes | InvalidSampleError | None, seen: set[str]
 ) -> list[dict[str, Any]]:
+    """The items of an entry; its image only where the image is not among those `seen`, to which it is added."""
     captions: list[str] = []
     items = []
     if source.format != "class_folders":  # their names tell training which images belong together, nothing more
@@ -58,13 +60,14 @@ def _entry_items(
             items.append(_rejected(f"{entry.id}, captions", problem.reason, problem.detail))
     row_name = item_id(source, entry)
     # Rows of a table may name one image several times: it is one item, and each row's captions are their own.
-    place = {"id": entry.file if entry.row_id and not entry.column and entry.file else row_name}
+    place: dict[str, Any] = {"id": entry.file if entry.row_id and not entry.column and entry.file else row_name}
     if entry.file:
         place |= _place(source, entry)
-    if "image" in kinds and entry.file and not isinstance(image, InvalidSampleError):
+    if isinstance(image, InvalidSampleError):
+        items.append(_rejected(place["id"], image.reason, image.detail))
+    elif "image" in kinds and entry.file and place["id"] not in seen:
+        seen.add(place["id"])
         items += sample_items(place, captions, ["image"], image)
-    elif isinstance(image, InvalidSampleError):
-        items.append(_rejected(str(place["id"]), image.reason, image.detail))
     if "text" in kinds:
         items += sample_items(place | {"id": row_name}, captions, ["text"])
     return items
@@ -138,8 +141,9 @@ def count_items(source: Source, kinds: Sequence[str]) -> int:
 
 def _num_items(source: Source, kinds: Sequence[str]) -> int:
     """The items of all entries, whose images are not read for it."""
+    seen: set[str] = set()
     return sum(
-        len(_entry_items(kinds, source, found, None)) if isinstance(found, Entry) else isinstance(found, Rejected)
+        len(_entry_items(kinds, source, found, None, seen)) if isinstance(found, Entry) else isinstance(found, Rejected)
         for found in source.entries()
     )
 
