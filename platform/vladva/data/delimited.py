@@ -89,9 +89,8 @@ class RecordReader:
         return self.waiting.popleft() if self.waiting else next(self.lines, None)
 
     def _record(self, line: Line) -> list[str] | InvalidSampleError:
-        plain = line.text.split(self.delimiter)
         if '"' not in line.text:
-            return self._checked(plain, line)
+            return self._checked(line.text.split(self.delimiter), line)
         record = [line]
         cells, is_open = _parse_quoted(record, self.delimiter)
         while is_open and len(record) < MOST_LINES and (more := self._next()) is not None:
@@ -101,15 +100,17 @@ class RecordReader:
         if cells is not None and len(cells) == self.width and not self._reads_better_plain(record):
             return cells
         self.waiting.extendleft(reversed(record[1:]))
-        return self._checked(plain, line)
+        return self._checked(line.text.split(self.delimiter), line)
 
     def _reads_better_plain(self, record: list[Line]) -> bool:
         """Whether the quotes of a record that could be quoted are characters of its text."""
+        if self.always_quoted and len(record) == 1:
+            return False
         rows = [line.text.split(self.delimiter) for line in record]
         if any(len(cells) != self.width for cells in rows):
             return False
         if len(rows) == 1:  # a quote inside a quoted cell is doubled, and only such cells need quotes
-            return not self.always_quoted and '""' not in record[0].text
+            return '""' not in record[0].text
         return not self.always_quoted or all(any(IMAGE.search(cell.strip('"')) for cell in cells) for cells in rows)
 
     def _checked(self, cells: list[str], line: Line) -> list[str] | InvalidSampleError:
@@ -122,7 +123,8 @@ class RecordReader:
 def _parse_quoted(record: list[Line], delimiter: str) -> tuple[list[str] | None, bool]:
     """The cells of a record by RFC 4180 (None where it is none), and whether further lines may complete it."""
     try:
-        rows = list(csv.reader(["\n".join(line.text for line in record)], delimiter=delimiter, strict=True))
+        text = record[0].text if len(record) == 1 else "\n".join(line.text for line in record)
+        rows = list(csv.reader((text,), delimiter=delimiter, strict=True))
     except csv.Error as error:
         return None, "unexpected end of data" in str(error)
     return (rows[0] if len(rows) == 1 else None), False
