@@ -1,78 +1,245 @@
-"""Images: which formats are accepted, how large they may be, and how bytes become pixels."""
+"""Images: which formats are accepted, how large they may be, and how bytes become pixels.
+
+Scan, training, batch job, benchmarks and Serve decode with `decode_image`, so one file has the same pixels everywhere:
+
+- turned upright as its EXIF (or XMP) orientation says, as Pillow's `exif_transpose` does;
+- what is transparent lies on white;
+- 16 bits a channel become 8, CMYK becomes RGB without a colour profile;
+- of an animation, a multi-page TIFF or a multi-picture JPEG the first frame;
+- a JPEG without its end marker is taken if all of its pixels are there, as browsers do.
+
+The size is checked before any pixel is decoded. README's table says which formats there are.
+"""
 
 from __future__ import annotations
 
 import io
 import re
 import warnings
+from typing import NamedTuple
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vladva.core.errors import InvalidSampleError
+from vladva.core.image_repair import complete_jpeg, without_text_chunks
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+
+class ImageFormat(NamedTuple):
+    """A format: Pillow's name, endings of file names (the first is the usual one), and how its bytes begin."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    magic: re.Pattern[bytes]
+
+
+def _starts(pattern: bytes) -> re.Pattern[bytes]:
+    return re.compile(pattern, re.DOTALL)
+
+
+ACCEPTED = (
+    ImageFormat("JPEG", ("jpg", "jpeg", "jfif"), _starts(rb"\xff\xd8\xff")),
+    ImageFormat("PNG", ("png", "apng"), _starts(rb"\x89PNG\r\n\x1a\n")),
+    ImageFormat("WEBP", ("webp",), _starts(rb"RIFF....WEBP")),
+    ImageFormat("GIF", ("gif",), _starts(rb"GIF8[79]a")),
+    ImageFormat("BMP", ("bmp",), _starts(rb"BM")),
+    ImageFormat("TIFF", ("tif", "tiff"), _starts(rb"II[*+]\0|MM\0[*+]")),
+    ImageFormat("AVIF", ("avif",), _starts(rb"....ftyp(avi[fs]|(mif1|msf1|miaf)....(....){0,12}?avi[fs])")),
+)
+REFUSED = (  # known by sight, so that the reason names them
+    ImageFormat("HEIC", ("heic", "heif"), _starts(rb"....ftyp(hei|hev|mif1|msf1)")),
+    ImageFormat("JPEG 2000", ("jp2", "j2k", "jpx"), _starts(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51")),
+    ImageFormat("JPEG XL", ("jxl",), _starts(rb"\xff\x0a|\0\0\0\x0cJXL ")),
+    ImageFormat("SVG", ("svg",), _starts(rb"\s*(<\?xml.{0,200})?\s*<svg")),
+    ImageFormat("Photoshop", ("psd",), _starts(rb"8BPS")),
+    ImageFormat("PDF", (), _starts(rb"%PDF")),
+)
+FORMATS = tuple(form.name for form in ACCEPTED)
+# A file with the ending of a format that is refused is a sample too, or nobody would hear of it.
+IMAGES = tuple(suffix for form in ACCEPTED + REFUSED for suffix in form.suffixes)
+IMAGE = re.compile(rf"\.({'|'.join(IMAGES)})$", re.IGNORECASE)
+
 MAX_PIXELS = 50_000_000
+# Image processors scale the shorter side to their own size: an image of 60,000 x 1 pixels would take gigabytes.
+MAX_RATIO = 200  # of the longer side to the shorter; the limit of the Qwen families too
+
+ORIENTATION = 0x0112  # EXIF tag
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV")  # and 16-bit grey
+METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where Pillow finds an orientation
+PNG_METADATA = re.compile(rb"eXIf|XML:com\.adobe\.xmp|Raw profile type exif")
+
+
+class ImageFacts(NamedTuple):
+    """Size of an image as it is seen (upright), and what was done to it that somebody may want to count."""
+
+    width: int
+    height: int
+    note: str = ""  # "several frames, the first is taken", "JPEG without end marker"
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode JPEG, PNG, WebP or the first frame of a GIF to RGB.
-
-    The size is checked before any pixel is decoded. Raises ValueError with the reason for everything else.
-    """
-    if not data:
-        raise ValueError("the image has zero bytes")
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        if width * height > max_pixels:
-            raise ValueError(f"the image has {width} x {height} pixels; at most {max_pixels:,} are accepted")
-        # Not image.draft(): decoding at a half or a quarter of the size takes a third to a half of the time from
-        # 1024 x 768 on, but resized to 336 the pixels are others by up to 7 of 255, and the promise is 1e-3.
-        image.load()
-        if image.mode.startswith("I;16"):  # 16-bit grey: convert() would clip it to white
-            image = image.point(lambda value: value / 256).convert("L")
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except UnidentifiedImageError:
-        raise ValueError(f"not an image in one of the formats {', '.join(FORMATS)}") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the image is corrupt: {error}") from None
+    """Decode an encoded image to RGB, upright, on white. Raises InvalidSampleError (a ValueError) with the reason."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about sizes, palettes and metadata: each case is dealt with here
+        image, data = _opened(data, max_pixels)
+        try:
+            # Not image.draft(): decoding at a half or a quarter of the size takes a third to a half of the time from
+            # 1024 x 768 on, but resized to 336 the pixels are others by up to 7 of 255, and the promise is 1e-3.
+            depth = _depth(image)
+            image = _load(image, data)
+            orientation = _orientation(image, data)
+            rgb = _to_rgb(image, depth)
+            return rgb.transpose(UPRIGHT[orientation]) if orientation > 1 else rgb
+        except Exception as error:  # Pillow's decoders raise whatever they stumble over: OSError, IndexError...
+            raise _problem(error, data) from None
 
 
-IMAGE = re.compile(r"\.(jpe?g|png|webp|gif)$", re.IGNORECASE)
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif")
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8")  # first bytes of these formats
-
-
-def check_image(data: bytes, *, verify: bool, max_pixels: int) -> tuple[int, int]:
-    """Width and height of an encoded image. Raises InvalidSampleError; `verify` decodes it."""
-    if not data:
-        raise InvalidSampleError("zero bytes")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        if width * height > max_pixels:
-            raise InvalidSampleError("too many pixels", f"{width} x {height}; at most {max_pixels} are accepted")
-        if verify:
-            # A JPEG is decoded at an eighth of its size: all of its bytes are still read, in a third of the time.
-            image.draft(None, (max(1, width // 8), max(1, height // 8)))
-            image.load()
-    except InvalidSampleError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise InvalidSampleError("too many pixels", str(error)) from None
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise whatever they stumble over: OSError, SyntaxError, IndexError...
-        if isinstance(error, UnidentifiedImageError) and not data.startswith(MAGIC):
-            raise InvalidSampleError("not an image", f"it begins with {data[:16]!r}") from None
-        raise InvalidSampleError("corrupt image", str(error)) from None
-    return width, height
+def check_image(data: bytes, *, verify: bool, max_pixels: int = MAX_PIXELS) -> ImageFacts:
+    """Upright size of an encoded image. Raises InvalidSampleError; `verify` decodes it, else the header is read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image, data = _opened(data, max_pixels)
+        try:
+            note = "several frames, the first is taken" if getattr(image, "is_animated", False) else ""
+            _check_mode(image)
+            width, height = image.size
+            if verify:
+                # A JPEG is decoded at an eighth of its size: all bytes are still read, in a third of the time.
+                image.draft(None, (max(1, width // 8), max(1, height // 8)))
+                loaded = _load(image, data)
+                if loaded is not image and image.format != "PNG":
+                    note = "JPEG without end marker"
+                image = loaded
+            turned = _orientation(image, data) >= 5
+        except Exception as error:
+            raise _problem(error, data) from None
+    return ImageFacts(height, width, note) if turned else ImageFacts(width, height, note)
 
 
 def image_suffix(data: bytes) -> str:
-    """The name's ending for an image that `check_image` accepts, by its first bytes."""
-    return dict(zip(MAGIC, ("jpg", "png", "webp", "gif"), strict=True))[
-        next(magic for magic in MAGIC if data.startswith(magic))
-    ]
+    """The usual ending of the name of an image that `check_image` accepts."""
+    return next(form.suffixes[0] for form in ACCEPTED if form.magic.match(data))
+
+
+# --- bytes -> pixels -------------------------------------------------------------------------------------------------
+
+
+def _opened(data: bytes, max_pixels: int) -> tuple[Image.Image, bytes]:
+    """The image, its header read and its size checked, and the bytes it is read from. Raises InvalidSampleError."""
+    if not data:
+        raise InvalidSampleError("zero bytes", "the image is empty")
+    try:
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except ValueError:  # a text chunk of a PNG larger than Pillow reads; nothing of it is needed
+            data = without_text_chunks(data)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception as error:
+        raise _problem(error, data) from None
+    width, height = image.size
+    if width * height > max_pixels:
+        raise InvalidSampleError(
+            "too many pixels", f"the image has {width} x {height} pixels; at most {max_pixels:,} are accepted"
+        )
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise InvalidSampleError(
+            "extreme shape", f"the image has {width} x {height} pixels; a side is at most {MAX_RATIO} times the other"
+        )
+    return image, data
+
+
+def _problem(error: Exception, data: bytes) -> InvalidSampleError:
+    """What to say of an image that cannot be opened or decoded."""
+    if isinstance(error, InvalidSampleError):
+        return error
+    if isinstance(error, Image.DecompressionBombError):
+        return InvalidSampleError("too many pixels", f"the image has far more than {MAX_PIXELS:,} pixels")
+    if any(form.magic.match(data) for form in ACCEPTED):
+        what = "its header cannot be read" if isinstance(error, UnidentifiedImageError) else str(error)
+        return InvalidSampleError("corrupt image", f"the image is corrupt: {what}")
+    known = next((form.name for form in REFUSED if form.magic.match(data)), None)
+    formats = f"the formats {', '.join(FORMATS)}"
+    if known:
+        return InvalidSampleError("format not accepted", f"the image is {known}: convert it to one of {formats}")
+    return InvalidSampleError("not an image", f"not an image in one of {formats}; it begins with {data[:16]!r}")
+
+
+def _load(image: Image.Image, data: bytes) -> Image.Image:
+    """The image with its pixels; another one where Pillow would not load it as it is."""
+    try:
+        image.load()
+    except (OSError, ValueError):
+        whole = None
+        if image.format in ("JPEG", "MPO"):
+            whole = complete_jpeg(data)
+        elif image.format == "PNG" and len(short := without_text_chunks(data)) < len(data):
+            whole = Image.open(io.BytesIO(short), formats=("PNG",))
+            whole.load()
+        if whole is None:
+            raise
+        return whole
+    return image
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    """EXIF orientation, 1 to 8; 1 where there is none, or none that can be read."""
+    if image.format == "TIFF":  # Pillow turns it by itself
+        return 1
+    in_png = image.format == "PNG" and PNG_METADATA.search(data)
+    if not in_png and not any(name in image.info for name in METADATA):
+        return 1
+    try:
+        found = image.getexif().get(ORIENTATION, 1)  # of a PNG this decodes, as its EXIF may come last
+    except Exception:  # broken metadata beside good pixels
+        return 1
+    return found if found in UPRIGHT else 1
+
+
+def _depth(image: Image.Image) -> int:
+    """Bits a channel in the file, where Pillow's mode does not say it; asked before the pixels are loaded."""
+    if image.format != "PNG" or not image.tile:  # type: ignore[attr-defined]
+        return 8
+    rawmode = str(image.tile[0].args)  # type: ignore[attr-defined]
+    found = re.search(r";(2|4|16)", rawmode)
+    return int(found.group(1)) if found else 1 if image.mode == "1" else 8
+
+
+def _check_mode(image: Image.Image) -> None:
+    grey_16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    if image.mode not in MODES and not grey_16:
+        detail = f"the image has pixels of Pillow's mode {image.mode}: save it as RGB with 8 bits a channel"
+        raise InvalidSampleError("format not accepted", detail)
+
+
+def _to_rgb(image: Image.Image, depth: int) -> Image.Image:
+    """Pixels of any mode as RGB, on white; `depth`: bits a channel in the file."""
+    clear = image.info.get("transparency")
+    if image.mode == "RGB" and clear is None:
+        return image
+    _check_mode(image)
+    if image.mode.startswith("I"):  # 16-bit grey: convert() would clip it to white
+        rgb = image.point(lambda value: value / 256).convert("L").convert("RGB")
+        if clear is None:
+            return rgb
+        opaque = Image.fromarray(np.where(np.asarray(image) == clear, 0, 255).astype(np.uint8))
+    else:
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        if image.mode in ("1", "L") and depth < 8:  # Pillow widens the pixels, and not the level that is transparent
+            image.info["transparency"] = clear * 255 // (2**depth - 1)
+        if image.mode == "RGB" and depth == 16:
+            image.info["transparency"] = tuple(level >> 8 for level in clear)
+        rgba = image.convert("RGBA")
+        rgb, opaque = rgba.convert("RGB"), rgba.getchannel("A")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(rgb, mask=opaque)
+    return white

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import pyarrow as pa
 
@@ -16,9 +16,18 @@ from vladva.core.hashing import short_hash
 from vladva.core.images import MAX_PIXELS
 from vladva.core.progress import Progress
 from vladva.data.shard_index import index_uris, manifest_uri, quarantine_uri, read_manifest
-from vladva.data.sidecar import CountTokens, Scanner, parquet_bytes, sidecar_uri
+from vladva.data.sidecar import (
+    CountTokens,
+    ListedShard,
+    Scanner,
+    ScanSettings,
+    ShardFacts,
+    parquet_bytes,
+    sidecar_uri,
+)
 from vladva.data.tar_reader import Quarantined
 
+VERSION = 3  # of what a scan finds in the same shards
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")  # the compressed ones only to be named in the quarantine table
 
 
@@ -43,15 +52,38 @@ class ScanSummary:
     num_samples: int
     num_quarantined: int
     reasons: dict[str, int]
+    notes: dict[str, int]  # what was passed over or done to samples, and how often
     fingerprint: str
     quarantine_uri: str
     seconds: float
 
     def __str__(self) -> str:
         found = f"{self.num_samples:,} samples in {self.num_shards:,} shards ({self.num_scanned:,} scanned now)"
-        if not self.num_quarantined:
-            return f"{found}, none quarantined"
-        return f"{found}, {self.num_quarantined:,} quarantined ({_counted(self.reasons)}), see {self.quarantine_uri}"
+        if self.num_quarantined:
+            bad = f"{self.num_quarantined:,} quarantined ({_counted(self.reasons)}), see {self.quarantine_uri}"
+        else:
+            bad = "none quarantined"
+        return f"{found}, {bad}" + (f"; {_counted(self.notes)}" if self.notes else "")
+
+
+class ShardCounts(TypedDict):
+    """A shard in the manifest; `damaged` when something is wrong with it as a whole."""
+
+    shard: str
+    num_samples: int
+    num_bad: int
+    damaged: bool
+
+
+class Manifest(TypedDict):
+    """What stands for a complete index."""
+
+    settings: ScanSettings
+    listed: list[list[Any]]  # [path, bytes, time of change] of each shard
+    shards: list[ShardCounts]
+    reasons: dict[str, int]
+    notes: dict[str, int]
+    fingerprint: str
 
 
 def scan(
@@ -72,13 +104,12 @@ def scan(
     started = time.monotonic()
     data_uri, index_uri = index_uris(data_uri, index_uri)
     listed = _list_shards(data_uri)
-    settings = {"version": 2, "verify": verify, "max_pixels": max_pixels, "probe": count_tokens(PROBE)}
-    stamp = {"settings": settings, "listed": listed}
-    manifest = read_manifest(index_uri)
-    if manifest and stamp.items() <= manifest.items():
-        _check_fraction(manifest["shards"], manifest["reasons"], max_bad_fraction, data_uri, index_uri)
-        return _summary(manifest, index_uri, 0, started)
-    if manifest:
+    settings = ScanSettings(version=VERSION, verify=verify, max_pixels=max_pixels, probe=count_tokens(PROBE))
+    known: Manifest | None = read_manifest(index_uri)
+    if known and (known["settings"], known["listed"]) == (settings, [list(shard.values()) for shard in listed]):
+        _check_fraction(known, max_bad_fraction, data_uri, index_uri)
+        return _summary(known, index_uri, 0, started)
+    if known:
         storage.delete_file(manifest_uri(index_uri))  # what it stands for is about to change
 
     facts = _run(Scanner(data_uri, index_uri, count_tokens, settings), listed)
@@ -86,58 +117,64 @@ def scan(
     rows = [Quarantined(*row) for fact in facts for row in fact["quarantined"]]
     table = pa.Table.from_pylist([row._asdict() for row in rows], QUARANTINE_SCHEMA)
     storage.write_bytes_atomically(quarantine_uri(index_uri), parquet_bytes(table))
-    shards = [_shard_counts(fact) for fact in facts]
-    reasons = dict(Counter(row.reason for row in rows).most_common())
-    _check_fraction(shards, reasons, max_bad_fraction, data_uri, index_uri)
-    fingerprint = short_hash([[fact["shard"], fact["digest"]] for fact in facts])
-    manifest = {**stamp, "shards": shards, "reasons": reasons, "fingerprint": fingerprint}
+    notes: Counter[str] = sum((Counter(fact["notes"]) for fact in facts), Counter())
+    manifest = Manifest(
+        settings=settings,
+        listed=[list(shard.values()) for shard in listed],
+        shards=[_shard_counts(fact) for fact in facts],
+        reasons=dict(Counter(row.reason for row in rows).most_common()),
+        notes=dict(notes.most_common()),
+        fingerprint=short_hash([[fact["shard"], fact["digest"]] for fact in facts]),
+    )
+    _check_fraction(manifest, max_bad_fraction, data_uri, index_uri)
     storage.write_json(manifest_uri(index_uri), manifest)
     return _summary(manifest, index_uri, sum(fact["scanned"] for fact in facts), started)
 
 
-def _list_shards(data_uri: str) -> list[list[Any]]:
-    """[path below `data_uri`, bytes, time of change] of each shard."""
+def _list_shards(data_uri: str) -> list[ListedShard]:
     start = len(data_uri.rstrip("/")) + 1
-    infos = [(info.uri[start:], info.size, info.changed) for info in storage.list_infos(data_uri)]
-    listed = [[path, *rest] for path, *rest in infos if path.endswith(SHARD_SUFFIXES) and not path.startswith("_")]
+    listed = [
+        ListedShard(shard=info.uri[start:], size=info.size, changed=info.changed)
+        for info in storage.list_infos(data_uri)
+        if info.uri.endswith(SHARD_SUFFIXES) and not info.uri[start:].startswith("_")
+    ]
     if not listed:
         raise ValueError(f"{data_uri} holds no .tar shards: check the path, it must be the folder above the shards")
     return listed
 
 
-def _run(scanner: Scanner, listed: list[list[Any]]) -> list[dict[str, Any]]:
+def _run(scanner: Scanner, listed: list[ListedShard]) -> list[ShardFacts]:
     """The facts about every shard, in the order listed; one Ray task per shard."""
     import ray.data
 
-    rows = [{"shard": shard, "size": size, "changed": changed} for shard, size, changed in listed]
-    scanned = ray.data.from_items(rows, override_num_blocks=len(rows)).map(scanner)
-    facts = {}
-    with Progress("scanning shards", len(rows)) as progress:
-        for fact in (json.loads(row["facts"]) for row in scanned.iter_rows()):
+    scanned = ray.data.from_items(listed, override_num_blocks=len(listed)).map(scanner)
+    facts: dict[str, ShardFacts] = {}
+    with Progress("scanning shards", len(listed)) as progress:
+        for row in scanned.iter_rows():
+            fact: ShardFacts = json.loads(row["facts"])
             facts[fact["shard"]] = fact
             progress.advance(1)
-    return [facts[shard] for shard, _, _ in listed]
+    return [facts[shard["shard"]] for shard in listed]
 
 
-def _remove_orphans(index_uri: str, listed: list[list[Any]]) -> None:
+def _remove_orphans(index_uri: str, listed: list[ListedShard]) -> None:
     """Remove the sidecars of shards that are gone."""
-    wanted = {sidecar_uri(index_uri, shard) for shard, _, _ in listed} | {quarantine_uri(index_uri)}
+    wanted = {sidecar_uri(index_uri, shard["shard"]) for shard in listed} | {quarantine_uri(index_uri)}
     for uri in storage.list_files(index_uri, ".parquet"):
         if uri not in wanted:
             storage.delete_file(uri)
 
 
-def _shard_counts(fact: dict[str, Any]) -> dict[str, Any]:
-    """One row of the manifest; `damaged` when something is wrong with the shard as a whole."""
-    ids = [row[0] for row in fact["quarantined"]]
+def _shard_counts(fact: ShardFacts) -> ShardCounts:
+    ids = [name for name, _, _ in fact["quarantined"]]
     num_bad = sum(name != fact["shard"] for name in ids)
-    names = {"shard": fact["shard"], "num_samples": fact["num_samples"]}
-    return {**names, "num_bad": num_bad, "damaged": num_bad < len(ids)}
+    return ShardCounts(
+        shard=fact["shard"], num_samples=fact["num_samples"], num_bad=num_bad, damaged=num_bad < len(ids)
+    )
 
 
-def _check_fraction(
-    shards: list[dict[str, Any]], reasons: dict[str, int], allowed: float, data_uri: str, index_uri: str
-) -> None:
+def _check_fraction(manifest: Manifest, allowed: float, data_uri: str, index_uri: str) -> None:
+    shards = manifest["shards"]
     bad_samples = sum(shard["num_bad"] for shard in shards)
     samples = bad_samples + sum(shard["num_samples"] for shard in shards)
     bad_shards = sum(shard["damaged"] for shard in shards)
@@ -151,20 +188,21 @@ def _check_fraction(
         ]
         raise ValueError(
             f"{data_uri}: {bad_samples} of {samples} samples and {bad_shards} of {len(shards)} shards are bad, more "
-            f"than max_bad_fraction = {allowed:g} allows: {_counted(reasons)}. The worst: {', '.join(named)}. "
-            f"Repair or remove what {quarantine_uri(index_uri)} lists, or raise max_bad_fraction"
+            f"than max_bad_fraction = {allowed:g} allows: {_counted(manifest['reasons'])}. The worst: "
+            f"{', '.join(named)}. Repair or remove what {quarantine_uri(index_uri)} lists, or raise max_bad_fraction"
         )
     if samples == bad_samples:
         raise ValueError(f"{data_uri}: the data set is empty, none of its {len(shards)} shards holds a good sample")
 
 
-def _summary(manifest: dict[str, Any], index_uri: str, num_scanned: int, started: float) -> ScanSummary:
+def _summary(manifest: Manifest, index_uri: str, num_scanned: int, started: float) -> ScanSummary:
     return ScanSummary(
         num_shards=len(manifest["shards"]),
         num_scanned=num_scanned,
         num_samples=sum(shard["num_samples"] for shard in manifest["shards"]),
         num_quarantined=sum(manifest["reasons"].values()),
         reasons=manifest["reasons"],
+        notes=manifest["notes"],
         fingerprint=manifest["fingerprint"],
         quarantine_uri=quarantine_uri(index_uri),
         seconds=time.monotonic() - started,

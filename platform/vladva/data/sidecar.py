@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,6 +67,34 @@ class SampleRef:
         return ImageRef(self.id, self.id, storage.join(data_uri, self.shard), self.offset, self.length, "", self.crc32)
 
 
+class ScanSettings(TypedDict):
+    """What a sidecar depends on besides its shard."""
+
+    version: int  # of what a scan finds in the same shard
+    verify: bool
+    max_pixels: int
+    probe: list[int]  # tokens of some texts, which tell one tokenizer from another
+
+
+class ListedShard(TypedDict):
+    """A shard as its folder lists it: path below the data set, bytes, time of the last change in ns."""
+
+    shard: str
+    size: int
+    changed: int
+
+
+class ShardFacts(ListedShard):
+    """What is known of a scanned shard."""
+
+    settings: ScanSettings
+    num_samples: int
+    quarantined: list[tuple[str, str, str]]  # fields of Quarantined
+    notes: dict[str, int]  # what was passed over, or done to samples: how often
+    digest: str  # of what training uses of the samples
+    scanned: bool  # now, and not by an earlier scan
+
+
 @dataclass(frozen=True)
 class Scanner:
     """Ray Data stage: a shard -> its sidecar, unless there is one already; and the facts about it."""
@@ -73,29 +102,43 @@ class Scanner:
     data_uri: str
     index_uri: str
     count_tokens: CountTokens
-    settings: dict[str, Any]
+    settings: ScanSettings
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+    def __call__(self, row: ListedShard) -> dict[str, str]:
         sidecar = sidecar_uri(self.index_uri, row["shard"])
         stamp = {"settings": self.settings, "shard": row["shard"], "size": row["size"], "changed": row["changed"]}
         if storage.exists(sidecar):
             known = json.loads(pq.ParquetFile(RangedFile(sidecar)).schema_arrow.metadata[b"vladva"])
             if stamp.items() <= known.items():
                 return {"facts": json.dumps(known | {"scanned": False})}
-        options = {name: self.settings[name] for name in ("verify", "max_pixels")}
-        table, quarantined = scan_shard(self.data_uri, row["shard"], self.count_tokens, **options)
+        table, quarantined, notes = scan_shard(
+            self.data_uri,
+            row["shard"],
+            self.count_tokens,
+            verify=self.settings["verify"],
+            max_pixels=self.settings["max_pixels"],
+        )
         content = table.select(["key", "offset", "length", "captions", "negatives", "crc32"]).to_pylist()
-        facts = {**stamp, "num_samples": len(table), "quarantined": quarantined, "digest": short_hash(content)}
+        found = {"num_samples": len(table), "quarantined": quarantined, "notes": notes}
+        facts = {**stamp, **found, "digest": short_hash(content)}
         storage.write_bytes_atomically(sidecar, parquet_bytes(table, facts))
         return {"facts": json.dumps(facts | {"scanned": True})}
 
 
+class ScannedShard(NamedTuple):
+    """The index of a shard (columns as in SCHEMA, ordered by offset), what of it is not used, and notes with counts."""
+
+    table: pa.Table
+    quarantined: list[Quarantined]
+    notes: Counter[str]
+
+
 def scan_shard(
     data_uri: str, shard: str, count_tokens: CountTokens, *, verify: bool = True, max_pixels: int = MAX_PIXELS
-) -> tuple[pa.Table, list[Quarantined]]:
-    """The index of one shard (columns as in SCHEMA, ordered by offset), and what of it is not used."""
+) -> ScannedShard:
+    """Read one shard."""
     with storage.open_stream(storage.join(data_uri, shard)) as file:
-        samples, quarantined = read_tar(file, shard, verify=verify, max_pixels=max_pixels)
+        samples, quarantined, notes = read_tar(file, shard, verify=verify, max_pixels=max_pixels)
     counts = iter(count_tokens([caption for sample in samples for caption in sample.captions]))
     rows = [
         {
@@ -109,7 +152,7 @@ def scan_shard(
         }
         for sample in samples
     ]
-    return pa.Table.from_pylist(rows, SCHEMA), quarantined
+    return ScannedShard(pa.Table.from_pylist(rows, SCHEMA), quarantined, notes)
 
 
 def read_refs(sidecar: str, version: str, first: int, count: int) -> list[SampleRef]:

@@ -1,25 +1,26 @@
 """One WebDataset tar -> its samples, with the position of each image, and what is wrong with the others.
 
-Members `KEY.jpg` (or jpeg, png, webp, gif), `KEY.txt` and `KEY.json` are one sample, in any order. Captions come from
-"captions" or "caption" in the JSON, then from the text; "negatives" in the JSON are captions that are wrong for the
-sample on purpose. A sample without an image is one of text alone where the JSON has a "text" in the image's stead.
-Nothing in a shard is trusted: every sample is either returned or in the list of the quarantined, with a reason.
+Members `KEY.jpg` (or another ending of an image), `KEY.txt` and `KEY.json` are one sample, in any order. Captions come
+from "captions" or "caption" in the JSON, then from the text; "negatives" in the JSON are captions that are wrong for
+the sample on purpose. A sample without an image is one of text alone where the JSON has a "text" instead of the image.
+
+KEY may have dots: a member is cut before the last ending that is known. `KEY.depth.png` beside a sample KEY, without
+a caption of its own, is one of the further members that WebDataset allows, and is counted.
+Nothing in a shard is trusted: every member is in a sample, in the list of the quarantined or in the notes.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 import zlib
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from vladva.core.errors import InvalidSampleError
 from vladva.core.images import IMAGES, check_image
-
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
+from vladva.core.text import clean_captions, clean_text, decode_text
+from vladva.data.tar_members import TarMember, split_name, tar_members
 
 
 class Quarantined(NamedTuple):
@@ -30,8 +31,16 @@ class Quarantined(NamedTuple):
     detail: str
 
 
-class Image(NamedTuple):
-    """Where an image lies in its shard (bytes), its size (pixels), and a checksum of its bytes.
+class ShardContent(NamedTuple):
+    """What is in a tar: good samples in the order of their images, the rest, and how often what was passed over."""
+
+    samples: list[Sample]
+    quarantined: list[Quarantined]
+    notes: Counter[str]
+
+
+class ImageMember(NamedTuple):
+    """Where an image is in its shard (bytes), its size (pixels, upright), and a checksum of its bytes.
 
     For a sample of text alone: the same of its JSON, and 0 x 0 pixels.
     """
@@ -48,10 +57,10 @@ class Sample:
     """What has been read of one key."""
 
     key: str
-    image: Image | None = None
+    image: ImageMember | None = None
     captions: list[str] = field(default_factory=list)
     negatives: list[str] = field(default_factory=list)
-    text: Image | None = None  # the JSON, if it can stand for an image
+    text: ImageMember | None = None  # the JSON, if it can stand for an image
     seen: set[str] = field(default_factory=set)  # "image", "txt", "json"
     problem: InvalidSampleError | None = None
 
@@ -61,146 +70,111 @@ class Sample:
         assert self.image
         return self.image.offset
 
-    def add(self, role: str, offset: int, data: bytes, *, verify: bool, max_pixels: int) -> None:
+    def add(self, role: str, offset: int, data: bytes, notes: Counter[str], *, verify: bool, max_pixels: int) -> None:
         """Take one member's content. Raises InvalidSampleError."""
-        if role == "picture":
-            self.image = Image(offset, len(data), 0, 0, zlib.crc32(data))
-            width, height = check_image(data, verify=verify, max_pixels=max_pixels)
+        if role == "image":
+            self.image = ImageMember(offset, len(data), 0, 0, zlib.crc32(data))
+            width, height, note = check_image(data, verify=verify, max_pixels=max_pixels)
+            if note:
+                notes[note] += 1
             self.image = self.image._replace(width=width, height=height)
         elif role == "txt":
-            self.captions += read_captions(data)
+            self.captions += clean_captions([decode_text(data)], notes)
         else:
-            captions, self.negatives, text = read_json(data)
+            captions, self.negatives, text = read_json(data, notes)
             self.captions += captions
-            self.text = Image(offset, len(data), 0, 0, zlib.crc32(data)) if text else None
+            self.text = ImageMember(offset, len(data), 0, 0, zlib.crc32(data)) if text else None
 
 
-def read_tar(
-    file: io.BufferedReader, shard: str, *, verify: bool, max_pixels: int
-) -> tuple[list[Sample], list[Quarantined]]:
-    """The good samples of a tar in the order of their images, and the rest.
+def read_tar(file: IO[bytes], shard: str, *, verify: bool, max_pixels: int) -> ShardContent:
+    """What is in a tar. `verify` decodes every image; without it only the headers are read.
 
-    `verify` decodes every image; without it only the headers are read. Of a tar that is cut off or damaged, the
-    samples before the damage are kept.
+    Of a tar that is cut off or damaged, the samples before the damage are kept.
     """
     samples: dict[str, Sample] = {}
-    quarantined: list[Quarantined] = []
+    content = ShardContent([], [], Counter())
     try:
-        for name, offset, data in _members(file):
-            key, kind = _split(name)
+        for member in tar_members(file):
+            key, ending = split_name(member.name)
+            role = "image" if ending in IMAGES else ending
+            if role not in ("image", "txt", "json"):
+                content.notes[f"member not used: {f'*.{ending}' if ending else 'without an ending, or hidden'}"] += 1
+                continue
             sample = samples.setdefault(key, Sample(key))
-            role = "picture" if kind in IMAGES else kind
             if role in sample.seen:  # captions of a second sample with this key go the way of its image
-                if role == "picture":
-                    detail = f"again at byte {offset}; the first one, at byte {sample.offset}, is kept"
-                    quarantined.append(Quarantined(f"{shard}#{key}", "duplicate key", detail))
+                detail = f"again at byte {member.offset}; the first {role} with this key is kept"
+                if role == "image":
+                    content.quarantined.append(Quarantined(f"{shard}#{key}", "duplicate key", detail))
+                else:
+                    content.notes[f"member not used: a second {role} of a sample"] += 1
                 continue
             sample.seen.add(role)
             try:
-                sample.add(role, offset, data, verify=verify, max_pixels=max_pixels)
+                data = _read(file, member)
+                sample.add(role, member.offset, data, content.notes, verify=verify, max_pixels=max_pixels)
             except InvalidSampleError as problem:
+                if problem.reason == "truncated tar":
+                    raise
                 sample.problem = sample.problem or problem
     except InvalidSampleError as problem:
-        quarantined.append(Quarantined(shard, problem.reason, problem.detail))
+        content.quarantined.append(Quarantined(shard, problem.reason, problem.detail))
 
-    good = []
     for sample in samples.values():
-        sample.captions = list(dict.fromkeys(sample.captions))
-        sample.image = sample.image or sample.text
-        problem = sample.problem or _incomplete(sample)
-        if problem:
-            quarantined.append(Quarantined(f"{shard}#{sample.key}", problem.reason, problem.detail))
-        else:
-            good.append(sample)
-    return sorted(good, key=lambda sample: sample.offset), quarantined
+        _sort_in(sample, samples, shard, content)
+    content.samples.sort(key=lambda sample: (sample.offset, sample.key))
+    return content
+
+
+def _sort_in(sample: Sample, samples: dict[str, Sample], shard: str, content: ShardContent) -> None:
+    """Put a sample among the good ones, the quarantined or the notes."""
+    sample.captions = list(dict.fromkeys(sample.captions))
+    folder, slash, base = sample.key.rpartition("/")
+    parent = samples.get(folder + slash + base.partition(".")[0])
+    if parent is not None and parent is not sample and not {"image"} < sample.seen and "image" in parent.seen:
+        content.notes[f"member not used: a further one of a sample, *.{base.partition('.')[2]}.*"] += 1
+        return
+    sample.image = sample.image or sample.text
+    problem = sample.problem or _incomplete(sample)
+    if problem:
+        content.quarantined.append(Quarantined(f"{shard}#{sample.key}", problem.reason, problem.detail))
+    else:
+        content.samples.append(sample)
 
 
 def _incomplete(sample: Sample) -> InvalidSampleError | None:
     if sample.image is None:
-        detail = f'there is no member with the ending {", ".join(IMAGES)}, and no "text" in a JSON in its stead'
+        detail = f'there is no member with the ending {", ".join(IMAGES)}, and no "text" in a JSON instead of it'
         return InvalidSampleError("no image", detail)
     return None if sample.captions else InvalidSampleError("no caption")
-
-
-# --- the archive -----------------------------------------------------------------------------------------------------
-
-
-def _members(file: io.BufferedReader) -> Iterator[tuple[str, int, bytes]]:
-    """(name, offset of the content, content) of images and captions. Raises InvalidSampleError where the tar is bad."""
-    start = file.read(6)
-    for magic, compression in COMPRESSED.items():
-        if start.startswith(magic):
-            raise InvalidSampleError(
-                "compressed tar", f"{compression}: unpack it, its members cannot be read by position"
-            )
-    if not start:
-        raise InvalidSampleError("empty tar", "the file has zero bytes")
-    file.seek(0)
-    end = 0
-    try:
-        tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # noqa: SIM115 (the caller closes the file)
-        while member := tar.next():
-            tar.members.clear()  # tarfile would keep every header in memory
-            end = tar.offset
-            name = _readable(member.name)
-            if member.isreg() and _split(name)[1] in (*IMAGES, "txt", "json"):
-                file.seek(member.offset_data)
-                data = file.read(member.size)
-                if len(data) != member.size:
-                    raise InvalidSampleError("truncated tar", f"it ends inside {name}; the samples before it are kept")
-                yield name, member.offset_data, data
-    except tarfile.TarError as error:
-        raise InvalidSampleError("truncated tar" if end else "not a tar", f"after byte {end}: {error}") from None
-    if not end:
-        raise InvalidSampleError("empty tar", "it has no members")
-    # tarfile stops without a word at a damaged header, and where the file ends too early between two members.
-    file.seek(tar.offset)
-    block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        raise InvalidSampleError("truncated tar", "the mark at its end is missing; what is there is kept")
-    if any(block):
-        raise InvalidSampleError("damaged tar", f"no valid header at byte {tar.offset}; the samples before it are kept")
-
-
-def _readable(name: str) -> str:
-    """Bytes of a member's name that are not UTF-8 as escapes: ids must be text."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").removeprefix("./")
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Key and ending of a member, cut at the first dot of its last part; no ending for hidden files."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, ending = base.partition(".")
-    return folder + slash + stem, ending.lower() if stem else ""
 
 
 # --- its members -----------------------------------------------------------------------------------------------------
 
 
-def read_captions(data: bytes) -> list[str]:
-    """The caption in the content of a `txt` member; none if it is empty. Raises InvalidSampleError."""
-    return _stripped([_decoded(data)])
+def _read(file: IO[bytes], member: TarMember) -> bytes:
+    if member.problem:
+        raise InvalidSampleError("not a file", f"{member.name} is {member.problem}")
+    file.seek(member.offset)
+    data = file.read(member.length)
+    if len(data) != member.length:
+        raise InvalidSampleError("truncated tar", f"it ends inside {member.name}; the samples before it are kept")
+    return data
 
 
-def read_json(data: bytes) -> tuple[list[str], list[str], str | None]:
+def read_json(data: bytes, notes: Counter[str] | None = None) -> tuple[list[str], list[str], str | None]:
     """Captions, hard-negative captions and text in the content of a `json` member. Raises InvalidSampleError."""
     try:
-        content = json.loads(_decoded(data))
+        content = json.loads(decode_text(data))
+    except InvalidSampleError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InvalidSampleError("broken JSON", str(error)) from None
     content = content if isinstance(content, dict) else {}
     captions, caption, negatives = (_strings(content, name) for name in ("captions", "caption", "negatives"))
     # Not a problem where it is no text: it is another program's field then, beside an image.
     text = content.get("text")
-    text = text.strip() if isinstance(text, str) else None
-    return _stripped(captions + caption), _stripped(negatives), text or None
-
-
-def _decoded(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeError as error:
-        raise InvalidSampleError("caption is not UTF-8", str(error)) from None
+    text = clean_text(text) if isinstance(text, str) else None
+    return clean_captions(captions + caption, notes), clean_captions(negatives, notes), text or None
 
 
 def _strings(content: dict[str, Any], column: str) -> list[str]:
@@ -209,12 +183,3 @@ def _strings(content: dict[str, Any], column: str) -> list[str]:
     if not all(isinstance(text, str) for text in values):
         raise InvalidSampleError("caption is not text", f"{column} = {json.dumps(values)}")
     return values
-
-
-def _stripped(texts: list[str]) -> list[str]:
-    """The texts without the space around them and without empty ones."""
-    try:
-        "".join(texts).encode()  # JSON can spell out halves of characters, which no UTF-8 has
-    except UnicodeError as error:
-        raise InvalidSampleError("caption is not UTF-8", str(error)) from None
-    return [text.strip() for text in texts if text.strip()]

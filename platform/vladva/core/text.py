@@ -1,0 +1,63 @@
+"""Text from users: one policy for marks, line ends and characters that nobody sees, for every reader and for Serve.
+
+- UTF-8, or UTF-16 that begins with its byte order mark; any other bytes are an error that names the file or row.
+- Byte order marks are dropped: they would be tokens, and the same caption another embedding.
+- Windows, old Macintosh, Unicode (U+2028, U+2029, U+0085) and form-feed line ends become "\\n".
+- NUL and the other control characters are dropped, tabs are kept.
+- Space around the text goes. Everything else stays as it is: no Unicode normalisation, no change of case.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from vladva.core.errors import InvalidSampleError
+
+LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
+DROPPED = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff]")
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def clean_text(text: str) -> str:
+    """The text as the policy wants it. Raises InvalidSampleError for halves of characters, which no UTF-8 has."""
+    if text.isprintable():  # almost always: then there is nothing to replace
+        return text.strip()
+    try:
+        text.encode()
+    except UnicodeError as error:
+        raise InvalidSampleError("caption is not UTF-8", str(error)) from None
+    return DROPPED.sub("", LINE_ENDS.sub("\n", text)).strip()
+
+
+def decode_text(data: bytes) -> str:
+    """The text in a file, as it is there but for a byte order mark. Raises InvalidSampleError."""
+    try:
+        return data.decode("utf-16" if data.startswith(UTF_16) else "utf-8-sig")
+    except UnicodeError as error:
+        raise InvalidSampleError("caption is not UTF-8", str(error)) from None
+
+
+def text_lines(data: bytes) -> list[str]:
+    """The clean lines of a text file, empty ones too; only line feeds and carriage returns end one.
+
+    U+2028 inside a caption is part of it. Raises InvalidSampleError.
+    """
+    return [clean_text(line) for line in re.split("\r\n|\n|\r", decode_text(data))]
+
+
+def clean_captions(texts: Iterable[str], changed: Counter[str] | None = None) -> list[str]:
+    """Clean texts without empty ones, each once; `changed` counts those that had more than space taken away.
+
+    Raises InvalidSampleError.
+    """
+    cleaned = []
+    for text in texts:
+        clean = clean_text(text)
+        if changed is not None and clean != text and clean != text.strip():
+            changed["caption cleaned of marks and control characters"] += 1
+        if clean:
+            cleaned.append(clean)
+    return list(dict.fromkeys(cleaned))
