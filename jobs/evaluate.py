@@ -123,7 +123,7 @@ def main() -> None:
     from rich.console import Console
 
     from vladva.core import ray_tasks, storage
-    from vladva.evaluate.captioning import find_images, write_captions, writers
+    from vladva.evaluate.captioning import find_images_to_caption, write_captions, writers
     from vladva.evaluate.mteb_adapter import write_results
     from vladva.report.comparison_tables import comparison_tables, layer_tables
     from vladva.report.evaluation_page import headline_highlights, write_report
@@ -131,7 +131,7 @@ def main() -> None:
     from vladva.report.tables import as_rich, score_tables, statistics_table
 
     check_models(options)
-    images = find_images(tasks, options.images, options.captions) if options.captions else []
+    images = find_images_to_caption(tasks, options.images, options.captions) if options.captions else []
     systems = writers(options.models) if options.captions else {}
     ray_tasks.connect()
     resources = {"actors": options.actors, "gpus_per_actor": options.gpus_per_actor, "dtype": options.dtype}

@@ -47,7 +47,7 @@ STORE = 512 << 20  # bytes of the object store, where memory is measured
 PAUSE = 0.2  # seconds after every chunk, there
 FIRST_CHUNK = """
 import resource, sys, time
-from vladva.chunks import SampleFinder
+from vladva.data.sampler import SampleFinder
 from vladva.config import RunConfig
 import json
 began = time.perf_counter()

@@ -140,7 +140,7 @@ DRIVER = """
 import sys, ray, pyarrow as pa, pyarrow.feather as feather
 ray.init(address=sys.argv[1], logging_level="ERROR")
 import ray.data
-from vladva.encode import encode
+from vladva.embed.pipeline import encode
 encode(ray.data.from_arrow(feather.read_table(sys.argv[2])), sys.argv[3], sys.argv[4], batch_size=4, actors=2)
 """
 

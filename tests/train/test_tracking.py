@@ -118,7 +118,7 @@ def test_a_line_cut_off_is_dropped(tmp_path: Path) -> None:
 
 def test_a_killed_run_has_every_step_it_logged(tmp_path: Path) -> None:
     program = (
-        "from vladva.tracking import Tracker\n"
+        "from vladva.train.tracking import Tracker\n"
         f"tracker = Tracker({str(tmp_path)!r})\n"
         "for step in range(10**9):\n"
         "    tracker.log(step, {'loss': 1.0, 'name' * 50: 2.0})\n"

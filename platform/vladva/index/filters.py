@@ -20,7 +20,7 @@ MAX_LENGTH = 20_000  # characters of a condition
 MAX_NESTING = 40  # brackets, NOTs and signs within one another
 
 
-def parse_condition(condition: str, columns: Sequence[str]) -> exp.Expression:
+def parse_condition(condition: str, columns: Sequence[str]) -> exp.Expr:
     """The condition as a tree, with the columns named as they are stored.
 
     Raises ValueError naming what is not understood or not allowed, or the columns that there are.
@@ -37,7 +37,7 @@ def parse_condition(condition: str, columns: Sequence[str]) -> exp.Expression:
     return tree
 
 
-def lance_sql(tree: exp.Expression) -> str:
+def lance_sql(tree: exp.Expr) -> str:
     """A parsed condition as Lance reads it: names in backticks, no comments."""
     return tree.sql(dialect=_dialect(), identify=True, comments=False)
 
@@ -54,7 +54,7 @@ def _dialect() -> type[Dialect]:
     return LanceDialect
 
 
-def _parsed(condition: str) -> exp.Expression:
+def _parsed(condition: str) -> exp.Expr:
     import sqlglot
     from sqlglot.errors import SqlglotError
 
@@ -77,7 +77,7 @@ def _parsed(condition: str) -> exp.Expression:
 
 
 @lru_cache(1)
-def _allowed() -> tuple[type[exp.Expression], ...]:
+def _allowed() -> tuple[type[exp.Expr], ...]:
     from sqlglot import exp
 
     comparisons = (exp.EQ, exp.NEQ, exp.LT, exp.LTE, exp.GT, exp.GTE, exp.In, exp.Between, exp.Is)
@@ -87,12 +87,12 @@ def _allowed() -> tuple[type[exp.Expression], ...]:
     return (exp.And, exp.Or, exp.Not, exp.Paren, *comparisons, *patterns, *arithmetic, *values)
 
 
-def _check_nodes(tree: exp.Expression) -> None:
+def _check_nodes(tree: exp.Expr) -> None:
     """Raises ValueError for what is not allowed. Without recursion: a stranger chose the depth."""
     from sqlglot import exp
 
     allowed = _allowed()
-    stack: list[tuple[exp.Expression, int]] = [(tree, 0)]
+    stack: list[tuple[exp.Expr, int]] = [(tree, 0)]
     while stack:
         node, depth = stack.pop()
         if type(node) not in allowed:
@@ -112,14 +112,14 @@ def _check_nodes(tree: exp.Expression) -> None:
         raise ValueError("it is a value and not a condition")
 
 
-def _is_date(node: exp.Expression) -> bool:
+def _is_date(node: exp.Expr) -> bool:
     """Whether it is `date '2026-01-31'` or `timestamp '...'`: a literal, which sqlglot gives as a cast."""
     from sqlglot import exp
 
     return type(node) is exp.Cast and isinstance(node.this, exp.Literal) and node.to.this.name in ("DATE", "TIMESTAMP")
 
 
-def _word(node: exp.Expression) -> str:
+def _word(node: exp.Expr) -> str:
     """What the user wrote, or nearly: the name of a function, or the kind of expression."""
     from sqlglot import exp
 
@@ -128,7 +128,7 @@ def _word(node: exp.Expression) -> str:
     return f"the function {node.sql_name().lower()}" if isinstance(node, exp.Func) else type(node).__name__.upper()
 
 
-def _name_columns(tree: exp.Expression, columns: Sequence[str]) -> None:
+def _name_columns(tree: exp.Expr, columns: Sequence[str]) -> None:
     """Replace every column's name by the stored one, which may differ in case where it is not quoted."""
     from sqlglot import exp
 
