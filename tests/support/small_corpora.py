@@ -14,7 +14,7 @@ from PIL import Image
 
 from vladva.config import ClusterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from vladva.core import storage
-from vladva.data import scan, shard_index, shard_writer, sidecar
+from vladva.data import scan, shard_writer, sidecar
 from vladva.data import scan as scan_module
 from vladva.data.sampler import SampleFinder
 
@@ -46,9 +46,8 @@ def write_corpus(uri: str, good: int, *, bad: int = 0, per_shard: int = 20, size
 def scan_here(uri: str) -> None:
     """Scan in this process."""
 
-    def run(scanner: shard_index.Scanner, listed: list[list]) -> list[dict]:
-        rows = [{"shard": shard, "size": size, "changed": changed} for shard, size, changed in listed]
-        return [json.loads(scanner(row)["facts"]) for row in rows]
+    def run(scanner: sidecar.Scanner, listed: list[sidecar.ListedShard]) -> list[dict]:
+        return [json.loads(scanner(row)["facts"]) for row in listed]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan_module, "_run", run)

@@ -23,7 +23,7 @@ def here(function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any
 
 
 def scan_here(scanner: Scanner, listed: list[list[Any]]) -> list[dict[str, Any]]:
-    rows = [{"shard": shard, "size": size, "changed": changed} for shard, size, changed in listed]
+    rows = listed
     return [json.loads(scanner(row)["facts"]) for row in rows]
 
 

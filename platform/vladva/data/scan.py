@@ -105,7 +105,7 @@ def scan(
     data_uri, index_uri = index_uris(data_uri, index_uri)
     listed = _list_shards(data_uri)
     settings = ScanSettings(version=VERSION, verify=verify, max_pixels=max_pixels, probe=count_tokens(PROBE))
-    known: Manifest | None = read_manifest(index_uri)
+    known: Manifest | None = read_manifest(index_uri)  # type: ignore[assignment]
     if known and (known["settings"], known["listed"]) == (settings, [list(shard.values()) for shard in listed]):
         _check_fraction(known, max_bad_fraction, data_uri, index_uri)
         return _summary(known, index_uri, 0, started)
@@ -147,7 +147,7 @@ def _run(scanner: Scanner, listed: list[ListedShard]) -> list[ShardFacts]:
     """The facts about every shard, in the order listed; one Ray task per shard."""
     import ray.data
 
-    scanned = ray.data.from_items(listed, override_num_blocks=len(listed)).map(scanner)
+    scanned = ray.data.from_items(listed, override_num_blocks=len(listed)).map(scanner)  # type: ignore[arg-type]
     facts: dict[str, ShardFacts] = {}
     with Progress("scanning shards", len(listed)) as progress:
         for row in scanned.iter_rows():

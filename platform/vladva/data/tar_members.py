@@ -101,7 +101,7 @@ def _archive(
     try:
         tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # noqa: SIM115 (the caller closes the file)
         while info := tar.next():
-            tar.members.clear()  # tarfile would keep every header in memory
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header in memory
             end = tar.offset
             if info.islnk() or info.issym():
                 links.append(info)
