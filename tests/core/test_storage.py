@@ -196,7 +196,7 @@ def test_every_fault_is_retried_and_logged(
     uri, data = f"s3://{BUCKET}/faults-{fault}.bin", noise(50_000)
     storage.write_bytes_atomically(uri, data)
     ranges = [ByteRange(uri, 0, 40_000)]
-    with caplog.at_level(logging.WARNING, logger="vladva.storage"):
+    with caplog.at_level(logging.WARNING, logger="vladva.core.storage"):
         impatient.faults = iter([fault])
         assert storage.read_ranges(ranges) == [data[:40_000]]
         impatient.faults = iter([fault])
@@ -211,7 +211,7 @@ def test_faults_in_answers_that_are_no_objects_are_retried(
 ) -> None:
     folder = f"s3://{BUCKET}/answers-{fault}"
     storage.write_bytes_atomically(f"{folder}/file", b"")
-    with caplog.at_level(logging.WARNING, logger="vladva.storage"):
+    with caplog.at_level(logging.WARNING, logger="vladva.core.storage"):
         impatient.faults = iter([fault])
         assert storage.list_files(folder) == [f"{folder}/file"]
         impatient.faults = iter([fault])

@@ -133,7 +133,7 @@ def test_an_epoch_survives_every_fault_and_the_log_counts_them(
     uri = f"s3://{BUCKET}/corpus"
     write_corpus(uri, 330)
     scan_here(uri)
-    monkeypatch.setattr(object_store, "STALL", 0.5)
+    monkeypatch.setattr(object_store, "REQUEST_TIMEOUT_S", 0.5)
     monkeypatch.setattr(storage, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(storage, "ATTEMPTS", 12)  # a quarter of all attempts fails, seven in a row in 1 of 16,000
     storage._s3.cache_clear()
@@ -142,7 +142,7 @@ def test_an_epoch_survives_every_fault_and_the_log_counts_them(
     proxy.faults = iter(lambda: random.choices((*kinds, "ok"), (*[0.05] * 5, 0.75))[0], None)
 
     run = replace(config, data=DataConfig(uri, run_length=2), train=replace(config.train, steps=10, global_batch=32))
-    with caplog.at_level(logging.WARNING, logger="vladva.storage"):
+    with caplog.at_level(logging.WARNING, logger="vladva.core.storage"):
         reader = ChunkReader(run)
         delivered = [(batch.number // 8, batch.number, batch.ids) for batch in reader.batches(range(80))]
         proxy.faults = iter(())
