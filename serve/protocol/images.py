@@ -10,10 +10,9 @@ import io
 
 from PIL import Image
 
-from vladva.core.images import FORMATS
+from vladva.core.images import FORMATS, MAX_RATIO
 
 # Image processors scale the shorter side to their own size: an image of 50,000,000 x 1 pixels would become 16 billion.
-MAX_RATIO = 200
 
 
 def parse_data_uri(uri: str, max_bytes: int) -> bytes:

@@ -74,7 +74,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV")  # and 16-bit grey
-METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where Pillow finds an orientation
+ORIENTATION_FIELDS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where Pillow finds an orientation
 PNG_METADATA = re.compile(rb"eXIf|XML:com\.adobe\.xmp|Raw profile type exif")
 
 
@@ -195,7 +195,7 @@ def _orientation(image: Image.Image, data: bytes) -> int:
     if image.format == "TIFF":  # Pillow turns it by itself
         return 1
     in_png = image.format == "PNG" and PNG_METADATA.search(data)
-    if not in_png and not any(name in image.info for name in METADATA):
+    if not in_png and not any(name in image.info for name in ORIENTATION_FIELDS):
         return 1
     try:
         found = image.getexif().get(ORIENTATION, 1)  # of a PNG this decodes, as its EXIF may come last

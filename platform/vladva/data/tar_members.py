@@ -15,8 +15,8 @@ from vladva.core.images import IMAGES
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 ENDINGS = frozenset([*IMAGES, "txt", "json"])  # of the members that make a sample
-BLOCK = tarfile.BLOCKSIZE
-READ_AHEAD = 1 << 16  # bytes behind the end of an archive
+TAR_BLOCK = tarfile.BLOCKSIZE
+BYTES_BEHIND_END = 1 << 16  # bytes behind the end of an archive
 
 
 class TarMember(NamedTuple):
@@ -65,7 +65,7 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, "" if base.startswith(".") else ending.lower()
 
 
-def readable(name: str) -> str:
+def readable_name(name: str) -> str:
     """A member's name as text: bytes that are not UTF-8 as escapes, as ids must be text."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").removeprefix("./")
 
@@ -75,21 +75,21 @@ def _resolved(links: list[tarfile.TarInfo], found: dict[str, TarMember]) -> Iter
     while links:
         ready = [link for link in links if _target(link) in found]
         for link in ready:
-            name = readable(link.name)
+            name = readable_name(link.name)
             found[name] = found[_target(link)]._replace(name=name)
             yield found[name]
         links = [link for link in links if link not in ready]
         if not ready:
             break
     for link in links:
-        problem = f"a link to {readable(link.linkname)}, which is not in the tar"
-        yield TarMember(readable(link.name), link.offset, 0, problem)
+        problem = f"a link to {readable_name(link.linkname)}, which is not in the tar"
+        yield TarMember(readable_name(link.name), link.offset, 0, problem)
 
 
 def _target(link: tarfile.TarInfo) -> str:
     """Name of the member that a link points at: hard links name it, symbolic ones start from their own folder."""
     folder = posixpath.dirname(link.name) if link.issym() else ""
-    return readable(posixpath.normpath(posixpath.join(folder, link.linkname)))
+    return readable_name(posixpath.normpath(posixpath.join(folder, link.linkname)))
 
 
 def _archive(
@@ -107,7 +107,7 @@ def _archive(
                 links.append(info)
             elif not info.isdir():
                 problem = "" if info.isreg() and not info.issparse() else "neither a plain file nor a link to one"
-                member = TarMember(readable(info.name), info.offset_data, info.size, problem)
+                member = TarMember(readable_name(info.name), info.offset_data, info.size, problem)
                 found[member.name] = member
                 yield member
     except (tarfile.TarError, ValueError) as error:  # ValueError: numbers in a PAX header that are none
@@ -117,8 +117,8 @@ def _archive(
         raise InvalidSampleError(reason, f"after byte {end or begin}: {error}") from None
     # tarfile stops without a word at a damaged header, and where the file ends too early between two members.
     file.seek(tar.offset)
-    block = file.read(BLOCK)
-    if len(block) < BLOCK and (end or block):
+    block = file.read(TAR_BLOCK)
+    if len(block) < TAR_BLOCK and (end or block):
         raise InvalidSampleError("truncated tar", "the mark at its end is missing; what is there is kept")
     if any(block):
         raise InvalidSampleError("damaged tar", f"no valid header at byte {tar.offset}; the samples before it are kept")
@@ -127,8 +127,8 @@ def _archive(
 
 def _next_archive(file: IO[bytes]) -> int | None:
     """Where the next archive begins: at the first block behind the mark that is not empty."""
-    while data := file.read(READ_AHEAD):
+    while data := file.read(BYTES_BEHIND_END):
         if any(data):
             first = len(data) - len(data.lstrip(b"\0"))
-            return (file.tell() - len(data) + first) // BLOCK * BLOCK
+            return (file.tell() - len(data) + first) // TAR_BLOCK * TAR_BLOCK
     return None
