@@ -37,6 +37,7 @@ GOOD = {
     "palette": encode(noise_image(1).convert("P")),
     "transparent": encode(noise_image(1).convert("RGBA")),
     "black and white": encode(noise_image(1).convert("1")),
+    "bmp": encode(noise_image(1), "BMP"),
 }
 BAD = {
     "truncated png": encode(Image.effect_noise((64, 64), 50))[:600],
@@ -45,7 +46,6 @@ BAD = {
     "bomb below the cap": claiming(7_000, 7_000),
     "50 million x 1": claiming(50_000_000, 1),
     "empty": b"",
-    "bmp": encode(noise_image(1), "BMP"),
     "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
 }
 
