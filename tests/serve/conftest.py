@@ -106,7 +106,7 @@ def server(ray_cluster: None, adapter: str, index: str, foreign_index: str) -> I
         port = probe.getsockname()[1]
     url = start(ServeArgs(model=adapter, index=index, **SMALL), port=port)
     os.environ[API_KEYS] = f"{KEY}, {OTHER_KEY}"
-    limits = {"max_queued_tokens": 100_000, "max_body_bytes": 2_000_000, "deadline_s": 3.0}
+    limits = {"max_queued_tokens": 300_000, "max_body_bytes": 2_000_000, "deadline_s": 3.0}
     strict = ServeArgs(index=foreign_index, **limits, **SMALL)
     serve.run(build(strict), name=STRICT, route_prefix=f"/{STRICT}", logging_config={"log_level": "WARNING"})
     del os.environ[API_KEYS]

@@ -129,9 +129,9 @@ def test_work_beyond_the_budget_is_refused(client: httpx.Client) -> None:
 
 
 def test_late_work_is_cancelled_and_its_place_freed(strict: httpx.Client) -> None:
-    error_of(strict.post("/v1/embeddings", json={"input": texts(440)}), 408, "deadline_exceeded")
+    error_of(strict.post("/v1/embeddings", json={"input": texts(1320)}), 408, "deadline_exceeded")
     deadline = time.monotonic() + 60
-    while strict.post("/v1/embeddings", json={"input": texts(100)}).status_code == 429:  # 440 + 100 do not fit
+    while strict.post("/v1/embeddings", json={"input": texts(100)}).status_code == 429:  # 1,320 + 100 do not fit
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
