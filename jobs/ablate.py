@@ -11,11 +11,9 @@ import argparse
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 from vladva.core.cli import user_errors
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipe's command line is that of jobs/train.py
+from vladva.recipes import parse_recipe
 
 COLUMNS = {
     "scenes_retrieval/t2i_r1": "T2I R@1",
@@ -44,9 +42,7 @@ def main() -> None:
     if options.seeds < 1:
         raise ValueError(f"--seeds is {options.seeds}; it must be at least 1")
 
-    from jobs.train import parse as parse_recipe
-
-    recipe = parse_recipe([options.recipe, *overrides])
+    recipe = parse_recipe([options.recipe, *overrides], prog="jobs/ablate.py")
     recipe = replace(recipe, storage=options.out, data=replace(recipe.data, uri=f"{options.data}/train"))
 
     from rich.console import Console
@@ -56,7 +52,7 @@ def main() -> None:
 
     ray_tasks.connect()
     benchmarks = list(dict.fromkeys(name.split("/")[0] for name in COLUMNS))
-    result = ablate(recipe, benchmarks, options.data, options.out, seeds=options.seeds)
+    result = ablate(recipe, benchmarks, options.data, options.out, seeds=options.seeds, tell=print)
     Console().print(ablation_table(result["scores"], COLUMNS))
     print(json.dumps(result))
 

@@ -94,9 +94,9 @@ def make_scenes(uri: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def train_adapter(config: RunConfig) -> dict[str, Any]:
     """Train, and keep the last step's metrics."""
-    from vladva.train.loop import train
+    from vladva.train.launch import train
 
-    return train(config)
+    return train(config, tell=print)
 
 
 def index_images(scenes: str, run: str) -> dict[str, Any]:

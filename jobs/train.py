@@ -7,32 +7,20 @@ says how much memory each worker needs, and by which part, and stops; what does 
 
 from __future__ import annotations
 
-import contextlib
-import io
+import argparse
 import sys
 
 from vladva.config import RunConfig
 from vladva.core.cli import user_errors
-from vladva.recipes import RECIPES
+from vladva.recipes import parse_recipe
 
 
-def parse(arguments: list[str]) -> RunConfig:
-    """The recipe that the first argument names, with the overrides that follow."""
-    import tyro
-
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in RECIPES:
-        raise ValueError(f"unknown recipe {arguments[0]!r}; there are {', '.join(RECIPES)}")
-    recipes = {name: (recipe.__doc__.splitlines()[0], recipe()) for name, recipe in RECIPES.items()}
-    told = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(told):
-            return tyro.extras.overridable_config_cli(recipes, prog="jobs/train.py", args=arguments)
-    except SystemExit as refusal:
-        if not refusal.code:  # --help
-            raise
-        # tyro draws its message in a box; ours are one line.
-        lines = [line.strip("│╭╮╰╯─ \n") for line in told.getvalue().splitlines()]
-        raise ValueError(" ".join(line for line in lines if line)) from None
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, RunConfig]:
+    """Options of the job, and the recipe with its overrides."""
+    parser = argparse.ArgumentParser(prog="jobs/train.py", add_help=False, usage="%(prog)s RECIPE [options]")
+    parser.add_argument("--dry-run", action="store_true", help="say how much memory each worker needs, and stop")
+    options, rest = parser.parse_known_args(arguments)
+    return options, parse_recipe(rest, prog="jobs/train.py", options=parser)
 
 
 def dry_run(config: RunConfig) -> None:
@@ -47,18 +35,19 @@ def dry_run(config: RunConfig) -> None:
 
 @user_errors
 def main() -> None:
-    arguments = [argument for argument in sys.argv[1:] if argument != "--dry-run"]
-    config = parse(arguments)
-    if len(arguments) < len(sys.argv) - 1:
+    options, config = parse(sys.argv[1:])
+    if options.dry_run:
         dry_run(config)
         return
 
-    from vladva.train.loop import train
+    from vladva.train.launch import train
 
-    last = train(config)
+    last = train(config, tell=print)
+    accuracy = last["in_batch_accuracy"]
+    told = f"in-batch accuracy {accuracy:.3f}" if accuracy is not None else "no pair with negatives in the last batch"
     print(
-        f"{config.uri}: {config.train.steps} steps, loss {last['loss']:.3f}, in-batch accuracy "
-        f"{last['in_batch_accuracy']:.3f}. Next: jobs/evaluate.py {config.uri}"
+        f"{config.uri}: {config.train.steps} steps, loss {last['loss']:.3f}, {told}. "
+        f"Next: jobs/evaluate.py {config.uri}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
 
-from vladva.core.mixture import mix_shares, mix_uris
+from vladva.core.mixture import check_mix, mix_shares, mix_uris
 
 IMAGE_PROMPT = "Summarize the provided image in one word:"
 TEXT_PROMPT = "Summarize the provided text in one word:"
@@ -58,7 +58,7 @@ class DataConfig:
     """Stop when the scan quarantines more than this fraction of the samples."""
 
     def __post_init__(self) -> None:
-        assert len(self.uris) == len(self.shares)  # both read the mix, and refuse what is wrong with it
+        check_mix(self.mix)
 
     @property
     def uris(self) -> tuple[str, ...]:
@@ -75,13 +75,12 @@ class DataConfig:
 class LossConfig:
     """L = L_c + next_token_weight * L_AR."""
 
-    contrastive: Literal["info_nce", "sigmoid"] = "info_nce"
-    directions: Literal["symmetric", "one-way"] = "symmetric"
-    """InfoNCE of images to texts and texts to images, or of the former only."""
+    contrastive: str = "info_nce"
+    """The contrastive loss: the name of a file in vladva/losses/, as info_nce or sigmoid."""
+    options: tuple[str, ...] = ()
+    """Settings of that loss alone, each as NAME=VALUE, as `directions=one-way` of info_nce; they are in its file."""
     temperature: float = 0.07
     learn_temperature: bool = True
-    bias: float = -10.0
-    """Where the sigmoid loss's bias starts; it is learned."""
     matryoshka: tuple[int, ...] = ()
     """The contrastive loss is also taken of the first d coordinates, for each d: embeddings can then be cut to d."""
     next_token_weight: float = 1.0
@@ -94,8 +93,6 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"loss.temperature is {self.temperature}; it must be positive")
-        if self.contrastive == "sigmoid" and self.directions == "one-way":
-            raise ValueError("loss.directions: the sigmoid loss has no direction; use info_nce for a one-way loss")
         if min(self.matryoshka, default=1) < 1:
             raise ValueError(f"loss.matryoshka is {self.matryoshka}; each must be at least 1")
 
@@ -158,6 +155,16 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
+class TrackingConfig:
+    """Where metrics go besides the run's own folder. Addresses and keys are each client's environment variables."""
+
+    mlflow: bool = False
+    """Log to MLflow (pip install 'vladva[mlflow]'), at MLFLOW_TRACKING_URI."""
+    wandb: bool = False
+    """Log to Weights & Biases (pip install 'vladva[wandb]'), with WANDB_API_KEY, or WANDB_MODE=offline."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything a run depends on."""
 
@@ -170,6 +177,7 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -264,7 +272,19 @@ class RunConfig:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> RunConfig:
         """The config that `to_json` gave. Raises ValueError for a key that no config has."""
-        return _build(cls, content, "")
+        return _build(cls, _with_loss_options(content), "")
+
+
+def _with_loss_options(content: dict[str, Any]) -> dict[str, Any]:
+    """A config as it is saved now: before losses had options, those of the two losses of then were fields."""
+    loss = dict(content.get("loss", {}))
+    directions, bias = loss.pop("directions", "symmetric"), loss.pop("bias", -10.0)
+    options = []
+    if loss.get("contrastive") == "info_nce" and directions != "symmetric":
+        options.append(f"directions={directions}")
+    if loss.get("contrastive") == "sigmoid" and bias != -10.0:
+        options.append(f"bias={bias}")
+    return {**content, "loss": {**loss, "options": loss.get("options", options)}}
 
 
 def _build(cls: type, content: dict[str, Any], prefix: str) -> Any:

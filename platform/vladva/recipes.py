@@ -6,6 +6,10 @@ another and replaces a few values.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
+from collections.abc import Sequence
 from dataclasses import replace
 
 from vladva.config import ClusterConfig, DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -26,7 +30,7 @@ def tiny() -> RunConfig:
 
 
 def tiny_e5_v() -> RunConfig:
-    """E5-V's way on the tiny LVLM: sentences only (`vladva.scenes.write_triplets`), then used on images."""
+    """E5-V's way on the tiny LVLM: sentences only (`jobs/scenes.py --triplets` draws them), then used on images."""
     return replace(
         tiny(),
         name="tiny-e5-v",
@@ -93,7 +97,9 @@ E5_V_MODEL = ModelConfig(
 E5_V_DATA = DataConfig(
     uri="s3://CHANGE-ME/nli", texts_only=True, hard_negatives=1, max_text_tokens=32, short_below=512, long_below=512
 )
-E5_V_LOSS = LossConfig(directions="one-way", temperature=0.05, learn_temperature=False, next_token_weight=0.0)
+E5_V_LOSS = LossConfig(
+    options=("directions=one-way",), temperature=0.05, learn_temperature=False, next_token_weight=0.0
+)
 
 
 def e5_v_llava_next_8b() -> RunConfig:
@@ -130,7 +136,9 @@ def vlm2vec_qwen2_vl_2b() -> RunConfig:
         vladva,
         name="vlm2vec-qwen2-vl-2b",
         model=replace(vladva.model, soft_prompts=False),
-        loss=LossConfig(directions="one-way", temperature=0.02, learn_temperature=False, next_token_weight=0.0),
+        loss=LossConfig(
+            options=("directions=one-way",), temperature=0.02, learn_temperature=False, next_token_weight=0.0
+        ),
         optim=OptimConfig(lr=2e-5),
         train=replace(vladva.train, steps=2_000, chunk_size=8),
     )
@@ -149,3 +157,30 @@ RECIPES = {
         vlm2vec_qwen2_vl_2b,
     )
 }
+
+
+# --- command line
+
+
+def parse_recipe(arguments: Sequence[str], *, prog: str, options: argparse.ArgumentParser | None = None) -> RunConfig:
+    """The recipe that the first argument names, with the overrides that follow. Raises ValueError, in one line.
+
+    options: the command's other options, for `--help`.
+    """
+    import tyro
+
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in RECIPES:
+        raise ValueError(f"unknown recipe {arguments[0]!r}; there are {', '.join(RECIPES)}")
+    if options is not None and {"-h", "--help"} & set(arguments):
+        options.print_help()
+    recipes = {name: ((recipe.__doc__ or name).splitlines()[0], recipe()) for name, recipe in RECIPES.items()}
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.extras.overridable_config_cli(recipes, prog=prog, args=list(arguments))
+    except SystemExit as refusal:
+        if not refusal.code:  # --help
+            raise
+        # tyro draws its message in a box; ours are one line.
+        lines = [line.strip("│╭╮╰╯─ \n") for line in told.getvalue().splitlines()]
+        raise ValueError(" ".join(line for line in lines if line)) from None

@@ -49,7 +49,7 @@ def bare(config: RunConfig) -> list[float]:
     import torch
 
     from vladva.train.data_loader import ChunkReader
-    from vladva.train.loop import backward_of, build_engine
+    from vladva.train.setup import build_engine, make_backward
 
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -58,7 +58,7 @@ def bare(config: RunConfig) -> list[float]:
     torch.set_num_threads(1)
     reader, size = ChunkReader(config), config.chunks_per_batch
     batches = [[reader(step * size + i) for i in range(size)] for step in range(config.train.steps)]
-    engine, backward, seconds = build_engine(config, 0), backward_of(config), []
+    engine, backward, seconds = build_engine(config, 0), make_backward(config), []
     for batch in batches:
         began = time.perf_counter()
         backward(engine, batch)
@@ -87,14 +87,15 @@ def main() -> None:
 
     from vladva.core.ray_tasks import connect
     from vladva.data.scenes.corpus import write_scenes
-    from vladva.train.loop import check_data, train
+    from vladva.train.launch import train
+    from vladva.train.preflight import check_data
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_scenes(str(folder / "scenes"), train=1_000, test=10, negatives=1)
         config = config_of(folder, options.steps)
         connect()
-        check_data(config)
+        check_data(config, print)
         before = bare_in_a_process(folder, options.steps)
         train(config)
         after = bare_in_a_process(folder, options.steps)

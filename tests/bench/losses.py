@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, softplus
 
-from vladva.losses.info_nce import info_nce
-from vladva.losses.sigmoid import sigmoid
+from vladva.config import LossConfig
+from vladva.losses.contrastive import contrastive_loss, find_loss
+from vladva.losses.pairs import select_pairs
 
 WIDTH, DIMS = 512, (128, 256)
 SCALE, BIAS = math.log(10.0), -10.0
@@ -42,9 +43,11 @@ def embeddings(pairs: int) -> tuple[Tensor, Tensor]:
 
 def ours(loss: str, images: Tensor, texts: Tensor) -> Tensor:
     """The loss as training computes it."""
-    if loss == "sigmoid":
-        return sigmoid(images, texts, torch.tensor(SCALE), torch.tensor(BIAS)).loss
-    return info_nce(images, texts, torch.tensor(SCALE), dims=DIMS if loss == "matryoshka" else ()).loss
+    found = find_loss(LossConfig(contrastive="sigmoid" if loss == "sigmoid" else "info_nce"))
+    scalars = {"log_scale": torch.tensor(SCALE), "bias": torch.tensor(BIAS)}
+    return contrastive_loss(
+        found, select_pairs(images, texts), scalars, widths=DIMS if loss == "matryoshka" else ()
+    ).loss
 
 
 def naive(loss: str, images: Tensor, texts: Tensor) -> Tensor:

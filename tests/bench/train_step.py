@@ -55,7 +55,7 @@ from vladva.models.preprocessor import Preprocessor
 from vladva.train.data_loader import preprocessor_of
 from vladva.train.engine import Engine
 from vladva.train.grad_cache import prompts_only
-from vladva.train.loop import backward_of
+from vladva.train.setup import make_backward
 
 PAIRS, CACHED_PAIRS, MOST_PAIRS, CHUNK, RATE = 16, 32, 512, 8, 1e-4
 
@@ -83,7 +83,7 @@ def chunks_of(preprocessor: Preprocessor, pairs: int, chunk: int, *, long: bool)
 def build(config: RunConfig) -> EmbeddingModel:
     """The model with a new adapter."""
     torch.manual_seed(0)
-    model = EmbeddingModel(config.model, preprocessor_of(config), log_scale=2.66)
+    model = EmbeddingModel(config.model, preprocessor_of(config), scalars={"log_scale": 2.66})
     model.requires_grad_(False)
     model.log_scale.requires_grad_(True)
     add_adapter(model, config.model)
@@ -95,7 +95,7 @@ def our_step(checkpoint: str, pairs: int, chunk: int, next_token_weight: float) 
     config = config_of(checkpoint, pairs, chunk, next_token_weight)
     engine = Engine(build(config), config)
     batches = chunks_of(engine.model.preprocessor, pairs, chunk, long=next_token_weight > 0)
-    backward = backward_of(config)
+    backward = make_backward(config)
 
     def step() -> None:
         backward(engine, batches)

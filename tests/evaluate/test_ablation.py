@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from vladva.evaluate.ablation import ablation_table, runs, spread, variants
+from vladva.evaluate.ablation import ablation_table, mean_and_deviation, planned_runs, variants
 from vladva.recipes import tiny
 
 
@@ -25,12 +25,12 @@ def test_each_variant_leaves_out_what_its_title_says() -> None:
 
 def test_nothing_else_differs_and_every_run_has_a_folder_of_its_own() -> None:
     recipe = tiny()
-    for _, config in runs(recipe, seeds=3):
+    for _, config in planned_runs(recipe, seeds=3):
         same = replace(config, name=recipe.name, seed=recipe.seed, model=recipe.model, loss=recipe.loss)
         assert same == recipe
         assert replace(config.model, soft_prompts=True, lora_rank=recipe.model.lora_rank) == recipe.model
         assert replace(config.loss, next_token_weight=recipe.loss.next_token_weight) == recipe.loss
-    made = [config for _, config in runs(recipe, seeds=3)]
+    made = [config for _, config in planned_runs(recipe, seeds=3)]
     assert len({config.name for config in made}) == len(made) == 12
     assert sorted({config.seed for config in made}) == [0, 1, 2]
 
@@ -42,8 +42,8 @@ def test_a_recipe_that_lacks_a_part_is_refused() -> None:
 
 
 def test_spread_is_mean_and_sample_deviation() -> None:
-    assert spread([0.1, 0.2, 0.6]) == (pytest.approx(0.3), pytest.approx((0.14 / 2) ** 0.5))
-    assert spread([0.5]) == (0.5, 0.0)
+    assert mean_and_deviation([0.1, 0.2, 0.6]) == (pytest.approx(0.3), pytest.approx((0.14 / 2) ** 0.5))
+    assert mean_and_deviation([0.5]) == (0.5, 0.0)
 
 
 def test_the_table_has_a_row_for_each_variant() -> None:

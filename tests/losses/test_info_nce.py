@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from vladva.losses.info_nce import MAX_SCALE, info_nce
+from vladva.losses.contrastive import contrastive_loss
+from vladva.losses.info_nce import MAX_SCALE, InfoNCE
+from vladva.losses.pairs import PairLoss, select_pairs
 
 NUM_PAIRS, WIDTH = 11, 8
 CASES = {
@@ -34,6 +36,23 @@ CASES["everything"] = {
     "negative_keys": torch.tensor([1, 100, 8, 8, 4]),
     "dims": (3, 5),
 }
+
+
+def info_nce(
+    images: Tensor,
+    texts: Tensor,
+    log_scale: Tensor | None = None,
+    *,
+    temperature: float | None = None,
+    symmetric: bool = True,
+    dims: tuple[int, ...] = (),
+    chunk_size: int = 256,
+    **columns: Tensor | None,
+) -> PairLoss:
+    """The loss under test, of a log scale or with a fixed temperature; `columns` are those of select_pairs."""
+    loss = InfoNCE(temperature or 1.0, log_scale is not None, "symmetric" if symmetric else "one-way")
+    scalars = {} if log_scale is None else {"log_scale": log_scale}
+    return contrastive_loss(loss, select_pairs(images, texts, **columns), scalars, widths=dims, chunk_size=chunk_size)
 
 
 def slow_info_nce(
@@ -79,7 +98,7 @@ def slow_info_nce(
                 logits = torch.stack([anchor @ other for other in (positive, *rest)]) * log_scale.exp()
                 losses.append(-logits.log_softmax(0)[0])
                 if width == images.shape[1]:
-                    hits.append(all(bool(logits[0] > other) for other in logits[1:]))
+                    hits += [all(bool(logits[0] > other) for other in logits[1:])] if rest else []
                     counts.append(len(rest))
             if width == images.shape[1]:
                 left_out += len(part) - 1 - len(others) + len(hard) - len(mine)
@@ -141,7 +160,8 @@ def test_equal_embeddings_give_log_of_the_number_of_candidates(num_pairs: int) -
     same = torch.zeros(num_pairs, 4)
     result = info_nce(same, same, torch.tensor(3.0), chunk_size=3)
     assert float(result.loss) == pytest.approx(math.log(num_pairs), abs=1e-6)
-    assert float(result.accuracy) == (num_pairs == 1)  # ties are misses
+    # Ties are misses, and a pair without negatives is neither hit nor miss.
+    assert float(result.accuracy) == pytest.approx(math.nan if num_pairs == 1 else 0, nan_ok=True)
     assert float(result.effective_negatives) == num_pairs - 1
     one_way = info_nce(same, same, temperature=0.05, symmetric=False, negatives=torch.zeros(num_pairs, 3, 4))
     assert float(one_way.loss) == pytest.approx(math.log(4 * num_pairs), abs=1e-6)
@@ -193,7 +213,8 @@ def test_no_valid_pair_gives_zero_and_zero_gradients(unit: Callable) -> None:
     images, texts, log_scale = unit(3, 4, seed=1), unit(3, 4, seed=2), torch.tensor(2.0, requires_grad=True)
     options = {"valid": torch.zeros(3, dtype=torch.bool), "negatives": unit(3, 2, 4, seed=3), "dims": (2,)}
     result = info_nce(images, texts, log_scale, **options)
-    assert [x.item() for x in result] == [0] * 6
+    assert [result.loss.item(), result.effective_negatives.item(), result.duplicates.item()] == [0, 0, 0]
+    assert all(math.isnan(x) for x in (result.accuracy, result.image_recall, result.text_recall))
     for grad in torch.autograd.grad(result.loss, (images, texts, log_scale)):
         assert not grad.any()
 
@@ -209,12 +230,22 @@ def test_ranks_together_have_the_gradient_of_one_process(unit: Callable) -> None
         torch.testing.assert_close(grad, whole[own], rtol=1e-12, atol=1e-14)
 
 
-def test_user_errors_name_the_argument(unit: Callable) -> None:
+def test_alike_captions_leave_nothing_to_count(unit: Callable) -> None:
+    """Sixteen images captioned alike have no negatives: no accuracy, no gradient. One other caption changes it."""
+    images, texts = unit(16, 4, seed=1), unit(16, 4, seed=2)
+    alike = info_nce(images, texts, torch.tensor(2.0), caption_keys=torch.zeros(16, dtype=torch.long))
+    assert math.isnan(alike.accuracy)
+    assert (alike.effective_negatives, alike.duplicates) == (0, 16 * 15)
+    assert not torch.autograd.grad(alike.loss, images)[0].any()
+    keys = torch.zeros(16, dtype=torch.long)
+    keys[3] = 1
+    other = info_nce(images, texts, torch.tensor(2.0), caption_keys=keys)
+    assert 0 <= other.accuracy <= 1
+    assert float(other.effective_negatives) == pytest.approx((15 + 15) / 16)
+
+
+def test_a_width_that_is_no_part_is_refused(unit: Callable) -> None:
     images, texts = unit(3, 4, seed=1), unit(3, 4, seed=2)
-    with pytest.raises(ValueError, match=r"log_scale .* or temperature"):
-        info_nce(images, texts)
-    with pytest.raises(ValueError, match=r"log_scale .* or temperature"):
-        info_nce(images, texts, torch.tensor(1.0), temperature=0.1)
     with pytest.raises(ValueError, match=r"dims: 4 .* width 4"):
         info_nce(images, texts, temperature=0.1, dims=(4,))
 

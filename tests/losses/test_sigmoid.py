@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
-from vladva.losses.sigmoid import sigmoid
+from vladva.losses.contrastive import contrastive_loss
+from vladva.losses.pairs import PairLoss, select_pairs
+from vladva.losses.sigmoid import Sigmoid
 
 NUM_PAIRS, WIDTH = 11, 8
 VALID = torch.tensor([1, 1, 0, 1, 1, 1, 0, 1, 1, 1, 0]).bool()
@@ -16,6 +18,22 @@ IMAGE_KEYS = torch.tensor([0, 1, 2, 3, 0, 5, 6, 7, 8, 0, 10])
 CAPTION_KEYS = torch.tensor([0, 1, 2, 1, 4, 5, 6, 7, 8, 9, 10])
 OWNERS = torch.tensor([0, 0, 2, 6, 9])
 NEGATIVE_KEYS = torch.tensor([1, 100, 8, 8, 4])
+
+
+def sigmoid(
+    images: Tensor,
+    texts: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    *,
+    dims: tuple[int, ...] = (),
+    chunk_size: int = 256,
+    **columns: Tensor | None,
+) -> PairLoss:
+    """The loss under test; `columns` are those of select_pairs."""
+    scalars = {"log_scale": log_scale, "bias": bias}
+    pairs = select_pairs(images, texts, **columns)
+    return contrastive_loss(Sigmoid(0.1, True), pairs, scalars, widths=dims, chunk_size=chunk_size)
 
 
 def slow_sigmoid(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor, negatives: Tensor | None) -> Tensor:
@@ -95,7 +113,7 @@ def test_matryoshka_is_the_mean_over_widths(unit: Callable) -> None:
 def test_no_valid_pair_gives_zero_and_zero_gradients(unit: Callable) -> None:
     images, texts, scale = unit(3, 4, seed=1), unit(3, 4, seed=2), torch.tensor(2.0, requires_grad=True)
     result = sigmoid(images, texts, scale, torch.tensor(-3.0), valid=torch.zeros(3, dtype=torch.bool))
-    assert [x.item() for x in result] == [0] * 6
+    assert [result.loss.item(), result.effective_negatives.item(), result.duplicates.item()] == [0, 0, 0]
     for grad in torch.autograd.grad(result.loss, (images, texts, scale), allow_unused=True, materialize_grads=True):
         assert not grad.any()
 

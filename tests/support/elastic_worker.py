@@ -20,7 +20,7 @@ from tests.support.checkpoints import build_llava
 from vladva.config import ClusterConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from vladva.data.scenes.corpus import write_scenes
 from vladva.models import checkpoint
-from vladva.train.loop import train
+from vladva.train.launch import train
 from vladva.train.tracking import read_metrics
 
 STEPS, NEVER = 30, 1000

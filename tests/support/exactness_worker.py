@@ -1,6 +1,6 @@
 """Steps of every backbone under ZeRO 0 to 3, one and two workers, one and four chunks; and in plain PyTorch.
 
-python tests/exactness_worker.py OUT [--full]
+python -m tests.support.exactness_worker OUT [--full]
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from vladva.models.adapter import add_adapter
 from vladva.models.batch import MicroBatch, as_tensors
 from vladva.models.embedding_model import EmbeddingModel, caption_labels
 from vladva.models.preprocessor import Preprocessor
-from vladva.train import grad_cache
+from vladva.train import collectives, global_batch, grad_cache
 from vladva.train.data_loader import preprocessor_of
 from vladva.train.engine import Engine
-from vladva.train.loop import backward_of
+from vladva.train.setup import make_backward
 
 PAIRS, STEPS, RATE, WEIGHT = 8, 2, 1e-2, 0.5
 # AdamW's first step is the sign of the gradient, which rounding decides where the gradient is next to nothing. With a
@@ -120,7 +120,7 @@ def examples() -> list[Example]:
 def build(config: RunConfig) -> EmbeddingModel:
     """The model at its start, LoRA's second factors not zero, so that all of them get gradients."""
     torch.manual_seed(0)
-    model = EmbeddingModel(config.model, preprocessor_of(config), log_scale=2.0)
+    model = EmbeddingModel(config.model, preprocessor_of(config), scalars={"log_scale": 2.0})
     model.requires_grad_(False)
     model.log_scale.requires_grad_(True)
     add_adapter(model, config.model)
@@ -186,17 +186,21 @@ def without_positions(model: EmbeddingModel, inputs: dict[str, torch.Tensor]) ->
 
 @contextmanager
 def broken(name: str, function: Callable[..., Any]) -> Iterator[None]:
-    whole = getattr(grad_cache, name)
-    setattr(grad_cache, name, function)
+    """The function of that name is another one, wherever it is called."""
+    modules = [module for module in (collectives, global_batch, grad_cache) if hasattr(module, name)]
+    whole = getattr(modules[0], name)
+    for module in modules:
+        setattr(module, name, function)
     yield
-    setattr(grad_cache, name, whole)
+    for module in modules:
+        setattr(module, name, whole)
 
 
-def full_weight(chunks: list[MicroBatch], device: torch.device) -> list[tuple[MicroBatch, float]]:
-    return [(chunk, 1.0) for chunk in (chunks + chunks[-1:])[:2]]
+def full_weight(chunks: list[MicroBatch], device: torch.device) -> list[grad_cache.Pass]:
+    return [grad_cache.Pass(chunk, 1.0, min(i, len(chunks) - 1)) for i, chunk in enumerate((chunks + chunks[-1:])[:2])]
 
 
-FAULTY = {"no-gather": ("gather", lambda own: own), "full-weight": ("weighted", full_weight)}
+FAULTY = {"no-gather": ("gather", lambda local: local), "full-weight": ("padded_passes", full_weight)}
 
 
 def run_cases(rank: int, out: Path, cases: list[Case]) -> None:
@@ -212,7 +216,7 @@ def run_cases(rank: int, out: Path, cases: list[Case]) -> None:
 def steps(rank: int, out: Path, case: Case) -> dict[str, Any]:
     config = config_of(str(out / case.family), case)
     model = build(config)
-    engine, backward = Engine(model, config), backward_of(config)
+    engine, backward = Engine(model, config), make_backward(config)
     for group in engine.optimizer.param_groups:
         group["eps"] = EPSILON
     share = batches(model.preprocessor, config.train.chunk_size)[rank :: case.world]

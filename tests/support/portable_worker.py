@@ -18,7 +18,8 @@ from vladva.config import ClusterConfig, DataConfig, ModelConfig, OptimConfig, R
 from vladva.models import checkpoint
 from vladva.train.data_loader import ChunkReader
 from vladva.train.engine import learning_rate
-from vladva.train.loop import backward_of, build_engine, save_checkpoint
+from vladva.train.loop import write_checkpoint
+from vladva.train.setup import build_engine, make_backward
 
 HALF, STEPS = 2, 4
 # Groups of processes, one after the other: how many workers, and (run, first step, ZeRO stage) of the halves they make.
@@ -56,7 +57,7 @@ def half(rank: int, config: RunConfig, start: int) -> None:
         worst = max((moments[key] - value).abs().max().item() for key, value in saved.optimizer.items())
         assert worst == 0, f"the optimizer's state differs by {worst}"
     next_chunk = saved.state["next_chunk"] if saved else 0
-    reader, backward, losses = ChunkReader(config), backward_of(config), []
+    reader, backward, losses = ChunkReader(config), make_backward(config), []
     for step in range(start, start + HALF):
         world = distributed.get_world_size()
         numbers = range(next_chunk + rank, next_chunk + config.chunks_per_batch, world)
@@ -65,7 +66,7 @@ def half(rank: int, config: RunConfig, start: int) -> None:
         next_chunk += config.chunks_per_batch
         losses.append((found.contrastive.loss.item(), found.next_token.item(), found.scalars[0].item()))
     saver = checkpoint.AsyncSaver(config.uri, keep_last=2) if rank == 0 else None
-    save_checkpoint(engine, saver, config, start + HALF, {})
+    write_checkpoint(engine, saver, config, start + HALF, {})
     if saver is not None:
         saver.close()
         torch.save(losses, Path(config.uri) / f"losses-{start}.pt")

@@ -1,6 +1,6 @@
 """Two optimizer steps under every option of losses and engine, and the same in plain PyTorch, saved for comparison.
 
-python tests/train_options_worker.py CHECKPOINT OUT
+python -m tests.support.train_options_worker.py CHECKPOINT OUT
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from vladva.data.examples import Example
 from vladva.data.scenes.captions import captions
 from vladva.data.scenes.corpus import scenes
 from vladva.data.scenes.scene import render
+from vladva.losses.pairs import Pairs
 from vladva.models.adapter import add_adapter
 from vladva.models.batch import MicroBatch, as_tensors
 from vladva.models.embedding_model import EmbeddingModel, caption_labels, checkpoint_activations
 from vladva.train.data_loader import preprocessor_of
 from vladva.train.engine import Engine
 from vladva.train.grad_cache import pixels_of
-from vladva.train.loop import backward_of
+from vladva.train.setup import make_backward
 
 CHUNKS, PAIRS, STEPS, RATE = 4, 3, 2, 1e-2
 
@@ -44,8 +45,8 @@ class Case:
     reference: str | None = None  # another case's, whose options it must equal; its own otherwise
 
 
-E5_V = LossConfig(directions="one-way", temperature=0.05, learn_temperature=False, next_token_weight=0.0)
-SIGLIP = LossConfig(contrastive="sigmoid", temperature=0.1, bias=-3.0, next_token_weight=0.5)
+E5_V = LossConfig(options=("directions=one-way",), temperature=0.05, learn_temperature=False, next_token_weight=0.0)
+SIGLIP = LossConfig(contrastive="sigmoid", temperature=0.1, options=("bias=-3.0",), next_token_weight=0.5)
 NESTED = LossConfig(matryoshka=(8, 16), next_token_weight=0.5)
 DROPOUT = (("lora_dropout", 0.3),)
 CASES = {
@@ -110,7 +111,7 @@ def scene_pairs() -> list[Example]:
 
 
 def examples(kind: str) -> list[Example]:
-    """The pairs; with hard negatives of some; with texts in the images' stead."""
+    """The pairs; with hard negatives of some; with texts instead of images."""
     plain = scene_pairs()
     if kind == "plain":
         return plain
@@ -125,10 +126,12 @@ def examples(kind: str) -> list[Example]:
 def build(config: RunConfig, kind: str) -> tuple[EmbeddingModel, list[MicroBatch]]:
     torch.manual_seed(0)
     preprocessor = preprocessor_of(config)
-    model = EmbeddingModel(config.model, preprocessor, log_scale=2.0, bias=config.loss.bias)
+    sigmoid = config.loss.contrastive == "sigmoid"
+    model = EmbeddingModel(config.model, preprocessor, scalars={"log_scale": 2.0} | ({"bias": -3.0} if sigmoid else {}))
     model.requires_grad_(False)
     model.log_scale.requires_grad_(config.loss.learn_temperature)
-    model.bias.requires_grad_(config.loss.contrastive == "sigmoid")
+    if sigmoid:
+        model.bias.requires_grad_(True)
     add_adapter(model, config.model)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -157,7 +160,7 @@ def plain_contrastive(loss: LossConfig, images: Tensor, texts: Tensor, model: Em
             continue
         logits = logits.masked_fill(~mask, -torch.inf)
         value = cross_entropy(logits, target)
-        if loss.directions == "symmetric":
+        if "directions=one-way" not in loss.options:
             value = (value + cross_entropy(logits[:, : len(logits)].T, target)) / 2
         values.append(value)
     return torch.stack(values).mean()
@@ -239,7 +242,7 @@ def engine_steps(
     config = config_of(checkpoint, case)
     model, chunks = build(config, case.kind)
     engine = Engine(model, config)
-    backward = backward_of(config)
+    backward = make_backward(config)
     backward.keywords.update(change(backward.keywords))
     losses = []
     for step in range(STEPS):
@@ -267,9 +270,8 @@ def main() -> None:
 def without_negatives(options: dict[str, Any]) -> dict[str, Any]:
     whole = options["contrastive"]
 
-    def contrastive(images: Tensor, texts: Tensor, scalars: Tensor, **columns: Tensor | None) -> Any:
-        kept = {name: column for name, column in columns.items() if not name.startswith("negative")}
-        return whole(images, texts, scalars, **kept)
+    def contrastive(pairs: Pairs, scalars: Tensor) -> Any:
+        return whole(replace(pairs, texts=pairs.texts[: len(pairs)], negative_keys=None), scalars)
 
     return {"contrastive": contrastive}
 

@@ -19,7 +19,7 @@ from vladva.models import checkpoint
 from vladva.models.embedder import load_embedder
 from vladva.recipes import tiny as tiny_recipe
 from vladva.train.audit import audit
-from vladva.train.loop import train
+from vladva.train.launch import train
 from vladva.train.tracking import read_metrics
 
 STEPS = 6

@@ -12,7 +12,7 @@ goes on when the same command is given.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ def variants(recipe: RunConfig) -> dict[str, RunConfig]:
     }
 
 
-def runs(recipe: RunConfig, seeds: int) -> Iterator[tuple[str, RunConfig]]:
+def planned_runs(recipe: RunConfig, seeds: int) -> Iterator[tuple[str, RunConfig]]:
     """(title of the variant, configuration with a name and a seed of its own)."""
     for title, variant in variants(recipe).items():
         for seed in range(seeds):
@@ -49,19 +49,27 @@ def runs(recipe: RunConfig, seeds: int) -> Iterator[tuple[str, RunConfig]]:
             yield title, replace(variant, name=f"{recipe.name}-{words}-seed{seed}", seed=seed)
 
 
-def ablate(recipe: RunConfig, benchmarks: Sequence[str], data_uri: str, out_uri: str, *, seeds: int) -> dict[str, Any]:
-    """Train and score every variant with every seed; needs a Ray cluster.
+def ablate(
+    recipe: RunConfig,
+    benchmarks: Sequence[str],
+    data_uri: str,
+    out_uri: str,
+    *,
+    seeds: int,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Train and score every variant with every seed; needs a Ray cluster. `tell` gets a line for each run.
 
     Returns {"scores": {variant: {"benchmark/metric": [one fraction a seed]}}, "steps", "seeds"}.
     """
     from vladva.evaluate.scoring import evaluate, read_benchmarks
-    from vladva.train.loop import train
+    from vladva.train.launch import train
 
     tasks = read_benchmarks(benchmarks, data_uri)
     models, titles = {ZERO_SHOT: recipe.model.checkpoint}, {ZERO_SHOT: ZERO_SHOT}
-    for title, config in runs(recipe, seeds):
-        print(f"{title}, seed {config.seed}: {config.uri}")
-        train(config)
+    for title, config in planned_runs(recipe, seeds):
+        tell(f"{title}, seed {config.seed}: {config.uri}")
+        train(config, tell=tell)
         models[config.name], titles[config.name] = config.uri, title
     evaluated = evaluate(models, tasks, data_uri, out_uri)["models"]
     scores: dict[str, dict[str, list[float]]] = {}
@@ -72,7 +80,7 @@ def ablate(recipe: RunConfig, benchmarks: Sequence[str], data_uri: str, out_uri:
     return {"scores": scores, "steps": recipe.train.steps, "seeds": seeds}
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard deviation (of a sample; 0 for a single value)."""
     return mean(values), stdev(values) if len(values) > 1 else 0.0
 
@@ -89,7 +97,7 @@ def ablation_table(scores: Mapping[str, Mapping[str, Sequence[float]]], columns:
     for title, metrics in scores.items():
         cells = []
         for name in columns:
-            average, deviation = spread(metrics[name])
+            average, deviation = mean_and_deviation(metrics[name])
             several = len(metrics[name]) > 1
             cells.append(f"{100 * average:.1f}" + (f" ± {100 * deviation:.1f}" if several else ""))
         table.add_row(title, *cells)

@@ -9,69 +9,51 @@ small losses keep their precision at high temperatures. Letters: see pairs.py.
 """
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
-from vladva.losses.pairs import PairLoss, Pairs, pair_statistics, row_chunks, select_pairs
+from vladva.losses.contrastive import ROWS, ContrastiveLoss, Scalar
+from vladva.losses.pairs import Pairs, row_chunks
 
 MAX_SCALE = 100.0
 
 
-def info_nce(
-    images: Tensor,
-    texts: Tensor,
-    log_scale: Tensor | None = None,
-    *,
-    temperature: float | None = None,
-    symmetric: bool = True,
-    valid: Tensor | None = None,
-    image_keys: Tensor | None = None,
-    caption_keys: Tensor | None = None,
-    negatives: Tensor | None = None,
-    negative_owners: Tensor | None = None,
-    negative_keys: Tensor | None = None,
-    dims: tuple[int, ...] = (),
-    chunk_size: int = 256,
-) -> PairLoss:
-    """Mean cross-entropy of finding each image's text among all texts and, if `symmetric`, each text's image as well.
+@dataclass(frozen=True)
+class InfoNCE(ContrastiveLoss):
+    """Mean cross-entropy of finding each image's text among all texts and, if symmetric, each text's image as well.
 
-    images, texts: [G, D], L2-normalised, of the whole global batch, the same on every rank; rows of other ranks simply
-        carry no gradient.
-    log_scale: 0-d; similarities are multiplied by exp(log_scale), at most 100. Above that its gradient is 0, so that
-        the trainer should clamp the parameter, too.
-    temperature: a fixed temperature instead; similarities are divided by it.
-    valid, image_keys, caption_keys, negatives, negative_owners, negative_keys: see select_pairs. A pair that is not
-        valid takes no part at all; duplicates are no negatives of each other; hard negatives are more texts for
-        every image.
-    dims: Matryoshka; the loss is also computed on the first d coordinates for each d, and the mean over these and the
-        full width is returned.
-    chunk_size: rows of the similarity matrix held at once.
+    Duplicates are no negatives of each other; hard negatives are more texts for every image. Similarities are divided
+    by the temperature, or multiplied by exp(log_scale), at most 100.
     """
-    pairs = select_pairs(
-        images,
-        texts,
-        valid=valid,
-        image_keys=image_keys,
-        caption_keys=caption_keys,
-        negatives=negatives,
-        negative_owners=negative_owners,
-        negative_keys=negative_keys,
-    )
-    scale = _scale(log_scale, temperature)
-    losses = []
-    for part in (pairs, *map(pairs.first_dimensions, dims)):
-        losses_P = _CrossEntropies.apply(part.images * scale, part.texts, part, symmetric, chunk_size)
-        losses.append(losses_P.sum() / max(len(pairs), 1))
-    statistics = pair_statistics(pairs, symmetric=symmetric, chunk_size=chunk_size)
-    return PairLoss(torch.stack(losses).mean(), *statistics)
+
+    directions: Literal["symmetric", "one-way"] = "symmetric"
+    """Of images to texts and texts to images, or of the former only."""
+
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]  # a constant of other losses, here a setting
+        """Whether texts look for their images, too."""
+        return self.directions == "symmetric"
+
+    def scalars(self) -> dict[str, Scalar]:
+        """Logarithm of the scale by which similarities are multiplied."""
+        start = -math.log(self.temperature)
+        return {"log_scale": Scalar(start, self.learn_temperature, highest=math.log(MAX_SCALE))}
+
+    def __call__(self, pairs: Pairs, scalars: Mapping[str, Tensor], *, chunk_size: int = ROWS) -> Tensor:
+        """The loss; see `ContrastiveLoss`."""
+        scale: Tensor | float = 1 / self.temperature
+        if self.learn_temperature:
+            scale = scalars["log_scale"].clamp(max=math.log(MAX_SCALE)).exp()
+        losses_P = _CrossEntropies.apply(pairs.images * scale, pairs.texts, pairs, self.symmetric, chunk_size)
+        return losses_P.sum() / max(len(pairs), 1)
 
 
-def _scale(log_scale: Tensor | None, temperature: float | None) -> Tensor | float:
-    if (log_scale is None) == (temperature is None):
-        raise ValueError("give either log_scale (learnable) or temperature (fixed), and not both")
-    return 1 / temperature if log_scale is None else log_scale.clamp(max=math.log(MAX_SCALE)).exp()
+LOSS = InfoNCE
 
 
 class _CrossEntropies(torch.autograd.Function):
@@ -81,7 +63,7 @@ class _CrossEntropies(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x_PD: Tensor, y_CD: Tensor, pairs: Pairs, symmetric: bool, chunk_size: int) -> Tensor:
+    def forward(ctx: Any, x_PD: Tensor, y_CD: Tensor, pairs: Pairs, symmetric: bool, chunk_size: int) -> Tensor:
         num_pairs = len(x_PD)
         positives_P = (x_PD * y_CD[:num_pairs]).sum(-1)
         row_losses_P = torch.empty_like(positives_P)
@@ -99,7 +81,7 @@ class _CrossEntropies(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_P: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor | None, ...]:
         x_PD, y_CD, positives_P, row_losses_P, column_losses_P = ctx.saved_tensors
         num_pairs = len(x_PD)
         grad_x_PD, grad_y_CD = torch.empty_like(x_PD), torch.zeros_like(y_CD)

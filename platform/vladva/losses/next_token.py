@@ -3,9 +3,11 @@
 Letters: B samples, T tokens, N positions with a label, R positions of one chunk, D width, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, pad
 
 IGNORED = -100
@@ -74,7 +76,7 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden_ND: Tensor,
         weight_VD: Tensor,
         targets_N: Tensor,
@@ -119,7 +121,7 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_ND, grad_weight_VD, grad_rows_SD = ctx.saved_tensors
         grad_hidden_ND = None if grad_hidden_ND is None else grad_hidden_ND * grad
         grad_weight_VD = None if grad_weight_VD is None else (grad_weight_VD * grad).to(ctx.dtypes[0])

@@ -17,7 +17,8 @@ from torch.nn.functional import normalize
 class PairLoss(NamedTuple):
     """What a contrastive loss returns; each a 0-d tensor, all but `loss` without gradient.
 
-    accuracy: share of anchors more similar to their positive than to each of their negatives (a tie is a miss).
+    accuracy: share of anchors more similar to their positive than to each of their negatives (a tie is a miss), among
+        the anchors that have negatives; NaN where none has.
     effective_negatives: mean number of negatives an anchor is compared with. Both are averaged over the directions.
     image_recall, text_recall: the accuracy of images finding their texts, and of texts finding their images.
     duplicates: number of combinations of image and text left out because they belong to duplicates of one pair.
@@ -117,7 +118,7 @@ def row_chunks(num_rows: int, chunk_size: int) -> Iterator[range]:
 
 @torch.no_grad()
 def pair_statistics(pairs: Pairs, *, symmetric: bool, chunk_size: int) -> tuple[Tensor, ...]:
-    """All of PairLoss but the loss, in its order; zeros if no pair takes part."""
+    """All of PairLoss but the loss, in its order; without pairs, or without negatives, the shares are NaN."""
     num_pairs, num_texts = len(pairs), len(pairs.texts)
     positives_P, best_in_row_P, best_in_column_P = pairs.images.new_full((3, num_pairs), -torch.inf)
     num_duplicates, num_duplicate_captions = torch.zeros(2, dtype=torch.int64, device=positives_P.device)
@@ -125,19 +126,28 @@ def pair_statistics(pairs: Pairs, *, symmetric: bool, chunk_size: int) -> tuple[
         part = slice(rows.start, rows.stop)
         similarity_RC = pairs.images[part] @ pairs.texts.T
         positives_P[part] = similarity_RC.diagonal(offset=rows.start)
+        # What is no negative can win nothing: duplicates, and the positive itself.
         duplicates_RC = pairs.duplicates(rows)
         if duplicates_RC is not None:
             similarity_RC.masked_fill_(duplicates_RC, -torch.inf)
             num_duplicates += duplicates_RC.sum()
             num_duplicate_captions += duplicates_RC[:, :num_pairs].sum()
         similarity_RC.diagonal(offset=rows.start).fill_(-torch.inf)
+        # The best negative of each image is known with its row, that of each text with the last row.
         best_in_row_P[part] = similarity_RC.amax(1)
         best_in_column_P = torch.maximum(best_in_column_P, similarity_RC[:, :num_pairs].amax(0))
-    anchors = max(num_pairs, 1)
-    accuracy = image_recall = (positives_P > best_in_row_P).sum() / anchors
-    text_recall = (positives_P > best_in_column_P).sum() / anchors
-    negatives = (num_pairs * (num_texts - 1) - num_duplicates) / anchors
+    hits_of_images, images_asked = _hits(positives_P, best_in_row_P)
+    hits_of_texts, texts_asked = _hits(positives_P, best_in_column_P)
+    hits, asked = hits_of_images, images_asked
+    negatives = (num_pairs * (num_texts - 1) - num_duplicates) / max(num_pairs, 1)
     if symmetric:
-        accuracy = (image_recall + text_recall) / 2
-        negatives = (negatives + (num_pairs * (num_pairs - 1) - num_duplicate_captions) / anchors) / 2
-    return accuracy, negatives, num_duplicates, image_recall, text_recall
+        hits, asked = hits + hits_of_texts, asked + texts_asked
+        of_texts = (num_pairs * (num_pairs - 1) - num_duplicate_captions) / max(num_pairs, 1)
+        negatives = (negatives + of_texts) / 2
+    return hits / asked, negatives, num_duplicates, hits_of_images / images_asked, hits_of_texts / texts_asked
+
+
+def _hits(positives_P: Tensor, best_P: Tensor) -> tuple[Tensor, Tensor]:
+    """Anchors nearer to their positive than to their best negative, and anchors that have a negative at all."""
+    has_negatives_P = best_P > -torch.inf
+    return ((positives_P > best_P) & has_negatives_P).sum(), has_negatives_P.sum()

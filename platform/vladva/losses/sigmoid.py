@@ -6,55 +6,43 @@ Each block of rows is checkpointed: nothing of size G x G outlives its block, an
 Letters: see pairs.py.
 """
 
-import torch
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from torch import Tensor
 from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
-from vladva.losses.pairs import PairLoss, Pairs, pair_statistics, row_chunks, select_pairs
+from vladva.losses.contrastive import ROWS, ContrastiveLoss, Scalar
+from vladva.losses.pairs import Pairs, row_chunks
 
 
-def sigmoid(
-    images: Tensor,
-    texts: Tensor,
-    log_scale: Tensor,
-    bias: Tensor,
-    *,
-    valid: Tensor | None = None,
-    image_keys: Tensor | None = None,
-    caption_keys: Tensor | None = None,
-    negatives: Tensor | None = None,
-    negative_owners: Tensor | None = None,
-    negative_keys: Tensor | None = None,
-    dims: tuple[int, ...] = (),
-    chunk_size: int = 256,
-) -> PairLoss:
+@dataclass(frozen=True)
+class Sigmoid(ContrastiveLoss):
     """The sum over all combinations of image and text of their binary cross-entropy, per pair.
 
-    images, texts: [G, D], L2-normalised, of the whole global batch.
-    log_scale, bias: 0-d; the paper starts them at log 10 and -10.
-    The other arguments are those of info_nce; duplicates count neither as pairs nor as negatives.
+    Duplicates count neither as pairs nor as negatives. The paper starts temperature and bias at 0.1 and -10.
     """
-    pairs = select_pairs(
-        images,
-        texts,
-        valid=valid,
-        image_keys=image_keys,
-        caption_keys=caption_keys,
-        negatives=negatives,
-        negative_owners=negative_owners,
-        negative_keys=negative_keys,
-    )
-    losses = []
-    for part in (pairs, *map(pairs.first_dimensions, dims)):
-        scaled_PD = part.images * log_scale.exp()
+
+    bias: float = -10.0
+    """Where the bias starts; it is learned."""
+
+    def scalars(self) -> dict[str, Scalar]:
+        """Logarithm of the scale t, and the bias b."""
+        return {"log_scale": Scalar(-math.log(self.temperature), self.learn_temperature), "bias": Scalar(self.bias)}
+
+    def __call__(self, pairs: Pairs, scalars: Mapping[str, Tensor], *, chunk_size: int = ROWS) -> Tensor:
+        """The loss; see `ContrastiveLoss`."""
+        scaled_PD = pairs.images * scalars["log_scale"].exp()
         loss = scaled_PD.sum() * 0  # keeps the graph when no pair takes part
         for rows in row_chunks(len(pairs), chunk_size):
-            arguments = (scaled_PD, part.texts, bias, part, rows)
+            arguments = (scaled_PD, pairs.texts, scalars["bias"], pairs, rows)
             loss = loss + checkpoint(_sum_of_rows, *arguments, use_reentrant=False, preserve_rng_state=False)
-        losses.append(loss / max(len(pairs), 1))
-    statistics = pair_statistics(pairs, symmetric=True, chunk_size=chunk_size)
-    return PairLoss(torch.stack(losses).mean(), *statistics)
+        return loss / max(len(pairs), 1)
+
+
+LOSS = Sigmoid
 
 
 def _sum_of_rows(scaled_PD: Tensor, texts_CD: Tensor, bias: Tensor, pairs: Pairs, rows: range) -> Tensor:

@@ -81,7 +81,7 @@ class Embedder:
         self.config = config
         self.adapter = adapter
         self.merged = merged
-        self.device = model.log_scale.device
+        self.device = model.pixel_mean.device
         self.dimension: int = model.base.config.get_text_config().hidden_size
         self.layer: int = config.layer or model.base.config.get_text_config().num_hidden_layers
         self.fingerprint = fingerprint_of(config, adapter, self.layer, self.dimension, self.preprocessor)

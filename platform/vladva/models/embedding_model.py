@@ -8,6 +8,7 @@ B images or texts, T tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -35,10 +36,13 @@ class PackedForward(Protocol):
 
 
 class EmbeddingModel(nn.Module):
-    """The trained module: backbone with adapter, and the contrastive loss's learnable log scale and bias."""
+    """The trained module: backbone with adapter, and the scalars that are learned with the contrastive loss.
+
+    scalars: their names and values; each becomes a parameter of that name.
+    """
 
     def __init__(
-        self, config: ModelConfig, preprocessor: Preprocessor, *, log_scale: float = 0.0, bias: float = 0.0
+        self, config: ModelConfig, preprocessor: Preprocessor, *, scalars: Mapping[str, float] | None = None
     ) -> None:
         super().__init__()
         self.preprocessor = preprocessor
@@ -50,8 +54,9 @@ class EmbeddingModel(nn.Module):
             raise ValueError(f"model.layer is {config.layer}, but {config.checkpoint} has {layers} layers")
         if config.layer == layers:
             self.layer = None
-        self.log_scale = nn.Parameter(torch.tensor([log_scale]))  # DeepSpeed does not take 0-d parameters
-        self.bias = nn.Parameter(torch.tensor([bias]))
+        self.scalar_names = tuple(scalars or ())
+        for name, value in (scalars or {}).items():
+            self.register_parameter(name, nn.Parameter(torch.tensor([value])))  # DeepSpeed does not take 0-d ones
         mean, std = preprocessor.pixel_statistics()
         self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -85,7 +90,7 @@ class EmbeddingModel(nn.Module):
         *,
         caption_tokens: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Embeddings [B, D] (float32, unit norm), next-token loss of the captions that follow, and (log scale, bias).
+        """Embeddings [B, D] (float32, unit norm), next-token loss of the captions that follow, and the scalars [S].
 
         One forward serves both losses: attention is causal, so the summary token does not see the caption after it.
         `caption_tokens` is the number of caption tokens in the global batch, over which the loss is a mean; with None
@@ -93,7 +98,7 @@ class EmbeddingModel(nn.Module):
         """
         if self.packed is not None and self.training:
             embeddings, loss = self.packed(tokens, pixels, caption_tokens)
-            return embeddings, loss, torch.cat([self.log_scale, self.bias]).float()
+            return embeddings, loss, self.scalars()
         inputs = self.inputs(tokens, pixels)
         if "position_ids" not in inputs:
             # Causal attention with the padding on the right sees none of it. (Without a mask, transformers takes
@@ -108,7 +113,12 @@ class EmbeddingModel(nn.Module):
         loss = hidden.new_zeros((), dtype=torch.float32)
         if caption_tokens is not None:
             loss = next_token(hidden, self.base.lm_head.weight, caption_labels(tokens), caption_tokens)
-        return embeddings, loss, torch.cat([self.log_scale, self.bias]).float()
+        return embeddings, loss, self.scalars()
+
+    def scalars(self) -> torch.Tensor:
+        """The scalars of the contrastive loss [S], in float32."""
+        values = [self.get_parameter(name) for name in self.scalar_names]
+        return torch.cat(values).float() if values else self.pixel_mean.new_zeros(0)
 
     def see(self, pixels: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
         """The images as the vision tower, which is frozen, gives them; unchanged where training is not packed."""

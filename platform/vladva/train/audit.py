@@ -23,7 +23,7 @@ import numpy as np
 from vladva.config import RunConfig
 from vladva.core import storage
 from vladva.models import checkpoint
-from vladva.train.audit_log import counted_spans, find_parts, read_chunks
+from vladva.train.audit_log import counted_spans, find_audit_files, read_chunks
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -93,16 +93,16 @@ def audit(run_uri: str) -> AuditReport:
     """Check the record of a run. Raises ValueError where there is none, or the data is not what was trained on."""
     from vladva.data.sampler import SampleFinder
 
-    newest, parts = checkpoint.latest(run_uri), find_parts(run_uri)
-    if newest is None or not parts:
+    newest, files = checkpoint.latest(run_uri), find_audit_files(run_uri)
+    if newest is None or not files:
         raise ValueError(f"{run_uri} has no {'record' if newest else 'checkpoint'}: train it with --train.audit")
     config = RunConfig.from_json(storage.read_json(storage.join(run_uri, "config.json")))
     state = storage.read_json(storage.join(newest, checkpoint.STATE))
     find = SampleFinder(config)
     if state["data_fingerprint"] != find.fingerprint:
         raise ValueError(f"{', '.join(config.data.uris)}: the samples have changed since {newest} was written")
-    spans = counted_spans(parts, state["step"])
-    return check_chunks(read_chunks(parts, spans), find, state["step"], attempts=len(spans))
+    spans = counted_spans(files, state["step"])
+    return check_chunks(read_chunks(files, spans), find, state["step"], attempts=len(spans))
 
 
 def check_chunks(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FOLDER = "audit"
 SCHEMA = pa.schema({"step": pa.int64(), "chunk": pa.int64(), "ids": pa.list_(pa.string())})
-PART = re.compile(r"attempt-(\d+)/steps-(\d+)-(\d+)\.rank-(\d+)-of-(\d+)\.parquet")
+FILE_NAME = re.compile(r"attempt-(\d+)/steps-(\d+)-(\d+)\.rank-(\d+)-of-(\d+)\.parquet")
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ class AuditLog:
 
     def __init__(self, run_uri: str, rank: int, world: int, start: int) -> None:
         # All workers look before any of them has taken a step, and none writes before: they find the same number.
-        self.attempt = 1 + max((part.attempt for part in find_parts(run_uri)), default=0)
+        self.attempt = 1 + max((file.attempt for file in find_audit_files(run_uri)), default=0)
         self.run_uri, self.rank, self.world, self.start = run_uri, rank, world, start
         self.rows: list[dict[str, Any]] = []
 
@@ -57,7 +57,7 @@ class AuditLog:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
+class AuditFile(NamedTuple):
     """A file of the record: one worker's chunks of steps first .. end - 1."""
 
     attempt: int
@@ -68,19 +68,19 @@ class Part(NamedTuple):
     uri: str
 
 
-def find_parts(run_uri: str) -> list[Part]:
+def find_audit_files(run_uri: str) -> list[AuditFile]:
     """The files of a run's record, in the order of attempts and steps."""
     folder = storage.join(run_uri, FOLDER)
     uris = [info.uri for info in storage.list_infos(folder)]
-    found = [(PART.fullmatch(uri, len(folder) + 1), uri) for uri in uris]
-    return sorted(Part(*map(int, match.groups()), uri) for match, uri in found if match)
+    found = [(FILE_NAME.fullmatch(uri, len(folder) + 1), uri) for uri in uris]
+    return sorted(AuditFile(*(int(number) for number in match.groups()), uri=uri) for match, uri in found if match)
 
 
-def counted_spans(parts: list[Part], finished: int) -> dict[int, tuple[int, int]]:
+def counted_spans(files: list[AuditFile], finished: int) -> dict[int, tuple[int, int]]:
     """Attempt -> its steps (first, end) that are in the weights of the checkpoint after `finished` steps."""
     first: dict[int, int] = {}
-    for part in parts:
-        first[part.attempt] = min(part.first, first.get(part.attempt, part.first))
+    for file in files:
+        first[file.attempt] = min(file.first, first.get(file.attempt, file.first))
     spans, end = {}, finished
     for attempt in sorted(first, reverse=True):
         spans[attempt] = (first[attempt], end)
@@ -88,13 +88,13 @@ def counted_spans(parts: list[Part], finished: int) -> dict[int, tuple[int, int]
     return spans
 
 
-def read_chunks(parts: list[Part], spans: dict[int, tuple[int, int]]) -> Iterator[tuple[int, int, list[str]]]:
+def read_chunks(files: list[AuditFile], spans: dict[int, tuple[int, int]]) -> Iterator[tuple[int, int, list[str]]]:
     """(step, chunk, ids) of every chunk that counts."""
-    for part in parts:
-        first, end = spans[part.attempt]
-        if part.first >= end:
+    for file in files:
+        first, end = spans[file.attempt]
+        if file.first >= end:
             continue
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(part.uri)), schema=SCHEMA)
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(file.uri)), schema=SCHEMA)
         for step, chunk, ids in zip(*(column.to_pylist() for column in table.columns), strict=True):
             if first <= step < end:
                 yield step, chunk, ids

@@ -9,15 +9,20 @@ from __future__ import annotations
 import math
 import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from vladva.config import OptimConfig, RunConfig
+from vladva.losses.contrastive import find_loss
 from vladva.models.packed.inference import keep_freed_memory
 from vladva.models.packed.training import pack_training
+from vladva.train.collectives import rank_and_world
+
+if TYPE_CHECKING:
+    from vladva.models.embedding_model import EmbeddingModel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHT = "weight"
@@ -54,7 +59,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
 class Engine:
     """One worker's share of the model, its gradients and its optimizer."""
 
-    def __init__(self, model: nn.Module, config: RunConfig) -> None:
+    def __init__(self, model: EmbeddingModel, config: RunConfig) -> None:
         import deepspeed
         import ninja
         from deepspeed.utils import logger
@@ -67,6 +72,9 @@ class Engine:
         settings = deepspeed_config(config)
         self.micro_steps: int = settings["gradient_accumulation_steps"]
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.bounds = find_loss(config.loss).scalars()
+        # DeepSpeed rounds the model to bfloat16, where a log scale of 4.6 moves in steps of 0.03: not these.
+        self.exact_scalars = {name: getattr(model, name).detach().float().clone() for name in self.bounds}
         optimizer = torch.optim.AdamW(
             self.trainable.values(),
             lr=config.optim.lr,
@@ -78,11 +86,19 @@ class Engine:
         if self.device.type == "cpu":
             keep_freed_memory()
         pack_training(self.model, config)
+        if settings["bf16"]["enabled"]:
+            for name in self.bounds.keys() & self.trainable.keys():
+                self._set_partition(self.trainable[name], self.exact_scalars[name].to(self.device), WEIGHT)
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> EmbeddingModel:
         """The model itself."""
-        return self.engine.module
+        return cast("EmbeddingModel", self.engine.module)
+
+    @property
+    def scalars(self) -> Tensor:
+        """[S] the contrastive loss's scalars as the optimizer has them, in float32."""
+        return torch.cat([value.to(self.device) for value in self.exact_scalars.values()] or [torch.zeros(0)])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward."""
@@ -106,7 +122,25 @@ class Engine:
         if self.stage == 0:  # DeepSpeed clips there without telling the norm
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.trainable.values() if p.grad is not None])
         self.engine.step()
+        self._hold_scalars()
         return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def _hold_scalars(self) -> None:
+        """Read the scalars from the optimizer; those that have left their range go back to its edge."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, bounds in self.bounds.items():
+            parameter = self.trainable.get(name)
+            if parameter is None:
+                continue
+            value = parameter.detach().clone() if self.stage == 0 else safe_get_full_fp32_param(parameter)
+            held = value.clamp(bounds.lowest, bounds.highest)
+            if not torch.equal(held, value):
+                if self.stage == 0:
+                    parameter.data.copy_(held)
+                else:
+                    self._set_partition(parameter, held, WEIGHT)
+            self.exact_scalars[name] = held
 
     def gathered(self) -> AbstractContextManager[Any]:
         """Within it every rank sees the whole of each trainable parameter (ZeRO-3 partitions them)."""
@@ -153,24 +187,25 @@ class Engine:
                     inner.state[parameter][moment].copy_(state[f"{name}.{moment}"])
                 parameter.data.copy_(state.get(f"{name}.{WEIGHT}", parameter))
                 continue
-            for part in (*MOMENTS, WEIGHT):
-                if f"{name}.{part}" in state:
-                    self._set_partition(parameter, state[f"{name}.{part}"].to(self.device), part)
+            for kind in (*MOMENTS, WEIGHT):
+                if f"{name}.{kind}" in state:
+                    self._set_partition(parameter, state[f"{name}.{kind}"].to(self.device), kind)
+        self._hold_scalars()
 
-    def _set_partition(self, parameter: nn.Parameter, value: Tensor, part: str) -> None:
-        """Give this rank its share of a whole moment or float32 weight."""
+    def _set_partition(self, parameter: nn.Parameter, value: Tensor, name: str) -> None:
+        """Give this rank its share of a whole moment, or of the float32 weight, by the name of either."""
         from deepspeed import utils
 
         kind = "full"
         if self.stage == 3:
             # DeepSpeed's own cutting fails where the ranks' shares are not all whole: the last one's must be padded.
-            kind, share = "local", parameter.ds_tensor.numel()
-            rank, size = distributed.get_rank(), distributed.get_world_size()
-            value = pad(value.flatten(), (0, share * size - value.numel()))[rank * share : (rank + 1) * share]
-        if part == WEIGHT:
+            kind, share = "local", cast("Tensor", parameter.ds_tensor).numel()
+            rank, world = rank_and_world()
+            value = pad(value.flatten(), (0, share * world - value.numel()))[rank * share : (rank + 1) * share]
+        if name == WEIGHT:
             getattr(utils, f"safe_set_{kind}_fp32_param")(parameter, value)
         else:
-            getattr(utils, f"safe_set_{kind}_optimizer_state")(parameter, value, part)
+            getattr(utils, f"safe_set_{kind}_optimizer_state")(parameter, value, name)
 
     def optimizer_parts(self) -> list[Tensor]:
         """The tensors that AdamW keeps state for: under ZeRO, flat parts of many parameters."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 IMAGE = (640, 480)
 PROMPT_TOKENS = 32  # around an image or a text: chat template, written or soft prompt
-LOSS_ROWS, LOGIT_ROWS = 256, 512  # rows of a block in the contrastive losses, positions in the next-token loss
+LOGIT_ROWS = 512  # positions of a block in the next-token loss
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: gathered at a time
 RESERVE = int(1.5 * GIB)  # on a GPU: CUDA's context, and what its allocator cannot use
 
@@ -129,6 +129,7 @@ def count_parameters(settings: PreTrainedConfig, config: RunConfig) -> tuple[int
     """Parameters of the base model, and those that are trained: LoRA's rank x (inputs + outputs), and soft prompts."""
     from torch import nn
 
+    from vladva.losses.contrastive import find_loss
     from vladva.models.backbones import without_weights
 
     targets = import_module(f"vladva.models.backbones.{settings.model_type}").LORA_TARGETS
@@ -138,7 +139,7 @@ def count_parameters(settings: PreTrainedConfig, config: RunConfig) -> tuple[int
     if config.model.soft_prompts:  # a token for every word and mark, which is what tokenizers make of the prompts
         prompts = config.model.image_prompt + config.model.text_prompt
         trainable += len(re.findall(r"\w+|[^\w\s]", prompts)) * settings.get_text_config().hidden_size
-    trainable += config.loss.learn_temperature + (config.loss.contrastive == "sigmoid")
+    trainable += sum(scalar.learned for scalar in find_loss(config.loss).scalars().values())
     return sum(p.numel() for p in model.parameters()), trainable
 
 
@@ -229,10 +230,12 @@ def layer_bytes(text_settings: PreTrainedConfig, config: RunConfig, longest: int
 
 def loss_bytes(text_settings: PreTrainedConfig, config: RunConfig) -> dict[str, int]:
     """Embeddings with their gradients, own and gathered, and the largest block of similarities or of logits."""
+    from vladva.losses.contrastive import find_loss
+
     texts = 1 + config.data.hard_negatives
     vectors = 4 * text_settings.hidden_size * (1 + texts)  # of one pair, in float32
     pairs = config.train.global_batch
-    blocks = 3 * LOSS_ROWS * pairs * texts * 4
+    blocks = find_loss(config.loss).block_bytes(pairs, pairs * texts)
     if config.loss.next_token_weight:
         blocks = max(blocks, LOGIT_ROWS * text_settings.vocab_size * (4 + 2 * element_bytes(config)))
     return {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vladva.config import RunConfig
+from vladva.losses.contrastive import find_loss
 from vladva.models.checkpoint import AsyncSaver
 from vladva.train.audit_log import AuditLog
 from vladva.train.tracking import Tracker
@@ -22,10 +23,17 @@ class TrainingLog:
 
     def __init__(self, config: RunConfig, rank: int, world: int, start: int) -> None:
         self.config = config
+        self.loss = find_loss(config.loss)
         self.audit = AuditLog(config.uri, rank, world, start) if config.train.audit else None
-        self.tracker = Tracker(config.uri, first_step=start) if rank == 0 else None
-        kept = {"keep_last": config.train.keep_last, "keep_best": config.train.keep_best or None}
-        self.saver = AsyncSaver(config.uri, **kept) if rank == 0 else None
+        self.tracker: Tracker | None = None
+        self.saver: AsyncSaver | None = None
+        if rank == 0:
+            chosen = config.tracking
+            self.tracker = Tracker(
+                config.uri, first_step=start, config=config.to_json(), mlflow=chosen.mlflow, wandb=chosen.wandb
+            )
+            kept = config.train
+            self.saver = AsyncSaver(config.uri, keep_last=kept.keep_last, keep_best=kept.keep_best or None)
 
     def step(
         self,
@@ -47,13 +55,14 @@ class TrainingLog:
         contrastive = losses.contrastive
         tokens = sum(int(chunk.image.lengths.sum() + chunk.text.lengths.sum()) for chunk in batch)
         next_token = losses.next_token.item()
+        scalars = dict(zip(self.loss.scalars(), losses.scalars, strict=True))
         self.tracker.log(
             step,
             {
                 "loss": contrastive.loss.item() + self.config.loss.next_token_weight * next_token,
                 "contrastive_loss": contrastive.loss.item(),
                 **({"next_token_loss": next_token} if losses.caption_tokens else {}),
-                "temperature": (-losses.scalars[0]).exp().item(),
+                **{name: value.item() for name, value in self.loss.figures(scalars).items()},
                 "in_batch_accuracy": contrastive.accuracy.item(),
                 "in_batch_recall_i2t": contrastive.image_recall.item(),
                 "in_batch_recall_t2i": contrastive.text_recall.item(),

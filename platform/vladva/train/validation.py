@@ -16,14 +16,14 @@ from torch import Tensor
 from vladva.benchmarks.benchmark import Task, find_benchmark
 from vladva.core.images import decode_image
 from vladva.models.batch import as_tensors
-from vladva.train.grad_cache import gather, world
+from vladva.train.collectives import gather, rank_and_world
 
 if TYPE_CHECKING:
     from vladva.config import RunConfig
     from vladva.data.image_refs import ImageRef
     from vladva.train.engine import Engine
 
-Item = TypeVar("Item")
+T = TypeVar("T")
 
 
 class Validation:
@@ -47,19 +47,19 @@ class Validation:
             texts_ND = self.embed(self.task.texts, lambda texts: self.texts(engine, texts))
             images_ND = self.embed(self.task.images, lambda images: self.images(engine, images))
         engine.model.train(was_training)
-        if world()[0]:
+        if rank_and_world()[0]:
             return {}
         scores = self.task.score(texts_ND.cpu().numpy(), images_ND.cpu().numpy()).scores
         named = {f"validation/{self.name}/{metric}": score for metric, score in scores.items()}
         return named | {"validation_s": time.perf_counter() - began}
 
-    def embed(self, items: Sequence[Item], forward: Callable[[list[Item]], Tensor]) -> Tensor:
+    def embed(self, items: Sequence[T], forward: Callable[[list[T]], Tensor]) -> Tensor:
         """Embeddings [N, D] of all items, on every rank. The last item stands in where the ranks' shares differ."""
-        rank, size = world()
-        share = [items[min(i, len(items) - 1)] for i in range(rank, -(-len(items) // size) * size, size)]
+        rank, world = rank_and_world()
+        share = [items[min(i, len(items) - 1)] for i in range(rank, -(-len(items) // world) * world, world)]
         batches = [share[i : i + self.batch_size] for i in range(0, len(share), self.batch_size)]
-        own_KD = torch.cat([forward(batch) for batch in batches])
-        return gather(own_KD).view(size, *own_KD.shape).transpose(0, 1).flatten(0, 1)[: len(items)]
+        local_KD = torch.cat([forward(batch) for batch in batches])
+        return gather(local_KD).view(world, *local_KD.shape).transpose(0, 1).flatten(0, 1)[: len(items)]
 
     def texts(self, engine: Engine, texts: list[str]) -> Tensor:
         """Embeddings of texts."""
@@ -70,6 +70,6 @@ class Validation:
         from vladva.data.image_refs import read_images
 
         preprocessor = engine.model.preprocessor
-        pictures = [decode_image(data) for data in read_images(refs)]
-        tokens = preprocessor.images([image.size for image in pictures], [None] * len(pictures))
-        return engine(as_tensors(tokens, engine.device), as_tensors(preprocessor.pixels(pictures), engine.device))[0]
+        images = [decode_image(data) for data in read_images(refs)]
+        tokens = preprocessor.images([image.size for image in images], [None] * len(images))
+        return engine(as_tensors(tokens, engine.device), as_tensors(preprocessor.pixels(images), engine.device))[0]

@@ -118,6 +118,6 @@ def test_features_of_images_are_kept_as_long_as_there_is_room(monkeypatch: pytes
     ]  # 4 bytes each
     kept: list[dict[str, torch.Tensor] | None] = []
     for chunk in (*chunks, None, {"values": torch.zeros(1)}):
-        kept.append(grad_cache.keep(chunk, kept))
+        kept.append(grad_cache.keep_features(chunk, kept))
     assert [each is not None for each in kept] == [True, True, True, False, False]
-    assert grad_cache.keep({"features": torch.zeros(3)}, kept) is None
+    assert grad_cache.keep_features({"features": torch.zeros(3)}, kept) is None

@@ -69,7 +69,7 @@ class PackedInference:
         self.language = model.base.model.language_model
         self.vision = with_packed_tower(model.base.model)
         self.threads = torch.get_num_threads()  # now: it is each thread's own, and that of a new one may be any
-        if model.log_scale.device.type == "cpu":
+        if model.pixel_mean.device.type == "cpu":
             keep_freed_memory()
         self.num_key_value_groups = self.language.config.num_attention_heads // self.language.config.num_key_value_heads
         *layers, last = self.language.layers[: model.layer]

@@ -1,0 +1,63 @@
+#!/usr/bin/env python
+"""Draw the tiny model's data: `jobs/scenes.py [--out .vladva/scenes]`, or `jobs/scenes.py --triplets`.
+
+Without --triplets: shards of images with captions in train/ and test/, and the files of the benchmarks
+scenes_retrieval and scenes_compositionality; what the recipe `tiny` trains on. With it: shards of texts alone, a
+sentence, one that follows from it and a false one; what the recipe `tiny_e5_v` trains on.
+
+The same options draw the same data. Next: jobs/train.py tiny, or jobs/train.py tiny_e5_v
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from vladva.core.cli import user_errors
+
+SCENES, TRIPLETS = ".vladva/scenes", ".vladva/triplets"
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="jobs/scenes.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", default="", help=f"folder or s3://... (default: {SCENES}, of triplets {TRIPLETS})")
+    parser.add_argument("--triplets", action="store_true", help="texts alone, for the recipe tiny_e5_v")
+    parser.add_argument("--train", type=int, default=20_000, help="images with captions to train on, or triplets")
+    parser.add_argument("--test", type=int, default=1_000, help="held-out images")
+    parser.add_argument("--negatives", type=int, default=250, help="hard negatives of each of the seven kinds")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+@user_errors
+def main() -> None:
+    options = parse(sys.argv[1:])
+    if options.train < 1:
+        raise ValueError(f"--train is {options.train}; it must be at least 1")
+
+    from vladva.core.progress import Progress
+    from vladva.data.scenes.corpus import write_scenes, write_triplets
+
+    if options.triplets:
+        out = options.out or TRIPLETS
+        write_triplets(out, count=options.train, seed=options.seed)
+        print(f"{out}: {options.train:,} triplets. Next: jobs/train.py tiny_e5_v --data.uri {out}")
+        return
+    out = options.out or SCENES
+    with Progress("drawing", options.train + options.test) as progress:
+        write_scenes(
+            out,
+            train=options.train,
+            test=options.test,
+            negatives=options.negatives,
+            seed=options.seed,
+            progress=lambda _: progress.advance(1),
+        )
+    print(f"{out}: {options.train:,} images to train on, {options.test:,} held out. Next: jobs/train.py tiny")
+
+
+if __name__ == "__main__":
+    main()

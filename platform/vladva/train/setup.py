@@ -1,0 +1,94 @@
+"""Setup of a worker: its model, its engine and its backward, from the run's configuration and newest checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from vladva.config import LossConfig, RunConfig
+from vladva.core import storage
+from vladva.losses.contrastive import contrastive_loss, find_loss
+from vladva.models import checkpoint
+from vladva.models.adapter import add_adapter, load_adapter
+from vladva.models.embedding_model import EmbeddingModel, checkpoint_activations
+from vladva.train import grad_cache
+from vladva.train.data_loader import preprocessor_of
+from vladva.train.engine import Engine
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vladva.losses.pairs import PairLoss, Pairs
+    from vladva.models.batch import MicroBatch
+    from vladva.train.grad_cache import Contrastive, StepLoss
+
+MakeStep = Callable[[Engine, Sequence["MicroBatch"]], "StepLoss"]
+"""Forward and backward of one global batch, from the chunks of this rank."""
+
+
+def build_engine(config: RunConfig, start: int) -> Engine:
+    """The engine of a run after `start` steps, with all that its checkpoint holds, from whatever W and ZeRO stage."""
+    engine = Engine(build_trained_model(config, start), config)
+    if start:
+        saved = checkpoint.load(checkpoint_uri(config, start))
+        engine.load_optimizer_state(saved.optimizer, start)
+    return engine
+
+
+def checkpoint_uri(config: RunConfig, step: int) -> str:
+    """Where a run's checkpoint after `step` steps is."""
+    return storage.join(config.uri, "checkpoints", f"step-{step}")
+
+
+def build_trained_model(config: RunConfig, start: int) -> EmbeddingModel:
+    """The model with a new adapter, or with the one that was saved after `start` steps."""
+    torch.manual_seed(config.seed)
+    scalars = find_loss(config.loss).scalars()
+    values = {name: scalar.start for name, scalar in scalars.items()}
+    if start:
+        state = checkpoint.load(checkpoint_uri(config, start)).state
+        values = {name: state.get(name, value) for name, value in values.items()}
+    model = EmbeddingModel(config.model, preprocessor_of(config), scalars=values)
+    for name, scalar in scalars.items():
+        model.get_parameter(name).requires_grad_(scalar.learned)
+    model.lvlm.requires_grad_(False)
+    if start:
+        load_adapter(model, checkpoint.load_adapter(checkpoint_uri(config, start)), trainable=True)
+    else:
+        add_adapter(model, config.model)
+    if config.train.activation_checkpointing:
+        checkpoint_activations(model)
+    return model.train()
+
+
+def make_backward(config: RunConfig) -> MakeStep:
+    """Forward and backward of a global batch, by the configured losses and path."""
+    contrastive, loss = make_contrastive(config.loss), config.loss
+    if config.caches_gradients:
+        return partial(
+            grad_cache.cached,
+            contrastive=contrastive,
+            next_token_weight=loss.next_token_weight,
+            mask_duplicates=loss.mask_duplicates,
+            dropout=config.model.lora_dropout > 0,
+        )
+    return partial(
+        grad_cache.single_pass,
+        contrastive=contrastive,
+        next_token_weight=loss.next_token_weight,
+        mask_duplicates=loss.mask_duplicates,
+    )
+
+
+def make_contrastive(config: LossConfig) -> Contrastive:
+    """The contrastive loss of a run, on the pairs of the global batch."""
+    loss = find_loss(config)
+    names = tuple(loss.scalars())
+
+    def contrastive(pairs: Pairs, scalars: Tensor) -> PairLoss:
+        return contrastive_loss(loss, pairs, dict(zip(names, scalars, strict=True)), widths=config.matryoshka)
+
+    return contrastive
