@@ -17,7 +17,7 @@ from vladva.core import storage
 from vladva.data.sampler import SampleFinder
 from vladva.models.batch import MicroBatch
 from vladva.train import audit, audit_log
-from vladva.train.audit_log import AuditLog, Part, counted_spans, find_parts
+from vladva.train.audit_log import AuditFile, AuditLog, counted_spans, find_audit_files
 
 STEPS = 13  # of 16; an epoch is 6 of the 103 samples, 7 are left over
 Record = list[tuple[int, int, list[str]]]
@@ -163,9 +163,14 @@ def test_a_sample_of_the_other_data_set_is_not_taken_for_its_namesake(mixed: Run
 
 def test_what_counts_is_what_the_newest_checkpoint_rests_on() -> None:
     """Attempt 1 ends after 8 steps, 6 of which were saved; 2 begins there, and again at 8; the newest is 10."""
-    parts = [Part(1, 0, 6, 0, 2, "a"), Part(1, 6, 8, 0, 2, "b"), Part(2, 6, 8, 0, 1, "c"), Part(3, 8, 12, 0, 1, "d")]
+    parts = [
+        AuditFile(1, 0, 6, 0, 2, "a"),
+        AuditFile(1, 6, 8, 0, 2, "b"),
+        AuditFile(2, 6, 8, 0, 1, "c"),
+        AuditFile(3, 8, 12, 0, 1, "d"),
+    ]
     assert counted_spans(parts, 10) == {1: (0, 6), 2: (6, 8), 3: (8, 10)}
-    assert counted_spans([*parts, Part(4, 2, 4, 0, 1, "e")], 4) == {1: (0, 2), 2: (6, 2), 3: (8, 2), 4: (2, 4)}
+    assert counted_spans([*parts, AuditFile(4, 2, 4, 0, 1, "e")], 4) == {1: (0, 2), 2: (6, 2), 3: (8, 2), 4: (2, 4)}
 
 
 def batch(number: int, ids: list[str]) -> MicroBatch:
@@ -187,7 +192,7 @@ def test_a_run_that_was_killed_and_went_on_with_other_workers(config: RunConfig,
     run = replace(config, storage=str(tmp_path))
     attempt(run, 2, 0, range(2, 9, 2))
     attempt(run, 1, 6, range(7, STEPS + 1))  # the checkpoint after 8 steps was not finished
-    assert [part.attempt for part in find_parts(run.uri)] == [1] * 8 + [2] * 7
+    assert [part.attempt for part in find_audit_files(run.uri)] == [1] * 8 + [2] * 7
     storage.write_json(storage.join(run.uri, "config.json"), run.to_json())
     command = [sys.executable, "jobs/audit.py", run.uri]
 
@@ -203,7 +208,7 @@ def test_a_run_that_was_killed_and_went_on_with_other_workers(config: RunConfig,
     assert (figures["steps"], figures["delivered"], figures["duplicated"], figures["missing"]) == (STEPS, 208, 0, 0)
     assert "13 steps in 2 attempts: every batch is the planned one" in passed.stdout
 
-    storage.delete_file(find_parts(run.uri)[-1].uri)  # the last step's
+    storage.delete_file(find_audit_files(run.uri)[-1].uri)  # the last step's
     failed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert failed.returncode == 1
     assert "16 missing; batches that are not the planned ones in steps 12" in failed.stdout
@@ -218,6 +223,6 @@ def test_a_run_that_was_killed_and_went_on_with_other_workers(config: RunConfig,
 def test_the_record_is_kept_as_it_was_made(config: RunConfig, tmp_path: Path) -> None:
     run = replace(config, storage=str(tmp_path))
     attempt(run, 4, 0, range(5, STEPS + 1, 4))
-    parts = find_parts(run.uri)
+    parts = find_audit_files(run.uri)
     chunks = audit_log.read_chunks(parts, counted_spans(parts, STEPS))
     assert sorted(chunks) == record_of(run)

@@ -11,14 +11,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import mlflow
 import pytest
+import wandb
 from rich.console import Console
 
 from tests.support.s3_server import BUCKET, s3_server
+from vladva.config import RunConfig, TrackingConfig
 from vladva.core import progress, storage
+from vladva.recipes import tiny
 from vladva.train.tracking import METRICS, Tracker, _NewestLine, follow, read_metrics
+from vladva.train.training_log import TrainingLog
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +178,6 @@ def test_a_missing_client_names_the_extra(extra: str, tmp_path: Path, monkeypatc
 
 
 def test_mlflow_continues_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mlflow
-
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
     for steps in (range(3), range(3, 5)):
@@ -191,8 +196,54 @@ def test_wandb_continues_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         with Tracker(str(tmp_path / "run"), first_step=steps.start, wandb=True) as tracker:
             for step in steps:
                 tracker.log(step, {"loss": float(step)})
-    ids = {path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")}
-    assert len(ids) == 1
+    wandb.teardown()  # now everything is written
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    assert len({file.name for file in files}) == 1  # run-ID.wandb
+    rows = []
+    for record in (record for file in files for record in wandb_records(file) if record.HasField("history")):
+        row = {(item.key or item.nested_key[0]): json.loads(item.value_json) for item in record.history.item}
+        rows.append((row["step"], row["loss"]))
+    assert rows == [(s, float(s)) for s in range(5)]
+
+
+def wandb_records(file: Path) -> Iterator[Any]:
+    """What W&B's client wrote to be sent later."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, whole = file.read_bytes(), 7, b""  # LevelDB's log format, after a header of seven bytes
+    while position < len(data):
+        left = 32_768 - position % 32_768
+        if left < 7:  # the rest of a block that no record header fits in
+            position += left
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        whole += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def test_the_config_switches_both_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a worker of rank 0 does; the run's configuration goes along. Negative control: without the fields, neither."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
+    for name, chosen in (("off", TrackingConfig()), ("on", TrackingConfig(mlflow=True, wandb=True))):
+        config = replace(tiny(), name=name, storage=str(tmp_path / "runs"), tracking=chosen)
+        with TrainingLog(config, rank=0, world=1, start=0) as log:
+            assert log.tracker is not None
+            log.tracker.log(0, {"loss": 1.0})
+    assert not (tmp_path / "runs/off/mlflow.json").exists()
+    run = mlflow.MlflowClient().get_run(json.loads((tmp_path / "runs/on/mlflow.json").read_text())["run_id"])
+    assert run.data.metrics == {"loss": 1.0}
+    assert RunConfig.from_json(json.loads(run.data.tags["vladva.config"])).name == "on"
+    wandb.teardown()
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
 
 
 # --- following a run -------------------------------------------------------------------------------------------------

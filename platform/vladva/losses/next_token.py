@@ -86,8 +86,10 @@ class _CrossEntropySum(torch.autograd.Function):
     ) -> Tensor:
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)  # softmax and sums of bfloat16, too, in float32
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if ctx.needs_input_grad[1] else None
-        grad_rows_SD = torch.zeros_like(rows_SD, dtype=exact) if ctx.needs_input_grad[4] else None
-        own_SD = None if rows_SD is None else rows_SD.to(hidden_ND.dtype)
+        own_SD = grad_rows_SD = None
+        if rows_SD is not None:
+            own_SD = rows_SD.to(hidden_ND.dtype)
+            grad_rows_SD = torch.zeros_like(rows_SD, dtype=exact) if ctx.needs_input_grad[4] else None
         total = torch.zeros((), dtype=exact, device=hidden_ND.device)
         count, filling = len(hidden_ND), -len(hidden_ND) % MULTIPLE  # rows of zeros add nothing to a gradient
         hidden_ND, targets_N = pad(hidden_ND, (0, 0, 0, filling)), pad(targets_N, (0, filling))

@@ -71,9 +71,12 @@ class AuditFile(NamedTuple):
 def find_audit_files(run_uri: str) -> list[AuditFile]:
     """The files of a run's record, in the order of attempts and steps."""
     folder = storage.join(run_uri, FOLDER)
-    uris = [info.uri for info in storage.list_infos(folder)]
-    found = [(FILE_NAME.fullmatch(uri, len(folder) + 1), uri) for uri in uris]
-    return sorted(AuditFile(*(int(number) for number in match.groups()), uri=uri) for match, uri in found if match)
+    found = []
+    for info in storage.list_infos(folder):
+        if match := FILE_NAME.fullmatch(info.uri, len(folder) + 1):
+            attempt, first, end, rank, world = map(int, match.groups())
+            found.append(AuditFile(attempt, first, end, rank, world, info.uri))
+    return sorted(found)
 
 
 def counted_spans(files: list[AuditFile], finished: int) -> dict[int, tuple[int, int]]:

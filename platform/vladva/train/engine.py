@@ -199,7 +199,7 @@ class Engine:
         kind = "full"
         if self.stage == 3:
             # DeepSpeed's own cutting fails where the ranks' shares are not all whole: the last one's must be padded.
-            kind, share = "local", cast("Tensor", parameter.ds_tensor).numel()
+            kind, share = "local", cast("Any", parameter).ds_tensor.numel()
             rank, world = rank_and_world()
             value = pad(value.flatten(), (0, share * world - value.numel()))[rank * share : (rank + 1) * share]
         if name == WEIGHT:
