@@ -52,7 +52,7 @@ from vladva.models.batch import MicroBatch, as_tensors
 from vladva.models.embedding_model import EmbeddingModel, caption_labels
 from vladva.models.packed.packing import pack
 from vladva.models.preprocessor import Preprocessor
-from vladva.train.data_loader import preprocessor_of
+from vladva.train.data_loader import run_preprocessor
 from vladva.train.engine import Engine
 from vladva.train.grad_cache import prompts_only
 from vladva.train.setup import make_backward
@@ -83,7 +83,7 @@ def chunks_of(preprocessor: Preprocessor, pairs: int, chunk: int, *, long: bool)
 def build(config: RunConfig) -> EmbeddingModel:
     """The model with a new adapter."""
     torch.manual_seed(0)
-    model = EmbeddingModel(config.model, preprocessor_of(config), scalars={"log_scale": 2.66})
+    model = EmbeddingModel(config.model, run_preprocessor(config), scalars={"log_scale": 2.66})
     model.requires_grad_(False)
     model.log_scale.requires_grad_(True)
     add_adapter(model, config.model)

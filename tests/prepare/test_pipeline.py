@@ -440,7 +440,7 @@ def test_the_job_leaves_training_nothing_to_scan(
 ) -> None:
     from vladva.config import DataConfig
     from vladva.recipes import RECIPES
-    from vladva.train.data_loader import preprocessor_of
+    from vladva.train.data_loader import run_preprocessor
 
     good, bad = bad_table(tmp_path / "source", 200)
     source, out = str(tmp_path / "source/pairs.csv"), str(tmp_path / "out")
@@ -454,11 +454,11 @@ def test_the_job_leaves_training_nothing_to_scan(
     assert "Where everything went" in (tmp_path / "out/_index/summary.html").read_text()
 
     config = replace(RECIPES["tiny"](), data=DataConfig(uri=out))
-    assert scan(out, preprocessor_of(config).count_tokens).num_scanned == 0  # as training begins
+    assert scan(out, run_preprocessor(config).count_tokens).num_scanned == 0  # as training begins
     main_without_verify = [*command, "--no-verify"]
     monkeypatch.setattr(sys, "argv", main_without_verify)
     main()
-    assert scan(out, preprocessor_of(config).count_tokens).num_scanned == 5  # negative control: headers do not do
+    assert scan(out, run_preprocessor(config).count_tokens).num_scanned == 5  # negative control: headers do not do
 
 
 def test_ray_tasks_write_what_one_process_writes(tmp_path: Path, ray_cluster: None) -> None:

@@ -29,7 +29,7 @@ from vladva.models.batch import MicroBatch, as_tensors
 from vladva.models.embedding_model import EmbeddingModel, caption_labels
 from vladva.models.preprocessor import Preprocessor
 from vladva.train import collectives, global_batch, grad_cache
-from vladva.train.data_loader import preprocessor_of
+from vladva.train.data_loader import run_preprocessor
 from vladva.train.engine import Engine
 from vladva.train.setup import make_backward
 
@@ -120,7 +120,7 @@ def examples() -> list[Example]:
 def build(config: RunConfig) -> EmbeddingModel:
     """The model at its start, LoRA's second factors not zero, so that all of them get gradients."""
     torch.manual_seed(0)
-    model = EmbeddingModel(config.model, preprocessor_of(config), scalars={"log_scale": 2.0})
+    model = EmbeddingModel(config.model, run_preprocessor(config), scalars={"log_scale": 2.0})
     model.requires_grad_(False)
     model.log_scale.requires_grad_(True)
     add_adapter(model, config.model)

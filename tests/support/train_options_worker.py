@@ -25,7 +25,7 @@ from vladva.losses.pairs import Pairs
 from vladva.models.adapter import add_adapter
 from vladva.models.batch import MicroBatch, as_tensors
 from vladva.models.embedding_model import EmbeddingModel, caption_labels, checkpoint_activations
-from vladva.train.data_loader import preprocessor_of
+from vladva.train.data_loader import run_preprocessor
 from vladva.train.engine import Engine
 from vladva.train.grad_cache import pixels_of
 from vladva.train.setup import make_backward
@@ -125,7 +125,7 @@ def examples(kind: str) -> list[Example]:
 
 def build(config: RunConfig, kind: str) -> tuple[EmbeddingModel, list[MicroBatch]]:
     torch.manual_seed(0)
-    preprocessor = preprocessor_of(config)
+    preprocessor = run_preprocessor(config)
     sigmoid = config.loss.contrastive == "sigmoid"
     model = EmbeddingModel(config.model, preprocessor, scalars={"log_scale": 2.0} | ({"bias": -3.0} if sigmoid else {}))
     model.requires_grad_(False)

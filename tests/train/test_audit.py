@@ -163,14 +163,14 @@ def test_a_sample_of_the_other_data_set_is_not_taken_for_its_namesake(mixed: Run
 
 def test_what_counts_is_what_the_newest_checkpoint_rests_on() -> None:
     """Attempt 1 ends after 8 steps, 6 of which were saved; 2 begins there, and again at 8; the newest is 10."""
-    parts = [
+    files = [
         AuditFile(1, 0, 6, 0, 2, "a"),
         AuditFile(1, 6, 8, 0, 2, "b"),
         AuditFile(2, 6, 8, 0, 1, "c"),
         AuditFile(3, 8, 12, 0, 1, "d"),
     ]
-    assert counted_spans(parts, 10) == {1: (0, 6), 2: (6, 8), 3: (8, 10)}
-    assert counted_spans([*parts, AuditFile(4, 2, 4, 0, 1, "e")], 4) == {1: (0, 2), 2: (6, 2), 3: (8, 2), 4: (2, 4)}
+    assert counted_spans(files, 10) == {1: (0, 6), 2: (6, 8), 3: (8, 10)}
+    assert counted_spans([*files, AuditFile(4, 2, 4, 0, 1, "e")], 4) == {1: (0, 2), 2: (6, 2), 3: (8, 2), 4: (2, 4)}
 
 
 def batch(number: int, ids: list[str]) -> MicroBatch:
@@ -223,6 +223,6 @@ def test_a_run_that_was_killed_and_went_on_with_other_workers(config: RunConfig,
 def test_the_record_is_kept_as_it_was_made(config: RunConfig, tmp_path: Path) -> None:
     run = replace(config, storage=str(tmp_path))
     attempt(run, 4, 0, range(5, STEPS + 1, 4))
-    parts = find_audit_files(run.uri)
-    chunks = audit_log.read_chunks(parts, counted_spans(parts, STEPS))
+    files = find_audit_files(run.uri)
+    chunks = audit_log.read_chunks(files, counted_spans(files, STEPS))
     assert sorted(chunks) == record_of(run)

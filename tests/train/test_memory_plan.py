@@ -17,7 +17,7 @@ from vladva.models.batch import as_tensors
 from vladva.models.embedding_model import EmbeddingModel, checkpoint_activations
 from vladva.models.packed.training import pack_training
 from vladva.recipes import RECIPES, llava_1_5_7b, qwen2_vl_2b, tiny
-from vladva.train.data_loader import preprocessor_of
+from vladva.train.data_loader import run_preprocessor
 from vladva.train.memory_plan import activation_bytes, check_memory, layer_bytes, plan_memory, settings_of
 
 
@@ -121,7 +121,7 @@ def test_activations_are_what_autograd_keeps(tmp_path: Path, dropout: float) -> 
     checkpoint = build_llava(tmp_path, width=128)
     model_config = replace(base.model, checkpoint=checkpoint, lora_rank=4, lora_dropout=dropout)
     config = replace(base, model=model_config, loss=LossConfig(next_token_weight=0.0))
-    model = EmbeddingModel(model_config, preprocessor_of(config))
+    model = EmbeddingModel(model_config, run_preprocessor(config))
     model.requires_grad_(False)
     add_adapter(model, model_config)
     settings = settings_of(checkpoint).get_text_config()

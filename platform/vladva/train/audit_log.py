@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vladva.models.batch import MicroBatch
 
 FOLDER = "audit"
-SCHEMA = pa.schema({"step": pa.int64(), "chunk": pa.int64(), "ids": pa.list_(pa.string())})
+AUDIT_SCHEMA = pa.schema({"step": pa.int64(), "chunk": pa.int64(), "ids": pa.list_(pa.string())})
 FILE_NAME = re.compile(r"attempt-(\d+)/steps-(\d+)-(\d+)\.rank-(\d+)-of-(\d+)\.parquet")
 
 
@@ -48,7 +48,7 @@ class AuditLog:
         """Write what was kept, `steps` steps being done."""
         span = f"steps-{self.start:08d}-{steps:08d}.rank-{self.rank}-of-{self.world}.parquet"
         body = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(self.rows, SCHEMA), body, compression="zstd")
+        pq.write_table(pa.Table.from_pylist(self.rows, AUDIT_SCHEMA), body, compression="zstd")
         uri = storage.join(self.run_uri, FOLDER, f"attempt-{self.attempt:04d}", span)
         storage.write_bytes_atomically(uri, body.getvalue().to_pybytes())
         self.start, self.rows = steps, []
@@ -97,7 +97,7 @@ def read_chunks(files: list[AuditFile], spans: dict[int, tuple[int, int]]) -> It
         first, end = spans[file.attempt]
         if file.first >= end:
             continue
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(file.uri)), schema=SCHEMA)
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(file.uri)), schema=AUDIT_SCHEMA)
         for step, chunk, ids in zip(*(column.to_pylist() for column in table.columns), strict=True):
             if first <= step < end:
                 yield step, chunk, ids

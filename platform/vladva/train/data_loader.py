@@ -41,12 +41,13 @@ def chunk_stream(config: RunConfig, first_step: int) -> ray.data.Dataset:
     content = ray.put(config.to_json())
     num_tasks = max(1, -(-(last - first) // CHUNKS_PER_TASK))
     tasks = ray.data.range(num_tasks, override_num_blocks=num_tasks)
-    stream = tasks.flat_map(read_rows, fn_kwargs={"first": first, "last": last, "config": content})
+    arguments = {"first": first, "last": last, "config": content}
+    stream = tasks.flat_map(read_chunks_of_task, fn_kwargs=arguments)  # type: ignore[arg-type]  # no fn_kwargs in it
     stream.context.target_max_block_size = 1  # byte: a block is full with its first row
     return stream
 
 
-def read_rows(row: dict[str, Any], *, first: int, last: int, config: Any) -> Iterator[dict[str, Any]]:
+def read_chunks_of_task(row: dict[str, Any], *, first: int, last: int, config: Any) -> Iterator[dict[str, Any]]:
     """The task: row `id` of the input stands for the next few chunks from `first` on."""
     import json
 
@@ -72,7 +73,7 @@ class ChunkReader:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.find = SampleFinder(config)
-        self.preprocessor: Preprocessor = preprocessor_of(config)
+        self.preprocessor: Preprocessor = run_preprocessor(config)
 
     def __call__(self, number: int) -> MicroBatch:
         return self.collate(number, self.fetch(number))
@@ -140,7 +141,7 @@ class ChunkReader:
         return loss.next_token_weight > 0 and number // self.config.chunks_per_batch % loss.next_token_every == 0
 
 
-def preprocessor_of(config: RunConfig) -> Preprocessor:
+def run_preprocessor(config: RunConfig) -> Preprocessor:
     """The preprocessing that a run trains with."""
     from vladva.models.preprocessor import Preprocessor
 

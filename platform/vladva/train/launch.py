@@ -140,12 +140,14 @@ def make_trainer(config: RunConfig) -> TorchTrainer:
 
     filesystem, path = storage.open_storage(storage.join(config.uri, "ray"))
     cluster = config.cluster
+    workers = (cluster.min_workers, cluster.workers) if cluster.min_workers else cluster.workers
     resources = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     return TorchTrainer(
         train_worker,
         train_loop_config={"config": config.to_json()},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=(cluster.min_workers, cluster.workers) if cluster.min_workers else cluster.workers,
+        # The types that ray.train shows are those of Ray Train V1, which knows no elastic runs.
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
+            num_workers=workers,  # type: ignore[arg-type]
             use_gpu=cluster.gpus_per_worker > 0,
             resources_per_worker={name: amount for name, amount in resources.items() if amount},
             elastic_resize_monitor_interval_s=cluster.resize_every_s,

@@ -18,11 +18,11 @@ def check_data(config: RunConfig, tell: Tell) -> None:
     from vladva.data.sampler import SampleFinder
     from vladva.data.scan import scan
     from vladva.models.packed.training import packing_unsupported
-    from vladva.train.data_loader import preprocessor_of
+    from vladva.train.data_loader import run_preprocessor
     from vladva.train.memory_plan import check_memory
     from vladva.train.validation import Validation
 
-    preprocessor = preprocessor_of(config)
+    preprocessor = run_preprocessor(config)
     width = preprocessor.config.get_text_config().hidden_size
     if max(config.loss.matryoshka, default=0) >= width:
         raise ValueError(f"loss.matryoshka {config.loss.matryoshka}: the model's embeddings have {width} dimensions")

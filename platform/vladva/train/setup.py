@@ -15,7 +15,7 @@ from vladva.models import checkpoint
 from vladva.models.adapter import add_adapter, load_adapter
 from vladva.models.embedding_model import EmbeddingModel, checkpoint_activations
 from vladva.train import grad_cache
-from vladva.train.data_loader import preprocessor_of
+from vladva.train.data_loader import run_preprocessor
 from vladva.train.engine import Engine
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def build_trained_model(config: RunConfig, start: int) -> EmbeddingModel:
     if start:
         state = checkpoint.load(checkpoint_uri(config, start)).state
         values = {name: state.get(name, value) for name, value in values.items()}
-    model = EmbeddingModel(config.model, preprocessor_of(config), scalars=values)
+    model = EmbeddingModel(config.model, run_preprocessor(config), scalars=values)
     for name, scalar in scalars.items():
         model.get_parameter(name).requires_grad_(scalar.learned)
     model.lvlm.requires_grad_(False)
