@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 GIB = 1 << 30
-IMAGE_SIZE = (640, 480)
+PLANNED_IMAGE = (640, 480)
 PROMPT_TOKENS = 32  # around an image or a text: chat template, written or soft prompt
 LOGIT_ROWS = 512  # positions of a block in the next-token loss
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: gathered at a time
@@ -157,7 +157,7 @@ def side_tokens(settings: PreTrainedConfig, config: RunConfig) -> tuple[int, int
     if config.model.max_image_tokens is not None:
         backbone.limit_image_tokens(settings, processor, config.model.max_image_tokens)
     caption = data.long_below if config.loss.next_token_weight else 0
-    return backbone.num_image_tokens(settings, processor, IMAGE_SIZE) + PROMPT_TOKENS + caption, text
+    return backbone.num_image_tokens(settings, processor, PLANNED_IMAGE) + PROMPT_TOKENS + caption, text
 
 
 def states(config: RunConfig, parameters: int, trainable: int) -> dict[str, int]:
