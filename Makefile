@@ -10,7 +10,7 @@ BROWSER  := $(if $(CHROMIUM),,-m "not browser")
 PYTEST   := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test lint format bench rehearse clean
+.PHONY: help install demo check test lint format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -23,7 +23,7 @@ demo: $(STAMP)  ## the whole chain on this machine: train, embed, index, search,
 check: lint  ## lint, and the tests that need neither Ray nor a browser: two minutes, before every push
 	$(PYTEST) -m "not ray and not browser and not slow" --durations=3
 
-test: $(STAMP)  ## run all tests but the rehearsal
+test: $(STAMP)  ## run the tests
 	$(PYTEST) $(BROWSER)
 	@$(if $(CHROMIUM),,echo "Left out: tests marked browser, as no chromium is on PATH (on Debian: apt-get install chromium).")
 
@@ -40,9 +40,6 @@ format: $(STAMP)  ## rewrite the code as `make lint` wants it
 
 bench: $(STAMP)  ## run the side-by-side benchmarks, one after the other; each ends with one line of JSON
 	set -e; for script in tests/bench/*.py; do echo "== $$script"; $(BIN)/python $$script; done
-
-rehearse: $(STAMP)  ## a cluster of three hosts on this machine, and what goes wrong on clusters (Linux, root, half an hour)
-	$(BIN)/python -m tests.cluster.rehearsal
 
 clean:  ## delete what the demo, the tests and the tools wrote, runs in .vladva included; .venv stays
 	rm -rf .vladva .pytest_cache .ruff_cache .mypy_cache .import_linter_cache build dist platform/*.egg-info
