@@ -59,7 +59,7 @@ def test_the_job_is_a_recipe_that_the_cluster_can_hold() -> None:
     spec = load("train")["spec"]
     python, script, *arguments = spec["entrypoint"].split()
     assert (python, script) == ("python", "/home/ray/vladva/jobs/train.py")
-    config = parse(arguments)
+    _, config = parse(arguments)
     assert config.uri.startswith("s3://BUCKET/")
     assert config.data.uri.startswith("s3://BUCKET/")
     (group,) = (each for each in spec["rayClusterSpec"]["workerGroupSpecs"] if each["groupName"] == "gpu")
