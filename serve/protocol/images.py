@@ -6,13 +6,9 @@ Nothing is ever fetched: a server that reads URLs or files for its callers can b
 
 import base64
 import binascii
-import io
 
-from PIL import Image
-
-from vladva.core.images import FORMATS, MAX_RATIO
-
-# Image processors scale the shorter side to their own size: an image of 50,000,000 x 1 pixels would become 16 billion.
+from vladva.core.errors import InvalidSampleError
+from vladva.core.images import check_image
 
 
 def parse_data_uri(uri: str, max_bytes: int) -> bytes:
@@ -34,16 +30,9 @@ def parse_data_uri(uri: str, max_bytes: int) -> bytes:
 
 
 def image_size(data: bytes, max_pixels: int) -> tuple[int, int]:
-    """(width, height) from the header alone. Raises ValueError for what is no image or has too many pixels."""
+    """(width, height) as the decoded image will have them: upright, from the header alone. Raises ValueError."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-    except Image.DecompressionBombError:
-        raise ValueError(f"the image has far more than {max_pixels:,} pixels") from None
-    except (OSError, SyntaxError, ValueError):
-        raise ValueError(f"not an image in one of the formats {', '.join(FORMATS)}") from None
-    if width * height > max_pixels:
-        raise ValueError(f"the image has {width} x {height} pixels; at most {max_pixels:,} are accepted")
-    if max(width, height) > MAX_RATIO * min(width, height):
-        raise ValueError(f"the image is {width} x {height}; one side may be at most {MAX_RATIO} times the other")
-    return width, height
+        facts = check_image(data, verify=False, max_pixels=max_pixels)
+    except InvalidSampleError as error:
+        raise ValueError(error.detail or error.reason) from None
+    return facts.width, facts.height

@@ -17,6 +17,7 @@ def run(*arguments: str, python: str | Path = sys.executable, **variables: str) 
     return subprocess.run(command, env=os.environ | variables, text=True, capture_output=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_a_healthy_machine(tmp_path: Path) -> None:
     done = run("--storage", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+from typing import Any
+
+import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from tests.support.shards import JPEG, PNG, WEBP, bomb, image
 from vladva.core import errors, images
@@ -47,3 +52,77 @@ def test_the_scan_accepts_what_training_can_decode(data: bytes, reason: str | No
             decode_image(data)
     else:
         assert decode_image(data).mode == "RGB"
+
+
+def encoded(opened: Image.Image, kind: str, **options: Any) -> bytes:
+    body = io.BytesIO()
+    opened.save(body, kind, **options)
+    return body.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_as_pillows_exif_transpose_turns_it(kind: str, orientation: int) -> None:
+    lying = Image.open(io.BytesIO(image("PNG", (24, 16), seed=3))).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(lying, kind, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    found = decode_image(data)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(upright))
+    facts = images.check_image(data, verify=False)
+    assert (facts.width, facts.height) == found.size == ((16, 24) if orientation >= 5 else (24, 16))
+    if orientation > 1:  # what equality is worth: not turned, it is another image
+        untouched = np.asarray(Image.open(io.BytesIO(encoded(lying, kind))).convert("RGB"))
+        assert untouched.shape != np.asarray(found).shape or (untouched != np.asarray(found)).any()
+
+
+def test_what_is_transparent_lies_on_white() -> None:
+    """A colour c with opacity a on white is c * a + 255 * (1 - a)."""
+    half = Image.new("RGBA", (4, 4), (200, 100, 0, 51))  # a fifth
+    for kind in ("PNG", "WEBP"):
+        found = np.asarray(decode_image(encoded(half, kind, **({"lossless": True} if kind == "WEBP" else {}))))
+        assert np.abs(found.astype(int) - [244, 224, 204]).max() <= 1, kind
+    grey = np.asarray(decode_image(encoded(Image.new("LA", (4, 4), (0, 0)), "PNG")))
+    assert (grey == 255).all()
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([255, 0, 0, 0, 0, 0])
+    assert (np.asarray(decode_image(encoded(palette, "PNG", transparency=1))) == 255).all()
+    assert (np.asarray(decode_image(encoded(palette, "PNG", transparency=0))) == 0).all()
+
+
+def test_sixteen_bits_become_eight() -> None:
+    values = np.array([[0, 256, 32_768, 65_535]], np.uint16)
+    found = np.asarray(decode_image(encoded(Image.fromarray(values), "PNG")))
+    assert found[0].tolist() == [[0] * 3, [1] * 3, [128] * 3, [255] * 3]
+
+
+def test_a_jpeg_without_its_end_marker_is_taken_if_it_is_whole() -> None:
+    assert JPEG.endswith(b"\xff\xd9")
+    np.testing.assert_array_equal(np.asarray(decode_image(JPEG[:-2])), np.asarray(decode_image(JPEG)))
+    assert images.check_image(JPEG[:-2], verify=True).note == "JPEG without end marker"
+    with pytest.raises(ValueError, match="corrupt"):
+        decode_image(JPEG[: len(JPEG) // 2])
+
+
+def test_a_side_is_at_most_so_many_times_the_other() -> None:
+    assert images.check_image(encoded(Image.new("L", (images.MAX_RATIO, 1)), "PNG"), verify=True).width == 200
+    for size in ((images.MAX_RATIO + 1, 1), (1, 60_000)):
+        with pytest.raises(errors.InvalidSampleError, match="extreme shape"):
+            images.check_image(encoded(Image.new("L", size), "PNG"), verify=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("HEIC", b"\0\0\0\x18ftypheic\0\0\0\0"),
+        ("JPEG 2000", b"\0\0\0\x0cjP  \r\n\x87\n"),
+        ("JPEG XL", b"\xff\x0a\0\0"),
+        ("SVG", b"<?xml version='1.0'?><svg/>"),
+        ("PDF", b"%PDF-1.7"),
+    ],
+)
+def test_a_format_that_is_refused_is_named(name: str, head: bytes) -> None:
+    with pytest.raises(errors.InvalidSampleError, match=f"the image is {name}: convert it") as caught:
+        images.check_image(head + bytes(100), verify=False)
+    assert caught.value.reason == "format not accepted"

@@ -455,6 +455,7 @@ def job(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, check=False, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_shards_are_embedded_indexed_and_searched_by_the_jobs(tmp_path: Path, scenes: Path) -> None:
     table, index, page = str(tmp_path / "table"), str(tmp_path / "index"), tmp_path / "hits.html"
     done = job(sys.executable, "jobs/embed.py", "tiny", "--data", str(scenes / "test"), "--out", table, "--actors", "1")

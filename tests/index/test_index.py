@@ -406,6 +406,7 @@ def test_an_index_without_rows_finds_nothing(tmp_path: Path) -> None:
     assert index.search(query_D, 5) == []
 
 
+@pytest.mark.slow
 def test_a_thousand_upserts_are_seen_at_once_and_stay_after_optimizing(tmp_path: Path) -> None:
     vectors_ND = clustered(4000)
     build_index(write_table(tmp_path / "table", vectors_ND[:3000]), str(tmp_path / "index"), exact_below=1000)
@@ -477,6 +478,7 @@ def test_a_build_by_ray_workers_gives_the_same_answers(tmp_path: Path, ray_clust
     assert index.settings.partitions > 1
 
 
+@pytest.mark.slow
 def test_an_index_in_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors_ND = clustered(1500)
     monkeypatch.setattr(build, "NUM_QUERIES", 20)

@@ -79,6 +79,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_a_new_file_is_a_new_loss(tmp_path: Path) -> None:
     """The package and one more file: the command line, the step, the clamp, checkpoint names and the memory plan."""
     shutil.copytree(PACKAGE, tmp_path / "vladva", ignore=shutil.ignore_patterns("__pycache__"))

@@ -492,6 +492,7 @@ def test_options_that_do_not_go_together_are_refused(arguments: list[str], told:
         parse(["source", *arguments])
 
 
+@pytest.mark.slow
 def test_s3_gives_what_the_disk_gives(tmp_path: Path, without_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     options = write_variant("karpathy", tmp_path / "source")
     local = prepare(str(tmp_path / "source"), str(tmp_path / "out"), count_words, options, samples_per_shard=2)

@@ -126,6 +126,7 @@ def proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyPro
         yield proxy
 
 
+@pytest.mark.slow
 def test_an_epoch_survives_every_fault_and_the_log_counts_them(
     proxy: FaultyProxy, config: RunConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,7 +170,7 @@ def test_data_that_cannot_fill_a_batch_is_refused(ray_cluster: None, config: Run
     assert not Path(empty.uri).exists()
 
 
-def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_named(tmp_path: Path, ray_cluster: None) -> None:
     recipe = tiny_recipe()
     broken = replace(recipe, storage=str(tmp_path), model=replace(recipe.model, checkpoint="/no/such/model"))
     with pytest.raises(ValueError, match="/no/such/model"):

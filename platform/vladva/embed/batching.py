@@ -7,7 +7,6 @@ A task makes the batches of one window, one after the other, while actors embed 
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -183,15 +182,11 @@ def _read(rows: pa.Table, read_images: Callable[[pa.Table], list[bytes]] | None)
 
 
 def _size(image: bytes) -> tuple[int, int]:
-    """(width, height) from the image's header."""
-    from PIL import Image
+    """(width, height) as the decoded image will have them: upright, from the header alone."""
+    from vladva.core.images import check_image
 
-    from vladva.core.images import FORMATS, decode_image
-
-    try:
-        return Image.open(io.BytesIO(image), formats=FORMATS).size
-    except Exception:
-        return decode_image(image).size  # says what is wrong
+    facts = check_image(image, verify=False)
+    return facts.width, facts.height
 
 
 def _pixels(preprocessor: Preprocessor, image: bytes) -> Pixels:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from markupsafe import Markup, escape
 from PIL import Image
 
+from vladva.core.images import decode_image
 from vladva.report.svg import colour
 from vladva.report.tables import ScoreTable
 
@@ -60,17 +61,17 @@ def header_rows(table: ScoreTable) -> list[list[tuple[str, int, bool]]]:
     return rows
 
 
-def data_uri(picture: bytes) -> str:
+def data_uri(image_bytes: bytes) -> str:
     """An encoded image as a `data:` URI, shrunk to what the page can show."""
-    image = Image.open(io.BytesIO(picture))
-    form = image.format
-    if max(image.size) > THUMBNAIL:
-        small = image.convert("RGB")
+    opened = Image.open(io.BytesIO(image_bytes))
+    form = opened.format
+    if max(opened.size) > THUMBNAIL:
+        small = decode_image(image_bytes)  # upright and on white, as the model saw it
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         data = io.BytesIO()
         small.save(data, "JPEG", quality=85)
-        picture, form = data.getvalue(), "JPEG"
-    return f"data:image/{str(form).lower()};base64,{base64.b64encode(picture).decode()}"
+        image_bytes, form = data.getvalue(), "JPEG"
+    return f"data:image/{str(form).lower()};base64,{base64.b64encode(image_bytes).decode()}"
 
 
 def _colour(label: str, labels: Sequence[str]) -> str:

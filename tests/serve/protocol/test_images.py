@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serve.protocol.images import MAX_RATIO, image_size, parse_data_uri
+from serve.protocol.images import image_size, parse_data_uri
 from tests.support.wire import data_uri, encode, error_of, noise_image
+from vladva.core.images import MAX_RATIO, decode_image
 
 
 def claiming(width: int, height: int) -> bytes:
@@ -104,3 +105,12 @@ def test_size_is_checked_from_the_header() -> None:
     assert image_size(claiming(MAX_RATIO, 1), 1000) == (MAX_RATIO, 1)
     with pytest.raises(ValueError, match="times the other"):
         image_size(claiming(1, MAX_RATIO + 1), 1000)
+
+
+def test_the_size_is_that_of_the_upright_image() -> None:
+    lying = Image.new("RGB", (40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(lying, "JPEG", exif=exif)
+    assert image_size(data, 1000) == decode_image(data).size == (20, 40)
+    assert image_size(encode(lying, "JPEG"), 1000) == (40, 20)
