@@ -48,9 +48,11 @@ def main() -> None:
     from rich.console import Console
 
     from vladva.core import ray_tasks
+    from vladva.core.shared_path import check_paths
     from vladva.evaluate.ablation import ablate, ablation_table
 
     ray_tasks.connect()
+    check_paths(reads=[("--data", options.data)], writes=[("--out", options.out)])
     benchmarks = list(dict.fromkeys(name.split("/")[0] for name in COLUMNS))
     result = ablate(recipe, benchmarks, options.data, options.out, seeds=options.seeds, tell=print)
     Console().print(ablation_table(result["scores"], COLUMNS))

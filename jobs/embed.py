@@ -53,6 +53,7 @@ def main() -> None:
     options = parse(sys.argv[1:])
 
     from vladva.core import ray_tasks
+    from vladva.core.shared_path import check_paths
     from vladva.data.source_arguments import source_options
     from vladva.embed.corpus import open_corpus
     from vladva.embed.pipeline import encode
@@ -62,6 +63,7 @@ def main() -> None:
     if description.get("vectors_per_image", 1) > 1:
         raise ValueError(f"{options.model} gives an image several vectors, which no index takes; jobs/evaluate.py does")
     ray_tasks.connect()
+    check_paths(reads=[("RUN_OR_MODEL", options.model), ("--data", options.data)], writes=[("--out", options.out)])
     count_tokens = preprocessor_of(config).count_tokens
     corpus = open_corpus(options.data, options.kinds, source_options(options), count_tokens=count_tokens)
     print(*corpus.remarks, sep="\n", end="\n" * bool(corpus.remarks), flush=True)

@@ -123,6 +123,7 @@ def main() -> None:
     from rich.console import Console
 
     from vladva.core import ray_tasks, storage
+    from vladva.core.shared_path import check_paths
     from vladva.evaluate.captioning import find_images_to_caption, write_captions, writers
     from vladva.evaluate.mteb_adapter import write_results
     from vladva.report.comparison_tables import comparison_tables, layer_tables
@@ -134,6 +135,10 @@ def main() -> None:
     images = find_images_to_caption(tasks, options.images, options.captions) if options.captions else []
     systems = writers(options.models) if options.captions else {}
     ray_tasks.connect()
+    check_paths(
+        reads=[*(("RUN_OR_MODEL", model) for model in options.models.values()), ("--data", options.data)],
+        writes=[("--out", options.out)],
+    )
     resources = {"actors": options.actors, "gpus_per_actor": options.gpus_per_actor, "dtype": options.dtype}
     scores = evaluate(
         options.models,

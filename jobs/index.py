@@ -39,11 +39,13 @@ def main() -> None:
     os.environ.setdefault("LANCE_LOG", "error")
 
     from vladva.core import ray_tasks
+    from vladva.core.shared_path import check_paths
     from vladva.embed.table import open_table
     from vladva.index.build import PARALLEL_FROM, build_index
 
     if (options.workers or 0) > 1 or open_table(options.table).num_rows >= PARALLEL_FROM:
         ray_tasks.connect()
+    check_paths(reads=[("TABLE", options.table)], writes=[("--out", options.out)])
     summary = build_index(
         options.table,
         options.out,

@@ -22,6 +22,7 @@ from functools import partial
 from vladva.core import ray_tasks, storage
 from vladva.core.hashing import short_hash
 from vladva.core.progress import Progress
+from vladva.core.shared_path import check_paths
 from vladva.data.scan import scan
 from vladva.data.sidecar import CountTokens
 from vladva.data.source import Rejected, Source, SourceOptions, open_source
@@ -113,6 +114,7 @@ def prepare(
     source = open_source(source_uri, options or SourceOptions(), storage.join(out_uri, "_prepare"))
     check_uris(source, storage.absolute(source_uri), out_uri, join)
     ray_tasks.connect()  # not before: mistakes in a name are told at once
+    check_paths(reads=[("SOURCE", source_uri)], writes=[("--out", out_uri)])
     if not out_uri:
         return scan_in_place(source, count_tokens, verify=verify, max_bad_fraction=max_bad_fraction)
     config = plan_config(source, join, samples_per_shard)

@@ -56,12 +56,21 @@ def train(config: RunConfig, *, tell: Tell = lambda line: None) -> dict[str, Any
     tell: gets the lines that a user wants to see, such as what was found in the shards.
     """
     from vladva.core.ray_tasks import connect
+    from vladva.core.shared_path import check_paths
     from vladva.losses.contrastive import find_loss
     from vladva.train.preflight import check_data
     from vladva.train.tracking import follow, read_metrics
 
     find_loss(config.loss)  # a wrong name is told at once
     connect()
+    check_paths(
+        reads=[
+            ("model.checkpoint", config.model.checkpoint),
+            *(("data.uri", uri) for uri in config.data.uris),
+            ("data.validation_uri", config.data.validation_uri),
+        ],
+        writes=[("storage", config.uri)],
+    )
     check_data(config, tell)
     claim_run(config)
     if finished_steps(config) < config.train.steps:
@@ -115,6 +124,12 @@ def run_workers(config: RunConfig) -> None:
     while (before := finished_steps(config)) < config.train.steps:
         try:
             make_trainer(config).fit()
+            if finished_steps(config) == before:
+                raise RuntimeError(
+                    f"{config.uri}: the workers ended without an error, and without a new checkpoint that the driver "
+                    f"can see; check that storage is the same on every node (cluster/doctor.py --all-nodes --storage "
+                    f"{config.storage})"
+                )
         except ray.train.WorkerGroupError as error:
             for failure in error.worker_failures.values():
                 cause = getattr(failure, "cause", failure)  # Ray wraps what a worker raised

@@ -6,6 +6,7 @@ last complete checkpoint, with the same or another number of workers, and is the
 
 from __future__ import annotations
 
+import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vladva.config import RunConfig
+from vladva.core import storage
 
 if TYPE_CHECKING:
     from vladva.models import checkpoint
@@ -32,6 +34,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     from vladva.train.validation import Validation
 
     config = RunConfig.from_json(settings["config"])
+    if not storage.exists(storage.join(config.uri, "config.json")):  # written by the driver: a node that came later
+        raise ValueError(f"storage {config.storage!r} is not the same on every node: {platform.node()} has no such run")
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     config = replace(config, cluster=replace(config.cluster, workers=world))  # as many as there are
