@@ -18,7 +18,7 @@ help:  ## list the targets
 install: $(STAMP)  ## create .venv with the exact versions of constraints.txt (again only when they change)
 
 demo: $(STAMP)  ## the whole chain on this machine: train, embed, index, search, serve, report
-	$(BIN)/python jobs/demo.py
+	$(BIN)/python -m jobs.demo
 
 check: lint  ## lint, and the tests that need neither Ray nor a browser: three minutes, before every push
 	$(PYTEST) -m "not ray and not browser and not slow" --durations=3

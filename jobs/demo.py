@@ -4,12 +4,15 @@
 Draws a corpus of images, trains an adapter on the tiny LVLM that ships with vladva, embeds and indexes the held-out
 images, scores it against the untouched model, serves both modes over HTTP, and writes report.html. Run again, it goes
 on where it was; what is complete is not done twice. The last line is one JSON object with every figure.
+
+It runs as a module in the folder of the repository (`make demo`): serve/ is beside jobs/, not in the package.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import importlib.util
 import json
 import sys
 import time
@@ -17,22 +20,24 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vladva.config import RunConfig
 from vladva.core.cli import user_errors
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # serve/ is beside jobs/, not in the package
+if TYPE_CHECKING:
+    from vladva.evaluate.scores import Scores
+    from vladva.models.embedder import Embedder
 
 PROMPTS = ("Give a detailed description of the image.", "Describe the image briefly.")
 SCORES = {"scenes_retrieval": ("t2i_r1", "t2i_r10", "i2t_r1", "i2t_r10"), "scenes_compositionality": ()}
-IMAGES = 4  # captioned in the report
+CAPTIONED = 4  # images captioned in the report
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="jobs/demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m jobs.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--storage", type=Path, default=Path(".vladva"), help="folder for everything the demo makes")
     parser.add_argument("--train-images", type=int, default=20_000)
@@ -119,7 +124,7 @@ def index_images(scenes: str, run: str) -> dict[str, Any]:
     return {"embedded": table.rows, "quarantined": table.quarantined, "indexed": index.num_rows}
 
 
-def score(scenes: str, run: str, out: str, command: str) -> dict[str, Any]:
+def score(scenes: str, run: str, out: str, command: str) -> Scores:
     """Both benchmarks, for the untouched model and for the trained one."""
     from vladva.evaluate.scoring import evaluate, read_benchmarks
 
@@ -135,20 +140,29 @@ def check_adapter(run: str) -> dict[str, Any]:
     from vladva.data.scenes.corpus import held_out_scenes
     from vladva.data.scenes.scene import render
     from vladva.models.batch import as_tensors
-    from vladva.models.embedder import load_embedder
 
     held_out = list(held_out_scenes(64))
-    pictures, texts = [render(scene) for scene, _, _ in held_out], [worded[0] for _, worded, _ in held_out]
-    base, trained, merged = load_embedder("tiny"), load_embedder(run), load_embedder(run, merge=True)
-    tokens = as_tensors(base.preprocessor.images([p.size for p in pictures], texts), "cpu")
-    inputs = base.model.inputs(tokens, as_tensors(base.preprocessor.pixels(pictures), "cpu"))
-    with torch.inference_mode(), trained.model.lvlm.disable_adapter():
+    images, texts = [render(scene) for scene, _, _ in held_out], [worded[0] for _, worded, _ in held_out]
+    base, trained, merged = load_lvlm("tiny"), load_lvlm(run), load_lvlm(run, merge=True)
+    tokens = as_tensors(base.preprocessor.images([image.size for image in images], texts), "cpu")
+    inputs = base.model.inputs(tokens, as_tensors(base.preprocessor.pixels(images), "cpu"))
+    with_adapter: Any = trained.model.lvlm
+    with torch.inference_mode(), with_adapter.disable_adapter():
         off = (trained.model.base(**inputs).logits - base.model.base(**inputs).logits).abs().max().item()
     differences = [
-        np.abs(merged.embed_images(pictures) - trained.embed_images(pictures)).max(),
+        np.abs(merged.embed_images(images) - trained.embed_images(images)).max(),
         np.abs(merged.embed_texts(texts) - trained.embed_texts(texts)).max(),
     ]
     return {"adapter_off_max_diff": off, "merged_max_diff": float(max(differences))}
+
+
+def load_lvlm(model: str, *, merge: bool = False) -> Embedder:
+    """A model that embeds and generates."""
+    from vladva.models.embedder import Embedder, load_embedder
+
+    embedder = load_embedder(model, merge=merge)
+    assert isinstance(embedder, Embedder)
+    return embedder
 
 
 def serve_and_call(run: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -162,7 +176,7 @@ def serve_and_call(run: str, options: argparse.Namespace) -> dict[str, Any]:
     from vladva.models.embedder import load_embedder
 
     url = start(ServeArgs(model=run, index=f"{run}/index", num_cpus=0.5), port=options.port)
-    held_out = list(held_out_scenes(IMAGES))
+    held_out = list(held_out_scenes(CAPTIONED))
     texts = [worded[0] for _, worded, _ in held_out]
     answer = post(f"{url}/v1/embeddings", {"input": texts})
     served = np.array([row["embedding"] for row in answer["data"]])
@@ -170,8 +184,8 @@ def serve_and_call(run: str, options: argparse.Namespace) -> dict[str, Any]:
     hits = [post(f"{url}/v1/search", {"query": text, "k": 5})["data"] for text in texts]
 
     names = [model["id"] for model in get(f"{url}/v1/models")["data"]]
-    base = load_embedder("tiny")
-    captions = []
+    base = load_lvlm("tiny")
+    captions: list[dict[str, Any]] = []
     for number, (scene, _, _) in enumerate(held_out):
         prompt = PROMPTS[number % len(PROMPTS)]
         image = png(render(scene))
@@ -216,7 +230,7 @@ def get(request: str | urllib.request.Request) -> Any:
         return json.load(response)
 
 
-def report(scenes: str, run: str, out: str, stages: Stages, command: str) -> str:
+def write_demo_page(scenes: str, run: str, out: str, stages: Stages, command: str) -> str:
     """Write report.html."""
     from vladva.data.scenes.corpus import held_out_scenes
     from vladva.data.scenes.scene import png, render
@@ -226,8 +240,8 @@ def report(scenes: str, run: str, out: str, stages: Stages, command: str) -> str
     from vladva.report.page_examples import grids_of, wrong_choices_of
     from vladva.train.tracking import read_metrics
 
-    scores, served, figures = stages.done["evaluate"], stages.done["serve"], summary(stages)
-    pictures = [png(render(scene)) for scene, _, _ in held_out_scenes(IMAGES)]
+    scores, served, figures = cast("Scores", stages.done["evaluate"]), stages.done["serve"], summary(stages)
+    images = [png(render(scene)) for scene, _, _ in held_out_scenes(CAPTIONED)]
     tasks = read_benchmarks(list(SCORES), scenes)
     uri = f"{out}/report.html"
     write_report(
@@ -238,7 +252,7 @@ def report(scenes: str, run: str, out: str, stages: Stages, command: str) -> str
         metrics={"tiny": read_metrics(run)},
         grids=grids_of(scores, tasks, out, "trained"),
         wrong_choices=wrong_choices_of(scores, tasks, out, "trained"),
-        captions=[CaptionComparison(pictures[c["number"]], c["prompt"], c["captions"]) for c in served["captions"]],
+        captions=[CaptionComparison(images[c["number"]], c["prompt"], c["captions"]) for c in served["captions"]],
         timings=stages.seconds,
         highlights=[
             Highlight("Text to image R@1", f"{figures['t2i_r1']:.1%}", f"{figures['zero_shot_t2i_r1']:.1%} zero-shot"),
@@ -283,21 +297,25 @@ def run_demo(options: argparse.Namespace) -> dict[str, Any]:
     recipe = tiny()
     train = replace(recipe.train, steps=options.steps or recipe.train.steps)
     config = replace(recipe, storage=storage, data=replace(recipe.data, uri=f"{scenes}/train"), train=train)
-    command = "jobs/demo.py " + " ".join(sys.argv[1:])
+    command = "python -m jobs.demo " + " ".join(sys.argv[1:])
 
     connect()
     stages.run("scenes", "1 of 7  drawing scenes", lambda: make_scenes(scenes, options))
     stages.run("train", f"2 of 7  training an adapter, {train.steps} steps", lambda: train_adapter(config))
     stages.run("index", "3 of 7  embedding and indexing held-out images", lambda: index_images(scenes, config.uri))
     scores = stages.run(
-        "evaluate", "4 of 7  scoring, zero-shot and trained", lambda: score(scenes, config.uri, out, command)
+        "evaluate",
+        "4 of 7  scoring, zero-shot and trained",
+        lambda: dict(score(scenes, config.uri, out, command)),
     )
     stages.run("check", "5 of 7  adapter off, adapter merged", lambda: check_adapter(config.uri))
     stages.run("serve", "6 of 7  serving both modes over HTTP", lambda: serve_and_call(config.uri, options))
-    written = stages.run("report", "7 of 7  report", lambda: {"uri": report(scenes, config.uri, out, stages, command)})
+    written = stages.run(
+        "report", "7 of 7  report", lambda: {"uri": write_demo_page(scenes, config.uri, out, stages, command)}
+    )
 
     console = Console()
-    for table in score_tables(scores):
+    for table in score_tables(cast("Scores", scores)):
         console.print(as_rich(table))
     console.print(f"report: {written['uri']}")
     return summary(stages)
@@ -317,6 +335,8 @@ def main() -> None:
     import ray
 
     options = parse(sys.argv[1:])
+    if importlib.util.find_spec("serve") is None:
+        raise ValueError("serve/ is not found: run `python -m jobs.demo` in the folder of the repository")
     quieten()
     try:
         figures = run_demo(options)

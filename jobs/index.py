@@ -8,7 +8,6 @@ the exact ten neighbours, which is measured at the end. Readers of an older vers
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 from vladva.core.cli import user_errors
@@ -36,7 +35,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 @user_errors
 def main() -> None:
     options = parse(sys.argv[1:])
-    os.environ.setdefault("LANCE_LOG", "error")
 
     from vladva.core import ray_tasks
     from vladva.core.shared_path import check_paths

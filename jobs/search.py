@@ -7,7 +7,6 @@ Prints the hits with their scores and captions; --html writes a page that also s
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vladva.index.store import Hit
+    from vladva.models.dual_encoder_embedder import DualEncoder
     from vladva.models.embedder import Embedder
 
 
@@ -40,7 +40,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def embed_query(embedder: Embedder, options: argparse.Namespace) -> np.ndarray:
+def embed_query(embedder: Embedder | DualEncoder, options: argparse.Namespace) -> np.ndarray:
     """The query's vector [D]."""
     from vladva.core import storage
     from vladva.core.images import decode_image
@@ -66,7 +66,6 @@ def print_hits(hits: list[Hit]) -> None:
 @user_errors
 def main() -> None:
     options = parse(sys.argv[1:])
-    os.environ.setdefault("LANCE_LOG", "error")
 
     from vladva.index.vector_index import open_index
     from vladva.models.embedder import load_embedder

@@ -44,10 +44,10 @@ def main() -> None:
     describe(pin(options.model), adapter=True, dtype=options.dtype)  # a mistake in a name is told before a cluster
     ray_tasks.connect()
     key = os.environ.get("VLADVA_API_KEY", "")
-    ways = compare(options.model, options.data, samples=options.samples, dtype=options.dtype, url=options.url, key=key)
+    paths = compare(options.model, options.data, samples=options.samples, dtype=options.dtype, url=options.url, key=key)
     largest = 0.0
-    for first, second, kind, difference in differences(ways):
-        print(f"{first:8} and {second:8} {len(ways[first][kind]):5} {kind}s   largest difference {difference:.1e}")
+    for first, second, kind, difference in differences(paths):
+        print(f"{first:8} and {second:8} {len(paths[first][kind]):5} {kind}s   largest difference {difference:.1e}")
         largest = max(largest, difference)
     if not largest <= options.tolerance:
         print(f"they differ by {largest:.1e}, more than {options.tolerance:.1e}")

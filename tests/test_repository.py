@@ -136,22 +136,16 @@ def is_contract(name: str, files: list[Path]) -> bool:
 
 # To be renamed. It may only get shorter.
 STILL_TWICE: set[str] = {
-    "IMAGES",
     "LastLayer",
     "Layer",
     "RotaryEmbedding",
     "SHORT",
-    "Sample",
     "causal_attention",
     "learning_rate",
     "load",
     "load_adapter",
-    "pool",
     "read_json",
-    "read_metrics",
-    "report",
     "resolve",
-    "signed",
     "swiglu",
 }
 

@@ -29,7 +29,7 @@ from vladva.embed.batching import ContentDeduplicator, PreparedBatch
 from vladva.embed.corpus import open_corpus, read_item_images
 from vladva.embed.layers_actor import LayersEmbeddingActor
 from vladva.embed.pipeline import encode, read_embeddings
-from vladva.embed.table import embedding_matrix, find_note, keys_of, open_table
+from vladva.embed.table import embedding_matrix, find_manifest, keys_of, open_table
 from vladva.embed.table_writer import TableWriter, contains, write_part, write_repeats
 from vladva.models.batch import BATCH_TOKENS, cut
 from vladva.models.embedder import load_embedder
@@ -382,9 +382,9 @@ def test_another_model_cannot_go_on_with_a_table(tmp_path: Path) -> None:
     TableWriter(str(tmp_path), MODEL, "")
     with pytest.raises(FingerprintMismatch, match="model 0123456789abcdef, not of model fedc"):
         TableWriter(str(tmp_path), MODEL | {"fingerprint": "fedc"}, "")
-    note = find_note(str(tmp_path))
-    assert note is not None
-    assert note.fingerprint == MODEL["fingerprint"]
+    manifest = find_manifest(str(tmp_path))
+    assert manifest is not None
+    assert manifest.fingerprint == MODEL["fingerprint"]
 
 
 # --- corpora ---------------------------------------------------------------------------------------------------------

@@ -92,34 +92,34 @@ def test_captions_of_the_tiny_model(ray_cluster: None, scenes: Path, tiny: str, 
     from vladva.core.images import decode_image
     from vladva.models.embedder import load_embedder
 
-    pictures = images_of(read_benchmarks(["scenes_retrieval"], str(scenes)), 2)
-    assert len(pictures) == 2
-    assert all(picture.objects for picture in pictures)
+    images = images_of(read_benchmarks(["scenes_retrieval"], str(scenes)), 2)
+    assert len(images) == 2
+    assert all(each.objects for each in images)
     options = {"actors": 1, "max_tokens": 24}
-    captions = write_captions({"base": tiny}, pictures, str(tmp_path), **options).to_pylist()
+    captions = write_captions({"base": tiny}, images, str(tmp_path), **options).to_pylist()
     assert len(captions) == 2 * len(CAPTION_PROMPTS)
-    [data] = read_images([pictures[1].image])
+    [data] = read_images([images[1].image])
     embedder = load_embedder(tiny)
     for row in captions[4:6]:
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["prompt"]}]}]
         again = "".join(embedder.generate(messages, [decode_image(data)], max_tokens=24)).strip()
         assert row["caption"] == again
-        assert row["named"] == sorted(scene_objects([again]) & pictures[1].objects)
+        assert row["named"] == sorted(scene_objects([again]) & images[1].objects)
     assert sum(len(row["named"]) for row in captions) > 0
 
     files = sorted((tmp_path / "captions").rglob("*.json"))
     kept = {path: path.stat().st_mtime_ns for path in files[1:]}
     files[0].unlink()  # as if it had been interrupted
-    assert write_captions({"base": tiny}, pictures, str(tmp_path), **options).to_pylist() == captions
+    assert write_captions({"base": tiny}, images, str(tmp_path), **options).to_pylist() == captions
     assert kept == {path: path.stat().st_mtime_ns for path in files[1:]}
     assert json.loads((tmp_path / "captions.json").read_text())["pictures"] == 2
-    compared = caption_comparisons(pa.Table.from_pylist(captions), [picture.image for picture in pictures], pictures=1)
+    compared = caption_comparisons(pa.Table.from_pylist(captions), [each.image for each in images], count=1)
     assert [row.captions["base"] for row in compared] == [captions[i]["caption"] for i in range(4)]
 
 
 def test_images_of_a_folder(tmp_path: Path, scenes: Path) -> None:
     found = images_in(f"{scenes}/test", 5)
-    assert [picture.image.name for picture in found] == [
+    assert [each.image.name for each in found] == [
         "000000.png",
         "000015.png",
         "000031.png",

@@ -17,7 +17,7 @@ REDUCED = ["--train-images", "256", "--test-images", "40", "--negatives", "6", "
 
 
 def command(storage: Path, port: int) -> list[str]:
-    return [sys.executable, "jobs/demo.py", "--storage", str(storage), "--port", str(port), *REDUCED]
+    return [sys.executable, "-m", "jobs.demo", "--storage", str(storage), "--port", str(port), *REDUCED]
 
 
 @pytest.fixture(scope="module")

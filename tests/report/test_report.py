@@ -12,13 +12,13 @@ from tests.support.pages import METRICS, image, scores, write_full
 from vladva.report.evaluation_page import (
     headline_highlights,
     layer_curves,
-    read_metrics,
     score_bars,
     training_curves,
     write_report,
 )
 from vladva.report.html import data_uri
 from vladva.report.svg import bar_chart, line_chart
+from vladva.train.tracking import read_metrics
 
 
 def test_page_needs_no_network(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_large_images_are_shrunk() -> None:
 def test_curves_skip_what_was_not_logged(tmp_path: Path) -> None:
     lines = '{"step": 1, "loss": 2.0, "next_token_loss": null}\n{"step": 2, "loss": 1.0}\n{"step": 3, "loss": NaN}\n'
     (tmp_path / "metrics.jsonl").write_text(lines.replace("null", "NaN"))
-    steps = read_metrics(str(tmp_path / "metrics.jsonl"))
+    steps = read_metrics(str(tmp_path))
     assert list(training_curves({"run": steps})) == ["Loss"]
     assert training_curves({}) == {}
 

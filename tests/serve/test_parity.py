@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support.wire import KEY, STRICT
-from vladva.evaluate.parity import Sample, by_server, differences
+from vladva.evaluate.parity import ParitySample, by_server, differences
 from vladva.recipes import tiny as tiny_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def test_every_way_gives_the_same_embedding(server: str, adapter: str, scenes: P
 def test_a_server_with_another_model_is_refused(server: str, adapter: str, scenes: Path) -> None:
     from vladva.models.resolve import describe
 
-    sample = Sample(tiny_recipe().model, str(scenes / "train"), 2)
+    sample = ParitySample(tiny_recipe().model, str(scenes / "train"), 2)
     ours = describe(adapter, adapter=True, dtype="float32")[1]["fingerprint"]
     with pytest.raises(ValueError, match=f"serves model .*, not {ours}"):
         by_server(f"{server}/{STRICT}", KEY, ours, sample)
@@ -58,7 +58,7 @@ def test_a_server_with_another_model_is_refused(server: str, adapter: str, scene
 
 def test_the_largest_difference_is_told() -> None:
     rows = np.eye(3, dtype=np.float32)
-    ways = {"training": {"text": rows}, "job": {"text": rows + np.array([0, 0, 1e-3], np.float32)}}
-    [(first, second, kind, difference)] = differences(ways)
+    paths = {"training": {"text": rows}, "job": {"text": rows + np.array([0, 0, 1e-3], np.float32)}}
+    [(first, second, kind, difference)] = differences(paths)
     assert (first, second, kind) == ("training", "job", "text")
     assert difference == pytest.approx(1e-3, rel=1e-3)

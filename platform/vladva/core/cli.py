@@ -16,6 +16,7 @@ def user_errors(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
+        os.environ.setdefault("LANCE_LOG", "error")  # read when Lance is imported, here and in the processes started
         try:
             main()
         except (ValueError, FileNotFoundError) as error:

@@ -24,7 +24,6 @@ def connect() -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("LANCE_LOG", "error")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level="WARNING")
         return
@@ -47,7 +46,7 @@ def _call(row: dict[str, Any], *, function: Callable[[int], Any]) -> dict[str, s
     return {"result": json.dumps(function(int(row["number"])))}
 
 
-def pool(actors: int | tuple[int, int], cpus_per_actor: int) -> ray.data.ActorPoolStrategy:
+def actor_pool(actors: int | tuple[int, int], cpus_per_actor: int) -> ray.data.ActorPoolStrategy:
     """The pool of actors. At its start a CPU is left for the tasks that feed it, or nothing would ever run.
 
     An actor has three batches at once, to read, to compute and to write, and as many wait for it.

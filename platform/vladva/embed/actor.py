@@ -15,6 +15,7 @@ from vladva.embed.batching import PreparedBatch
 from vladva.embed.table_writer import write_part
 
 if TYPE_CHECKING:
+    from vladva.core.model_description import ModelDescription
     from vladva.models.batch import Pixels
 
 
@@ -25,7 +26,7 @@ class EmbeddingActor:
     killed actor again and gives it the batches that it had.
     """
 
-    def __init__(self, load: dict[str, Any], uri: str, description: dict[str, Any]) -> None:
+    def __init__(self, load: dict[str, Any], uri: str, description: ModelDescription) -> None:
         import torch
 
         from vladva.models.embedder import load_embedder
@@ -33,7 +34,7 @@ class EmbeddingActor:
         self.embedder = load_embedder(**load, device="cuda" if torch.cuda.is_available() else "cpu")
         self.uri, self.description = uri, description
         self.width = self.embedder.dimension
-        self.turns = Semaphore(self.computed_at_once())
+        self.compute_slots = Semaphore(self.computed_at_once())
         if self.embedder.fingerprint != description["fingerprint"]:
             hint = "the model has changed since the job began: run it again"
             raise FingerprintMismatch(uri, description["fingerprint"], self.embedder.fingerprint, hint)
@@ -54,10 +55,10 @@ class EmbeddingActor:
 
     def encode(self, batch: PreparedBatch, report: dict[str, Any]) -> None:
         """Embed a batch and write its part. If that fails, item by item: then only those that fail are left out."""
-        with self.turns:
+        with self.compute_slots:
             try:
                 embeddings_ND = self.forward(batch.prompts, batch.pixels)
-                reasons = [None] * len(batch.items)
+                reasons: list[str | None] = [None] * len(batch.items)
             except Exception:
                 embeddings_ND, reasons = self.one_by_one(batch)
         finite = np.isfinite(embeddings_ND).all(axis=1)

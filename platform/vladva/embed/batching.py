@@ -1,8 +1,8 @@
-"""Windows: some thousand items of a corpus -> batches ready for the model, on CPUs.
+"""Batching: some thousand items of a corpus -> batches ready for the model, on CPUs.
 
     leave out what is done -> find equal contents -> tokenise -> sort by length -> cut -> decode
 
-A task makes the batches of one window, one after the other, while actors embed the first of them (encode.py).
+A task makes the batches of one window, one after the other, while actors embed the first of them (`pipeline.py`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from vladva.models.preprocessor import Preprocessor
 
 WINDOW = 2048  # items that are sorted by length together
-IMAGES = 256  # of them, images that are in memory together
+IMAGES_AT_ONCE = 256  # of them, images that are in memory together
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,12 @@ class ContentDeduplicator:
 
 def count_done(items: ray.data.Dataset, done: ObjectRef) -> tuple[int, int]:
     """How many of the items have an embedding, and how many have none; `done` holds what TableWriter.done gives."""
-    counts = items.map_batches(_count_done, batch_size=WINDOW, batch_format="pyarrow", fn_kwargs={"done": done})
+    counts = items.map_batches(
+        _count_done,  # type: ignore[arg-type]  # Ray's signature forgets keyword arguments
+        batch_size=WINDOW,
+        batch_format="pyarrow",
+        fn_kwargs={"done": done},
+    )
     rows = counts.take_all()
     return sum(row["done"] for row in rows), sum(row["left"] for row in rows)
 
@@ -87,14 +92,14 @@ def _count_done(items: pa.Table, *, done: ObjectRef) -> pa.Table:
 
 
 def make_batches(items: pa.Table, *, settings: BatchingConfig) -> Iterator[pa.Table]:
-    """One window: rows of (batch: a pickled Prepared or null, report: JSON of what happened to other items)."""
+    """One window: rows of (batch: a pickled PreparedBatch or null, report: JSON of what happened to other items)."""
     import ray
 
     keys, contents = ray.get(settings.done)
     if "image" not in items.column_names:
         items = items.append_column("image", pa.nulls(len(items), pa.binary()))
     fresh = items.filter(pa.array(~contains(keys, keys_of(items))))
-    for kind, size, prepare in ("text", WINDOW, _texts), ("image", IMAGES, _images):
+    for kind, size, prepare in ("text", WINDOW, _texts), ("image", IMAGES_AT_ONCE, _images):
         rows = fresh.filter(pc.equal(fresh["kind"], kind))
         for first in range(0, len(rows), size):
             yield from prepare(rows.slice(first, size), contents, settings)
@@ -127,11 +132,11 @@ def _texts(rows: pa.Table, done: np.ndarray, settings: BatchingConfig) -> Iterat
 
 def _images(rows: pa.Table, done: np.ndarray, settings: BatchingConfig) -> Iterator[pa.Table]:
     preprocessor = preprocessor_of(settings.config)
-    pictures, reasons = _read(rows, settings.read_images)
-    rows, pictures, bad = _without(rows.drop_columns(["image"]), pictures, reasons)
-    rows, pictures, repeated = _first_of_content(rows, pictures, done, settings)
-    prompts, reasons = _attempt(lambda image: preprocessor.image_prompt(_size(image)), pictures)
-    rows, pairs, more = _without(rows, list(zip(pictures, prompts, strict=True)), reasons)
+    images, reasons = _read(rows, settings.read_images)
+    rows, images, bad = _without(rows.drop_columns(["image"]), images, reasons)
+    rows, images, repeated = _first_of_content(rows, images, done, settings)
+    prompts, reasons = _attempt(lambda image: preprocessor.image_prompt(_size(image)), images)
+    rows, pairs, more = _without(rows, list(zip(images, prompts, strict=True)), reasons)
     yield _row(None, bad=bad + more, repeated=repeated)
     for chosen in cut([len(prompt) for _, prompt in pairs], settings.batch_size):
         pixels, reasons = _attempt(lambda image: _pixels(preprocessor, image), [pairs[i][0] for i in chosen])
@@ -167,18 +172,19 @@ def _first_of_content(
 
 def _read(rows: pa.Table, read_images: Callable[[pa.Table], list[bytes]] | None) -> tuple[list[Any], list[str | None]]:
     """The bytes of each image, and why there are none."""
-    pictures = rows["image"].to_pylist()
-    away = [i for i, image in enumerate(pictures) if image is None]
+    images = rows["image"].to_pylist()
+    away = [i for i, image in enumerate(images) if image is None]
     if not away or read_images is None:
-        return pictures, [None if image else "there are no bytes" for image in pictures]
+        return images, [None if image else "there are no bytes" for image in images]
     try:
-        bodies, reasons = read_images(rows.take(away)), [None] * len(away)
+        bodies: list[Any] = read_images(rows.take(away))
+        reasons: list[str | None] = [None] * len(away)
     except (OSError, ValueError):  # one of them: find out which
         bodies, reasons = _attempt(lambda i: read_images(rows.slice(i, 1))[0], away)
-    every: list[str | None] = [None] * len(pictures)
+    every: list[str | None] = [None] * len(images)
     for i, body, reason in zip(away, bodies, reasons, strict=True):
-        pictures[i], every[i] = body, reason
-    return pictures, every
+        images[i], every[i] = body, reason
+    return images, every
 
 
 def _size(image: bytes) -> tuple[int, int]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from vladva.core.model_description import ModelDescription
 from vladva.embed.actor import EmbeddingActor
 from vladva.embed.table_writer import write_part
 from vladva.models.batch import Pixels, as_tensors
@@ -28,7 +29,8 @@ def embed_layers(
     layers: Sequence[int],
 ) -> torch.Tensor:
     """Embeddings [L, B, D] (float32, unit norm) from each of the layers, counted from 1, in one pass to the deepest."""
-    language = model.base.model.language_model
+    base: Any = model.base  # a Hugging Face module: what is in it no type says
+    language = base.model.language_model
     rows = torch.arange(len(tokens["ids"]), device=tokens["ids"].device)
     summaries: dict[int, torch.Tensor] = {}
 
@@ -52,10 +54,12 @@ def embed_layers(
 class LayersEmbeddingActor(EmbeddingActor):
     """Ray Data stage: as EmbeddingActor, but with a table for each of several layers, all filled in the same pass."""
 
-    def __init__(self, load: dict[str, Any], tables: Mapping[int, tuple[str, dict[str, Any]]]) -> None:
+    def __init__(self, load: dict[str, Any], tables: Mapping[int, tuple[str, ModelDescription]]) -> None:
         """`tables`: layer -> place of its table and description of the model at that layer."""
         deepest = max(tables)
         super().__init__({**load, "layer": deepest}, *tables[deepest])
+        assert isinstance(self.embedder.model, EmbeddingModel), "`describe` refuses layers of a dual encoder"
+        self.lvlm = self.embedder.model
         self.tables = tables
         self.width = len(tables) * self.embedder.dimension
 
@@ -68,7 +72,7 @@ class LayersEmbeddingActor(EmbeddingActor):
         tokens = as_tensors(self.embedder.preprocessor.pad([(prompt, []) for prompt in prompts]), self.embedder.device)
         images = None if pixels is None else as_tensors(Pixels.concatenate(pixels), self.embedder.device)
         with torch.inference_mode():
-            embeddings_LND = embed_layers(self.embedder.model, tokens, images, list(self.tables))
+            embeddings_LND = embed_layers(self.lvlm, tokens, images, list(self.tables))
         return embeddings_LND.transpose(0, 1).flatten(1).cpu().numpy()
 
     def write(self, items: pa.Table, embeddings: np.ndarray) -> None:

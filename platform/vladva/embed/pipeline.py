@@ -1,6 +1,6 @@
 """Embedding a corpus: items -> embeddings table, by a pool of actors that hold the model.
 
-    items --CPU tasks (windows.py)--> batches --actors (encoder.py)--> parts --driver (parts.py)--> table
+    items --CPU tasks (batching.py)--> batches --actors (actor.py)--> parts --driver (table_writer.py)--> table
 
 The actor that has embedded a batch writes it, so a killed driver, actor or node costs the batches under way. The next
 run with the same arguments leaves out every (id, kind) that has an embedding. Items of like length share a batch, so
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vladva.core import storage
+from vladva.core.model_description import ModelDescription
 from vladva.core.progress import Progress
-from vladva.core.ray_tasks import pool
+from vladva.core.ray_tasks import actor_pool
 from vladva.embed.actor import EmbeddingActor
 from vladva.embed.batching import WINDOW, BatchingConfig, ContentDeduplicator, count_done, make_batches
 from vladva.embed.table import read_embeddings
@@ -57,7 +58,7 @@ class EncodeSummary:
 def encode(
     items: ray.data.Dataset,
     model: str,
-    out_uri: str | Mapping[int, str],
+    out_uri: str | Mapping[int | None, str],
     *,
     adapter: bool = True,
     actors: int | tuple[int, int] = 2,
@@ -87,7 +88,7 @@ def encode(
     from ray.data.dataset import MaterializedDataset
 
     model = pin(model)
-    uris = {None: out_uri} if isinstance(out_uri, str) else dict(out_uri)
+    uris: dict[int | None, str] = {None: out_uri} if isinstance(out_uri, str) else {**out_uri}
     described = {layer: describe(model, adapter=adapter, dtype=dtype, layer=layer) for layer in uris}
     tables = {layer: TableWriter(storage.absolute(uris[layer]), described[layer][1], corpus) for layer in uris}
     items.context.enable_progress_bars = False
@@ -100,7 +101,7 @@ def encode(
     elif isinstance(items, MaterializedDataset):
         total = items.count()
     if left != 0:
-        owners = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ContentDeduplicator).remote()
+        owners: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ContentDeduplicator).remote()
         places = {layer: (table.uri, described[layer][1]) for layer, table in unfinished.items()}
         config = next(iter(described.values()))[0]
         settings = BatchingConfig(
@@ -108,14 +109,17 @@ def encode(
         )
         load = {"model": model, "adapter": adapter, "merge": adapter, "dtype": dtype}
         batches = items.map_batches(
-            make_batches, batch_size=WINDOW, batch_format="pyarrow", fn_kwargs={"settings": settings}
+            make_batches,  # type: ignore[arg-type]  # Ray's signature forgets keyword arguments
+            batch_size=WINDOW,
+            batch_format="pyarrow",
+            fn_kwargs={"settings": settings},
         ).repartition(target_num_rows_per_block=1)
         reports = batches.map_batches(
             encoder_for(places),
             fn_constructor_args=(load, *places.get(None, (places,))),
             batch_size=1,
             batch_format="pyarrow",
-            compute=pool(actors, cpus_per_actor),
+            compute=actor_pool(actors, cpus_per_actor),
             num_cpus=cpus_per_actor,
             num_gpus=gpus_per_actor,
         )
@@ -193,7 +197,7 @@ class Run:
         told = [f"{number / seconds:,.1f} {name}/s" for name, number in speeds.items() if number]
         return "  ".join([*told, f"{len(self.bad)} quarantined"] if self.bad else told)
 
-    def summary(self, rows: int, quarantined: int, description: dict[str, Any]) -> EncodeSummary:
+    def summary(self, rows: int, quarantined: int, description: ModelDescription) -> EncodeSummary:
         """Of the whole run: repeats of bad items are bad too, which only the end shows."""
         seconds = time.monotonic() - self.began
         counts = self.counts

@@ -5,7 +5,7 @@
     <uri>/_quarantine.parquet         id, kind, content, reason of what the last run could not embed
 
 `content` is a digest: equal where the images or texts are equal. `_table.json` is written last, and atomically, so
-readers see the table as it was completed, whatever is being added to it (parts.py).
+readers see the table as it was completed, whatever is being added to it (`table_writer.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +25,7 @@ import pyarrow.parquet as pq
 
 from vladva.core import storage
 from vladva.core.hashing import digest
+from vladva.core.model_description import ModelDescription
 from vladva.core.storage import join
 
 GROUP_ROWS = 4096  # rows of one Parquet row group
@@ -42,7 +42,7 @@ def keys_of(rows: pa.Table) -> list[bytes]:
 class TableManifest:
     """What `_table.json` says: the model's description with its fingerprint, the corpus, and the table's files."""
 
-    model: dict[str, Any]
+    model: ModelDescription
     corpus: str
     complete: bool
     num_rows: int
@@ -59,26 +59,26 @@ class TableManifest:
         return self.model["dimension"]
 
 
-def find_note(uri: str) -> TableManifest | None:
-    """The note of the table at `uri`, complete or not; None where there is no table."""
-    note = join(uri, "_table.json")
-    return TableManifest(**storage.read_json(note)) if storage.exists(note) else None
+def find_manifest(uri: str) -> TableManifest | None:
+    """The manifest of the table at `uri`, complete or not; None where there is no table."""
+    file = join(uri, "_table.json")
+    return TableManifest(**storage.read_json(file)) if storage.exists(file) else None
 
 
 def open_table(uri: str) -> TableManifest:
-    """The note of a complete table. Raises ValueError where there is none, or it is still being made."""
-    note = find_note(uri)
-    if note is None:
+    """The manifest of a complete table. Raises ValueError where there is none, or it is still being made."""
+    manifest = find_manifest(uri)
+    if manifest is None:
         raise ValueError(f"{uri} holds no embeddings table; make one with jobs/embed.py")
-    if not note.complete:
+    if not manifest.complete:
         raise ValueError(f"the embeddings table {uri} is not complete; run its embedding job again and it goes on")
-    return note
+    return manifest
 
 
 def read_embeddings(uri: str) -> pa.Table:
     """The rows of a complete table in the order of (kind, id); the schema's metadata (`vladva`) describe the model."""
-    note = open_table(uri)
-    rows = concat([read_rows(join(uri, file)) for file in note.files] or [no_rows(note.model)])
+    manifest = open_table(uri)
+    rows = concat([read_rows(join(uri, file)) for file in manifest.files] or [no_rows(manifest.model)])
     return rows.sort_by([("kind", "ascending"), ("id", "ascending")])
 
 
@@ -145,7 +145,7 @@ def concat(tables: list[pa.Table]) -> pa.Table:
     return pa.concat_tables(tables, promote_options="permissive")
 
 
-def no_rows(model: dict[str, Any]) -> pa.Table:
+def no_rows(model: ModelDescription) -> pa.Table:
     """The empty table of a model."""
     embedding = pa.list_(pa.float32(), model["dimension"])
     fields = [("id", pa.string()), ("kind", pa.string()), ("embedding", embedding), ("content", CONTENT)]

@@ -20,14 +20,15 @@ import pyarrow as pa
 from vladva.core import storage
 from vladva.core.errors import FingerprintMismatch
 from vladva.core.hashing import digest
+from vladva.core.model_description import ModelDescription
 from vladva.core.storage import join
-from vladva.embed.table import CONTENT, TableManifest, concat, find_note, keys_of, read_each, write_rows
+from vladva.embed.table import CONTENT, TableManifest, concat, find_manifest, keys_of, read_each, write_rows
 
 FILE_BYTES = 256 << 20  # of embeddings in one file of a complete table
 BAD = pa.schema([("id", pa.string()), ("kind", pa.string()), ("content", CONTENT), ("reason", pa.string())])
 
 
-def write_part(uri: str, items: pa.Table, embeddings_ND: np.ndarray, model: dict[str, Any]) -> None:
+def write_part(uri: str, items: pa.Table, embeddings_ND: np.ndarray, model: ModelDescription) -> None:
     """Add the embeddings of `items` (id, kind, content, carried columns) to the table being made at `uri`."""
     values = pa.array(np.ascontiguousarray(embeddings_ND, np.float32).ravel())
     embedding = pa.FixedSizeListArray.from_arrays(values, embeddings_ND.shape[1])
@@ -54,22 +55,22 @@ def contains(ordered: np.ndarray, digests: Sequence[bytes]) -> np.ndarray:
 class TableWriter:
     """A table that one model makes, or goes on with."""
 
-    def __init__(self, uri: str, model: dict[str, Any], corpus: str) -> None:
+    def __init__(self, uri: str, model: ModelDescription, corpus: str) -> None:
         """Start, or go on. Raises FingerprintMismatch where another model has made the table."""
         self.uri = uri
-        note = find_note(uri)
-        if note is not None and note.fingerprint != model["fingerprint"]:
+        manifest = find_manifest(uri)
+        if manifest is not None and manifest.fingerprint != model["fingerprint"]:
             hint = "write to another place, or delete it"
-            raise FingerprintMismatch(f"the table {uri}", note.fingerprint, model["fingerprint"], hint)
-        self.begun = note is not None
-        self.note = note or TableManifest(model, corpus, complete=False, num_rows=0, files=[])
+            raise FingerprintMismatch(f"the table {uri}", manifest.fingerprint, model["fingerprint"], hint)
+        self.begun = manifest is not None
+        self.manifest = manifest or TableManifest(model, corpus, complete=False, num_rows=0, files=[])
         listed = set(self._files())
         unlisted = [file for file in storage.list_files(uri) if "/embeddings-" in file and file not in listed]
         # What a commit that was cut short has left, and the repeats: both are made again from what is kept.
         for file in [*unlisted, *storage.list_files(join(uri, "_repeats"))]:
             storage.delete_file(file)
         if not self.begun:
-            self._write_note()
+            self._write_manifest()
 
     def done(self) -> tuple[np.ndarray, np.ndarray]:
         """Ordered digests of the (id, kind) that have an embedding, and of the contents that have one."""
@@ -87,14 +88,16 @@ class TableWriter:
         parts = self._parts()
         repeats = Repeats(list(read_each(storage.list_files(join(self.uri, "_repeats"), ".parquet"))))
         seen = {key for rows in read_each(self._files(), ["id", "kind"]) for key in keys_of(rows)}
-        files = list(self.note.files)
+        files = list(self.manifest.files)
         for rows in self._merged(parts, repeats, seen):
             files.append(f"embeddings-{digest(*keys_of(rows)).hex()}.parquet")
             write_rows(join(self.uri, files[-1]), rows)
         quarantine = [*quarantine, *repeats.unserved(quarantine)]
         write_rows(join(self.uri, "_quarantine.parquet"), pa.Table.from_pylist(quarantine, BAD))
-        self.note = TableManifest(self.note.model, self.note.corpus, complete=True, num_rows=len(seen), files=files)
-        self._write_note()
+        self.manifest = TableManifest(
+            self.manifest.model, self.manifest.corpus, complete=True, num_rows=len(seen), files=files
+        )
+        self._write_manifest()
         for file in [*parts, *storage.list_files(join(self.uri, "_repeats"))]:
             storage.delete_file(file)
         return len(seen), quarantine
@@ -104,7 +107,7 @@ class TableWriter:
         group: list[pa.Table] = []
         for rows in self._rows(parts, repeats):
             group.append(rows.filter(pa.array(_first_seen(keys_of(rows), seen), pa.bool_())))
-            if sum(map(len, group)) * self.note.dimension * 4 >= FILE_BYTES:
+            if sum(map(len, group)) * self.manifest.dimension * 4 >= FILE_BYTES:
                 yield concat(group)
                 group = []
         if sum(map(len, group)):
@@ -120,13 +123,13 @@ class TableWriter:
                 yield from repeats.served_by(rows)
 
     def _files(self) -> list[str]:
-        return [join(self.uri, file) for file in self.note.files]
+        return [join(self.uri, file) for file in self.manifest.files]
 
     def _parts(self) -> list[str]:
         return storage.list_files(join(self.uri, "_parts"), ".parquet")
 
-    def _write_note(self) -> None:
-        storage.write_json(join(self.uri, "_table.json"), asdict(self.note))
+    def _write_manifest(self) -> None:
+        storage.write_json(join(self.uri, "_table.json"), asdict(self.manifest))
 
 
 class Repeats:

@@ -1,7 +1,7 @@
-"""Embeddings: the texts and images of benchmarks -> one model's vectors of them, by text and image.
+"""Benchmark embeddings: the texts and images of benchmarks -> one model's vectors of them, by text and image.
 
-Each is embedded once, whatever number of benchmarks asks for it, by the batch job of `encode.py`. The vectors stay in a
-folder named after the model's exact contents, where the next evaluation finds them.
+Each is embedded once, whatever number of benchmarks asks for it, by the batch job (`embed/pipeline.py`). The vectors
+stay in a folder named after the model's exact contents, where the next evaluation finds them.
 """
 
 import json
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vladva.benchmarks.benchmark import Result, Task
+from vladva.core.model_description import ModelDescription
 from vladva.core.storage import exists, join
 from vladva.data.image_refs import ImageRef, read_images
 from vladva.embed.table import read_embeddings, read_rows
@@ -110,7 +111,7 @@ class Embeddings:
         values = table["embedding"].combine_chunks()
         self.matrix = values.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
         self.quarantine = quarantine
-        self.description: dict[str, Any] = json.loads(table.schema.metadata[b"vladva"])
+        self.description: ModelDescription = json.loads(table.schema.metadata[b"vladva"])
 
     def score(self, task: Task) -> Result:
         """The model's result in a benchmark."""

@@ -1,4 +1,4 @@
-"""Captioner: images -> what a model writes about them. The actor that holds the model."""
+"""CaptionActor: images -> what a model writes about them. The actor that holds the model."""
 
 from __future__ import annotations
 
@@ -18,28 +18,30 @@ CAPTION_PROMPTS = (
 )
 
 
-class Captioner:
+class CaptionActor:
     """Ray Data stage: rows of (image: JSON of an ImageRef, uri) -> the captions, written to uri."""
 
     def __init__(self, load: dict[str, Any], max_tokens: int) -> None:
         import torch
 
-        from vladva.models.embedder import load_embedder
+        from vladva.models.embedder import Embedder, load_embedder
 
-        self.embedder = load_embedder(**load, device="cuda" if torch.cuda.is_available() else "cpu")
+        embedder = load_embedder(**load, device="cuda" if torch.cuda.is_available() else "cpu")
+        assert isinstance(embedder, Embedder), "write_captions leaves dual encoders out"
+        self.embedder = embedder
         self.max_tokens = max_tokens
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """The uris that were written."""
         for row in rows.to_pylist():
-            write_json(row["uri"], self.captions_of(ImageRef(**json.loads(row["picture"]))))
+            write_json(row["uri"], self.captions_of(ImageRef(**json.loads(row["image"]))))
         return rows.select(["uri"])
 
-    def captions_of(self, picture: ImageRef) -> list[dict[str, Any]]:
+    def captions_of(self, ref: ImageRef) -> list[dict[str, Any]]:
         """One caption for each prompt, with its number of tokens."""
         from vladva.core.images import decode_image
 
-        [data] = read_images([picture])
+        [data] = read_images([ref])
         image, tokenizer = decode_image(data), self.embedder.preprocessor.tokenizer
         captions = []
         for prompt in CAPTION_PROMPTS:

@@ -1,4 +1,4 @@
-"""Captions: what systems write about the same images, asked with the same prompts (the paper's figure 1).
+"""Captioning: what models write about the same images, asked with the same prompts (the paper's figure 1).
 
     images --actors that hold a model--> captions/<model>/<image>.json -> captions.parquet, captions.json
 
@@ -28,7 +28,7 @@ from vladva.core.storage import absolute, exists, join, read_json, write_json
 from vladva.data.image_refs import ImageRef
 from vladva.data.scenes.scene import COLOURS, SHAPES
 from vladva.embed.table import write_rows
-from vladva.evaluate.caption_actor import Captioner
+from vladva.evaluate.caption_actor import CaptionActor
 
 SCENE_OBJECT = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
 FUNCTION_WORDS = frozenset(
@@ -58,16 +58,16 @@ def images_of(tasks: Mapping[str, Task], count: int) -> list[ImageToCaption]:
 
     Raises ValueError where there is no retrieval benchmark.
     """
-    pictures = []
+    images: list[ImageToCaption] = []
     for name, task in tasks.items():
         if isinstance(task, RetrievalTask):
             read = scene_objects if name.startswith("scenes_") else agreed_words
             for number in spread(len(task.images), count):
                 references = [task.texts[text] for text in task.caption_text[task.caption_image == number]]
-                pictures.append(ImageToCaption(task.images[number], read(references)))
-    if not pictures:
+                images.append(ImageToCaption(task.images[number], read(references)))
+    if not images:
         raise ValueError("captions: no retrieval benchmark says what is in its images; name a folder with --images")
-    return pictures
+    return images
 
 
 def images_in(folder_uri: str, count: int) -> list[ImageToCaption]:
@@ -106,7 +106,7 @@ def named(caption: str, objects: frozenset[str]) -> frozenset[str]:
 
 def write_captions(
     models: Mapping[str, str],
-    pictures: Sequence[ImageToCaption],
+    images: Sequence[ImageToCaption],
     out_uri: str,
     *,
     actors: int = 2,
@@ -121,8 +121,8 @@ def write_captions(
     """
     rows = []
     for label, model in models.items():
-        uris = _write(label, model, pictures, out_uri, actors, gpus_per_actor, dtype, max_tokens)
-        for (image, objects), uri in zip(pictures, uris, strict=True):
+        uris = _write(label, model, images, out_uri, actors, gpus_per_actor, dtype, max_tokens)
+        for (image, objects), uri in zip(images, uris, strict=True):
             for caption in read_json(uri):
                 found = named(caption["caption"], objects)
                 row = {"system": label, "picture": image.id, **caption, "words": len(caption["caption"].split())}
@@ -130,7 +130,7 @@ def write_captions(
     table = pa.Table.from_pylist(rows)
     write_rows(join(out_uri, "captions.parquet"), table)
     means = {system: {p: of._asdict() for p, of in prompts.items()} for system, prompts in statistics(table).items()}
-    write_json(join(out_uri, "captions.json"), {"pictures": len(pictures), "systems": means})
+    write_json(join(out_uri, "captions.json"), {"pictures": len(images), "systems": means})
     return table
 
 
@@ -155,7 +155,7 @@ def writers(models: Mapping[str, str]) -> dict[str, str]:
 def _write(
     label: str,
     model: str,
-    pictures: Sequence[ImageToCaption],
+    images: Sequence[ImageToCaption],
     out_uri: str,
     actors: int,
     gpus_per_actor: float,
@@ -165,27 +165,27 @@ def _write(
     """Write what is missing of one model's captions; where those of each image are."""
     import ray.data
 
-    from vladva.core.ray_tasks import pool
+    from vladva.core.ray_tasks import actor_pool
     from vladva.models.resolve import describe, pin
 
     model = pin(model)
     _, description = describe(model, adapter=True, dtype=dtype)
     folder = join(absolute(out_uri), "captions", f"{description['fingerprint']}-{dtype}-{max_tokens}")
-    uris = [join(folder, f"{digest(picture.image.id).hex()}.json") for picture in pictures]
+    uris = [join(folder, f"{digest(each.image.id).hex()}.json") for each in images]
     missing = [
-        {"picture": json.dumps(picture.image._asdict()), "uri": uri}
-        for picture, uri in zip(pictures, uris, strict=True)
+        {"image": json.dumps(each.image._asdict()), "uri": uri}
+        for each, uri in zip(images, uris, strict=True)
         if not exists(uri)
     ]
     if missing:
         rows = ray.data.from_arrow([pa.Table.from_pylist([row]) for row in missing])
         rows.context.enable_progress_bars = False
         written = rows.map_batches(
-            Captioner,
+            CaptionActor,
             fn_constructor_args=({"model": model, "merge": True, "dtype": dtype}, max_tokens),
             batch_size=1,
             batch_format="pyarrow",
-            compute=pool(min(actors, len(missing)), 1),
+            compute=actor_pool(min(actors, len(missing)), 1),
             num_gpus=gpus_per_actor,
         )
         with Progress(f"captions, {label}", len(missing)) as progress:

@@ -1,7 +1,7 @@
-"""Leaderboard: our embedders as models of the mteb package, and our scores in the form of its result files.
+"""mteb: our embedders as models of the mteb package, and our scores in the form of its result files.
 
     import mteb
-    from vladva.leaderboard import MtebEncoder
+    from vladva.evaluate.mteb_adapter import MtebEncoder
 
     mteb.evaluate(MtebEncoder("RUN_OR_MODEL"), mteb.get_tasks(tasks=["Winoground"]))
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from vladva.benchmarks.metrics import cosines, unit_rows
 from vladva.core.storage import join, write_json
+from vladva.evaluate.scores import BenchmarkFacts, Scores
 
 if TYPE_CHECKING:
     from mteb.models.model_meta import ModelMeta
@@ -42,7 +43,7 @@ COUNTERPARTS = {
 }
 
 
-def write_results(scores: dict[str, Any], out_uri: str) -> None:
+def write_results(scores: Scores, out_uri: str) -> None:
     """Write `mteb/<label>/<fingerprint>/<task>.json` for every model and benchmark of `scores` (see `evaluate`)."""
     for label, model in scores["models"].items():
         for name, metrics in model["scores"].items():
@@ -51,7 +52,7 @@ def write_results(scores: dict[str, Any], out_uri: str) -> None:
             write_json(join(folder, f"{result['task_name'].replace(' ', '')}.json"), result)
 
 
-def task_result(benchmark: str, about: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
+def task_result(benchmark: str, about: BenchmarkFacts, metrics: dict[str, float]) -> dict[str, Any]:
     """What mteb's TaskResult reads: one split, one subset, all our metrics and a main score."""
     counterpart = COUNTERPARTS.get(benchmark)
     theirs = {name: metrics[ours] for name, ours in counterpart.metrics.items()} if counterpart else {}

@@ -1,4 +1,4 @@
-"""Parity: one sample embedded in every way there is, and how far the ways differ.
+"""Parity: one sample embedded on every path there is, and how far the paths differ.
 
 - `training`: a chunk as training reads and collates it, through the module that is trained, the adapter beside it.
 - `job`: the batch job: Ray Data, the adapter merged, the fast forward, a table that is written and read again.
@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 
 from vladva.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from vladva.models.batch import MicroBatch
+from vladva.models.batch import MicroBatch, Pixels
 
 REQUEST_ITEMS = 32
 TIMEOUT_S = 300.0
 
-EmbeddingPaths = dict[str, dict[str, np.ndarray]]  # way -> kind ("image", "text") -> embeddings [N, D]
+EmbeddingPaths = dict[str, dict[str, np.ndarray]]  # path -> kind ("image", "text") -> embeddings [N, D]
 
 
-class Sample:
+class ParitySample:
     """The first pairs that a run on these shards would train on; needs a Ray cluster where they are not scanned yet."""
 
     def __init__(self, config: ModelConfig, data_uri: str, count: int) -> None:
@@ -50,8 +50,10 @@ class Sample:
         samples = reader.fetch(0)
         examples = reader.examples(0, samples)
         self.batch: MicroBatch = reader.preprocessor.collate(0, examples)
-        if self.batch.pixels is None:
+        pixels = self.batch.pixels
+        if pixels is None:
             raise ValueError(f"{data_uri} holds pairs of texts; give shards of images with captions")
+        self.pixels: Pixels = pixels
         # What has no short caption trains with an empty text, which is no text to embed.
         self.images = {example.id: content for example, (_, _, content) in zip(examples, samples, strict=True)}
         self.texts = {example.id: example.short for example in examples if example.short is not None}
@@ -60,7 +62,7 @@ class Sample:
 def compare(
     model: str, data_uri: str, *, samples: int = 32, dtype: str = "float32", url: str = "", key: str = ""
 ) -> EmbeddingPaths:
-    """Embeddings of a sample in every way; needs a Ray cluster. The server at `url`, if any, is asked with `key`.
+    """Embeddings of a sample on every path; needs a Ray cluster. The server at `url`, if any, is asked with `key`.
 
     Raises ValueError where the server refuses, or serves another model.
     """
@@ -68,21 +70,21 @@ def compare(
 
     model = pin(model)
     config, description = describe(model, adapter=True, dtype=dtype)
-    sample = Sample(config, data_uri, samples)
-    ways = {"training": by_training(model, config, sample), "job": by_job(model, dtype, sample)}
+    sample = ParitySample(config, data_uri, samples)
+    paths = {"training": by_training(model, config, sample), "job": by_job(model, dtype, sample)}
     if url:
-        ways["server"] = by_server(url.rstrip("/"), key, description["fingerprint"], sample)
-    return ways
+        paths["server"] = by_server(url.rstrip("/"), key, description["fingerprint"], sample)
+    return paths
 
 
-def differences(ways: EmbeddingPaths) -> Iterator[tuple[str, str, str, float]]:
-    """(way, way, kind, largest difference of a number in the embeddings) of each two ways."""
-    for first, second in combinations(ways, 2):
-        for kind, embeddings_ND in ways[first].items():
-            yield first, second, kind, float(abs(embeddings_ND - ways[second][kind]).max())
+def differences(paths: EmbeddingPaths) -> Iterator[tuple[str, str, str, float]]:
+    """(path, path, kind, largest difference of a number in the embeddings) of each two paths."""
+    for first, second in combinations(paths, 2):
+        for kind, embeddings_ND in paths[first].items():
+            yield first, second, kind, float(abs(embeddings_ND - paths[second][kind]).max())
 
 
-def by_training(model: str, config: ModelConfig, sample: Sample) -> dict[str, np.ndarray]:
+def by_training(model: str, config: ModelConfig, sample: ParitySample) -> dict[str, np.ndarray]:
     """As a training step embeds its chunk."""
     import torch
 
@@ -92,12 +94,12 @@ def by_training(model: str, config: ModelConfig, sample: Sample) -> dict[str, np
     module = load_embedder(model, dtype=config.dtype).model
     batch = sample.batch
     with torch.inference_mode():
-        images = module(as_tensors(batch.image, "cpu"), as_tensors(batch.pixels, "cpu"))[0].numpy()
+        images = module(as_tensors(batch.image, "cpu"), as_tensors(sample.pixels, "cpu"))[0].numpy()
         texts = module(as_tensors(batch.text, "cpu"))[0].numpy()
     return {"image": images, "text": texts[: len(batch.ids)][batch.has_short]}
 
 
-def by_job(model: str, dtype: str, sample: Sample) -> dict[str, np.ndarray]:
+def by_job(model: str, dtype: str, sample: ParitySample) -> dict[str, np.ndarray]:
     """As jobs/embed.py does."""
     import pyarrow as pa
     import ray.data
@@ -120,7 +122,7 @@ def by_job(model: str, dtype: str, sample: Sample) -> dict[str, np.ndarray]:
     }
 
 
-def by_server(url: str, key: str, fingerprint: str, sample: Sample) -> dict[str, np.ndarray]:
+def by_server(url: str, key: str, fingerprint: str, sample: ParitySample) -> dict[str, np.ndarray]:
     """As clients get them. The server must have the model."""
     served = {model["fingerprint"] for model in request(f"{url}/v1/models", key)["data"] if "fingerprint" in model}
     if fingerprint not in served:

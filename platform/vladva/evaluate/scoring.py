@@ -2,8 +2,8 @@
 
     read the benchmarks -> embed what they need, once -> score in float32 -> scores.json, outcomes/*.parquet
 
-Embeddings stay where they are made (`embeddings.py`): a second evaluation embeds only what is new, one that was
-interrupted goes on where it stopped, and a model that has changed starts afresh.
+Embeddings stay where they are made (`benchmark_embeddings.py`): a second evaluation embeds only what is new, one that
+was interrupted goes on where it stopped, and a model that has changed starts afresh.
 """
 
 import json
@@ -12,15 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import pyarrow as pa
 
-from vladva.benchmarks.benchmark import Result, Task, benchmark_names, find_benchmark
+from vladva.benchmarks.benchmark import Benchmark, Result, Task, benchmark_names, find_benchmark
 from vladva.benchmarks.bootstrap import compare_outcomes, interval, resample
 from vladva.core.storage import join, write_json
 from vladva.embed.table import read_rows, write_rows
 from vladva.evaluate.benchmark_embeddings import embed, open_embeddings
+from vladva.evaluate.scores import BenchmarkFacts, Comparison, LayerScores, ScoreChange, Scores
+
+if TYPE_CHECKING:
+    from vladva.core.model_description import ModelDescription
 
 PROTOCOL = {
     "texts": "as written, without the space around them",
@@ -60,7 +64,7 @@ def evaluate(
     layers: Sequence[int] = (),
     bootstrap: int = 0,
     command: str = "",
-) -> dict[str, Any]:
+) -> Scores:
     """Score models (label -> run, checkpoint or model name) in the benchmarks of `data_uri`; needs a Ray cluster.
 
     tasks: what `read_benchmarks` returned.
@@ -68,20 +72,11 @@ def evaluate(
     bootstrap: resamples for the intervals of the scores, and for comparing every two models; 0 does neither.
     command: noted in the scores, for whoever wants to run it again.
 
-    Writes `scores.json` and `outcomes/<label>/<benchmark>.parquet` under `out_uri` and returns what is in the former:
-
-        {"created", "command", "data", "protocol", "bootstrap",
-         "benchmarks": {name: {"title", "ties", "source", "licence", "counts", "files", "chance"}},
-         "models": {label: {"model", "fingerprint", "description", "num_items", "num_embedded",
-                            "seconds": {"embed", "score"}, "scores": {benchmark: {metric: fraction}},
-                            "tie_rates": {benchmark: {metric: fraction}},
-                            "intervals": {benchmark: {metric: [low, high]}},
-                            "layers": {layer: {"fingerprint", "scores", "tie_rates", "intervals"}}}},
-         "comparisons": [{"model", "against", "benchmarks": {name: {metric: {"difference", "low", "high", "p"}}}}]}
+    Writes `scores.json` and `outcomes/<label>/<benchmark>.parquet` under `out_uri`, and returns what is in the former.
 
     Raises ValueError where a text or image could not be embedded: leaving it out would change the denominators.
     """
-    scores: dict[str, Any] = {
+    scores: Scores = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "data": data_uri,
@@ -89,42 +84,52 @@ def evaluate(
         "bootstrap": bootstrap,
         "benchmarks": {name: _about(name, task) for name, task in tasks.items()},
         "models": {},
+        "comparisons": [],
     }
-    resources = {"actors": actors, "gpus_per_actor": gpus_per_actor, "batch_size": batch_size, "dtype": dtype}
     results: dict[str, dict[str, Result]] = {}
     for label, model in models.items():
         started = time.monotonic()
-        embedded = embed(model, tasks, out_uri, layers=layers, **resources)
+        embedded = embed(
+            model,
+            tasks,
+            out_uri,
+            layers=layers,
+            actors=actors,
+            gpus_per_actor=gpus_per_actor,
+            batch_size=batch_size,
+            dtype=dtype,
+        )
         embedding_ended = time.monotonic()
-        by_layer = {}
+        by_layer: dict[int | None, LayerScores] = {}
+        descriptions: dict[int | None, ModelDescription] = {}
         for layer, table_uri in embedded.tables.items():
             own = layer == embedded.layer
             embeddings = open_embeddings(table_uri)
             found = {name: embeddings.score(task) for name, task in tasks.items()}
             for name, result in found.items():
                 write_rows(outcomes_uri(out_uri, label if own else f"{label}, layer {layer}", name), result.outcomes)
-            by_layer[layer] = {"fingerprint": embeddings.description["fingerprint"], **_summary(found, bootstrap)}
+            by_layer[layer] = _layer_scores(embeddings.description["fingerprint"], found, bootstrap)
+            descriptions[layer] = embeddings.description
             if own:
-                results[label], description = found, embeddings.description
+                results[label] = found
         scores["models"][label] = {
             "model": model,
             **by_layer[embedded.layer],
-            "description": description,
+            "description": descriptions[embedded.layer],
             "num_items": embedded.num_items,
             "num_embedded": embedded.num_embedded,
-            "layers": by_layer if layers else {},
+            "layers": {str(layer): found for layer, found in by_layer.items()} if layers else {},
             "seconds": {"embed": embedding_ended - started, "score": time.monotonic() - embedding_ended},
         }
     scores["comparisons"] = _comparisons(results, bootstrap) if bootstrap else []
-    # Keys are texts in JSON: what is returned is what a reader of the file gets.
-    scores = json.loads(json.dumps(scores))
     write_json(join(out_uri, "scores.json"), scores)
-    return scores
+    return cast("Scores", json.loads(json.dumps(scores)))  # intervals are lists in JSON: what a reader of the file gets
 
 
-def _summary(results: Mapping[str, Result], bootstrap: int) -> dict[str, Any]:
+def _layer_scores(fingerprint: str, results: Mapping[str, Result], bootstrap: int) -> LayerScores:
     """What the scores hold of one model's results."""
     return {
+        "fingerprint": fingerprint,
         "scores": {name: result.scores for name, result in results.items()},
         "tie_rates": {name: result.tie_rates for name, result in results.items()},
         "intervals": {
@@ -135,7 +140,7 @@ def _summary(results: Mapping[str, Result], bootstrap: int) -> dict[str, Any]:
     }
 
 
-def _comparisons(results: Mapping[str, Mapping[str, Result]], bootstrap: int) -> list[dict[str, Any]]:
+def _comparisons(results: Mapping[str, Mapping[str, Result]], bootstrap: int) -> list[Comparison]:
     """Every two models, the later one against the earlier one."""
     return [
         {
@@ -143,8 +148,8 @@ def _comparisons(results: Mapping[str, Mapping[str, Result]], bootstrap: int) ->
             "against": earlier,
             "benchmarks": {
                 name: {
-                    metric: difference._asdict()
-                    for metric, difference in compare_outcomes(
+                    metric: ScoreChange(difference=change.difference, low=change.low, high=change.high, p=change.p)
+                    for metric, change in compare_outcomes(
                         ours.samples, results[earlier][name].samples, ours.averages, bootstrap
                     ).items()
                 }
@@ -174,7 +179,8 @@ def _read(benchmark: str, data_uri: str) -> tuple[str, Task]:
         raise ValueError(
             f"benchmarks: {benchmark!r} is not a retrieval benchmark with a number of captions, like coco:5"
         )
-    return name, replace(declared, max_captions_per_image=int(cap)).read(data_uri)
+    capped: Benchmark = replace(declared, max_captions_per_image=int(cap))  # type: ignore[type-var]  # a dataclass
+    return name, capped.read(data_uri)
 
 
 def _read_if_there(name: str, data_uri: str) -> Task | None:
@@ -184,7 +190,7 @@ def _read_if_there(name: str, data_uri: str) -> Task | None:
         return None
 
 
-def _about(name: str, task: Task) -> dict[str, Any]:
+def _about(name: str, task: Task) -> BenchmarkFacts:
     benchmark = find_benchmark(name)
     return {
         "title": benchmark.title,

@@ -83,8 +83,8 @@ def build_index(
         dataset.create_scalar_index(column, "BTREE")
     # Texts are what images will be asked for with, so both are tried, whichever are in the index.
     queries = sample_queries(sample_rows(table_uri, 2 * NUM_QUERIES, seed=0))
-    kinds = {None: rows} | {f"kind = '{one}'": dataset.count_rows(f"kind = '{one}'") for one in ("image", "text")}
-    wheres = [where for where, count in kinds.items() if count and (where is None or count < rows)]
+    conditions = [f"kind = '{one}'" for one in ("image", "text")]
+    wheres = [None, *(where for where in conditions if 0 < dataset.count_rows(where) < rows)]
     settings = tune(dataset, settings, queries, wheres, recall)
     settings.keep(dataset)
     index = VectorIndex(dataset)
@@ -96,7 +96,7 @@ def build_index(
         num_rows=rows,
         dimension=manifest.dimension,
         settings=settings,
-        index_bytes=sum(one.total_size_bytes for one in dataset.describe_indices()),
+        index_bytes=sum(one.total_size_bytes or 0 for one in dataset.describe_indices()),
         seconds=time.monotonic() - began,
     )
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from vladva.core.model_description import ModelDescription
 from vladva.embed.table import embedding_matrix
 from vladva.index.qdrant_filter import qdrant_filter
 from vladva.index.store import Hit, check_query, check_rows, to_hit
@@ -48,8 +49,8 @@ class QdrantStore:
     def __init__(self, client: QdrantClient, collection: str) -> None:
         self.client = client
         self.collection = collection
-        metadata = client.get_collection(collection).config.metadata
-        self.model: dict[str, Any] = metadata["model"]
+        metadata = self._metadata()
+        self.model: ModelDescription = metadata["model"]
         self.columns: list[str] = metadata["columns"]
 
     @property
@@ -70,14 +71,14 @@ class QdrantStore:
     @property
     def version(self) -> int:
         """Grows with every change."""
-        return self.client.get_collection(self.collection).config.metadata["version"]
+        return self._metadata()["version"]
 
     def search(self, vector: np.ndarray, k: int, filter: str | None = None) -> list[Hit]:  # noqa: A002
         """See VectorStore. Raises ValueError also for SQL that is no condition on a column."""
         query_D = check_query(vector, k, self.dimension)
         condition = None if filter is None else qdrant_filter(filter, self.columns)
         found = self.client.query_points(self.collection, query_D.tolist(), query_filter=condition, limit=k)
-        return [to_hit(point.payload, float(point.score)) for point in found.points]
+        return [to_hit(point.payload or {}, float(point.score)) for point in found.points]
 
     def upsert(self, rows: pa.Table) -> None:
         """See VectorStore."""
@@ -106,6 +107,13 @@ class QdrantStore:
 
     def optimize(self) -> None:
         """See VectorStore; the server does so by itself."""
+
+    def _metadata(self) -> dict[str, Any]:
+        """What `fill` noted. Raises ValueError for a collection of somebody else's."""
+        metadata = self.client.get_collection(self.collection).config.metadata
+        if not metadata or "model" not in metadata:
+            raise ValueError(f"the collection {self.collection} was not made by vladva; make one with `fill`")
+        return metadata
 
     def _changed(self) -> None:
         self.client.update_collection(self.collection, metadata={"version": self.version + 1})

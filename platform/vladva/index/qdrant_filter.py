@@ -31,7 +31,7 @@ def qdrant_filter(condition: str, columns: Sequence[str]) -> models.Filter:
         raise ValueError(f"filter {condition!r}: {error}") from None
 
 
-def _filter(node: exp.Expression, negated: bool) -> models.Filter:
+def _filter(node: exp.Expr, negated: bool) -> models.Filter:
     """The filter of a condition, or of its negation."""
     from sqlglot import exp
 
@@ -54,12 +54,13 @@ def _filter(node: exp.Expression, negated: bool) -> models.Filter:
         high = _compared(column.name, ">" if negated else "<=", _value(node.args["high"]))
         return _joined([low, high], all_hold=not negated)
     signs = {exp.EQ: "=", exp.NEQ: "!=", exp.LT: "<", exp.LTE: "<=", exp.GT: ">", exp.GTE: ">="}
-    if (sign := signs.get(type(node))) is None:
+    sign = next((sign for kind, sign in signs.items() if type(node) is kind), None)
+    if sign is None:
         raise ValueError(f"Qdrant has no {type(node).__name__.upper()}")
     return _compared(column.name, NEGATED[sign] if negated else sign, _value(node.expression))
 
 
-def _value(node: exp.Expression) -> str | int | float | bool:
+def _value(node: exp.Expr) -> str | int | float | bool:
     from sqlglot import exp
 
     if isinstance(node, exp.Boolean):

@@ -11,13 +11,14 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from vladva.core import storage
 from vladva.core.errors import FingerprintMismatch
+from vladva.core.model_description import ModelDescription
 from vladva.core.storage import join
 from vladva.index.ivf import MEMORY_LIMIT, num_partitions, partition
 from vladva.index.searcher import Searcher, SearchSettings, plain_errors
@@ -56,7 +57,7 @@ class VectorIndex:
     def _open_version(self, dataset: lance.LanceDataset) -> None:
         self.dataset = dataset
         self.searcher = Searcher(dataset, SearchSettings.of(dataset))
-        self.model: dict[str, Any] = json.loads(dataset.schema.metadata[b"vladva"])
+        self.model: ModelDescription = json.loads(dataset.schema.metadata[b"vladva"])
         self.corpus = dataset.schema.metadata[b"vladva.corpus"].decode()
 
     @property

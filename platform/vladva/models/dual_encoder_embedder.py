@@ -13,13 +13,14 @@ import inspect
 import json
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from vladva.core.model_description import ModelDescription
 from vladva.models.batch import Pixels, as_tensors
 from vladva.models.dual_encoders import family_of
 from vladva.models.fingerprint import base_revision
@@ -87,7 +88,7 @@ class DualEncoder:
     def __init__(self, checkpoint: str, *, dtype: str = "float32", device: str = "cpu") -> None:
         self.preprocessor = DualPreprocessor(checkpoint)
         self.model = DualEncoderModel(checkpoint, self.preprocessor, dtype).to(device).eval()
-        self.device = self.model.pixel_mean.device
+        self.device: torch.device = self.model.pixel_mean.device
         self.dimension = self.preprocessor.dimension
         self._description = describe_dual_encoder(checkpoint, dtype)
         self.fingerprint: str = self._description["fingerprint"]
@@ -96,7 +97,7 @@ class DualEncoder:
         """Unit vectors of texts [B, D], or of images [B, Q * D]."""
         return self.model(tokens, pixels)
 
-    def description(self) -> dict[str, Any]:
+    def description(self) -> ModelDescription:
         """What tables made with this model carry."""
         return self._description
 
@@ -121,7 +122,7 @@ class DualEncoder:
         return rows if vectors == 1 else rows.reshape(len(rows), vectors, self.dimension)
 
 
-def describe_dual_encoder(checkpoint: str, dtype: str) -> dict[str, Any]:
+def describe_dual_encoder(checkpoint: str, dtype: str) -> ModelDescription:
     """`DualEncoder.description`, without loading weights."""
     preprocessor = DualPreprocessor(checkpoint)
     parts = {

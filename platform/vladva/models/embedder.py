@@ -16,6 +16,7 @@ import torch
 
 from vladva.config import ModelConfig
 from vladva.core.hashing import key_of
+from vladva.core.model_description import ModelDescription
 from vladva.models.adapter import load_adapter
 from vladva.models.batch import as_tensors, cut
 from vladva.models.dual_encoders import family_of
@@ -81,7 +82,7 @@ class Embedder:
         self.config = config
         self.adapter = adapter
         self.merged = merged
-        self.device = model.pixel_mean.device
+        self.device: torch.device = model.pixel_mean.device
         self.dimension: int = model.base.config.get_text_config().hidden_size
         self.layer: int = config.layer or model.base.config.get_text_config().num_hidden_layers
         self.fingerprint = fingerprint_of(config, adapter, self.layer, self.dimension, self.preprocessor)
@@ -91,7 +92,7 @@ class Embedder:
         """Tokens, pixels -> unit vectors [B, D]. Made when first asked for: to chat, a model needs none."""
         return embedding_forward(self.model)
 
-    def description(self) -> dict[str, Any]:
+    def description(self) -> ModelDescription:
         """What tables and indexes made with this embedder carry."""
         return {
             "base_model": self.config.checkpoint,

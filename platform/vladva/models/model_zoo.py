@@ -6,9 +6,10 @@ than these are run by their Hugging Face name or folder, without a row of the pa
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vladva.config import IMAGE_PROMPT, TEXT_PROMPT
+from vladva.core.model_description import ModelDescription
 
 E5_V_PROMPTS = ("Summary above image in one word: ", "Summary above sentence in one word: ")
 ZERO_SHOT_PROMPTS = (IMAGE_PROMPT, TEXT_PROMPT)
@@ -106,7 +107,7 @@ def find(name: str) -> System | None:
     return system
 
 
-def paper_row(description: dict[str, Any]) -> str | None:
+def paper_row(description: ModelDescription) -> str | None:
     """The row that shows the system which an embedder's description describes; None where the paper has no such row."""
     e5_v_prompts = (description.get("image_prompt"), description.get("text_prompt")) == E5_V_PROMPTS
     for system in SYSTEMS:

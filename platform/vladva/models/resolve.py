@@ -6,10 +6,11 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vladva.config import IMAGE_PROMPT, TEXT_PROMPT, ModelConfig
 from vladva.core import storage
+from vladva.core.model_description import ModelDescription
 from vladva.models.adapter import ADAPTER_NOTE
 from vladva.models.preprocessor import Preprocessor
 
@@ -75,7 +76,9 @@ def pin(model: str) -> str:
     return model
 
 
-def describe(model: str, *, adapter: bool, dtype: str, layer: int | None = None) -> tuple[ModelConfig, dict[str, Any]]:
+def describe(
+    model: str, *, adapter: bool, dtype: str, layer: int | None = None
+) -> tuple[ModelConfig, ModelDescription]:
     """Configuration and description (`Embedder.description`) of a model, without its weights.
 
     `layer`: as if it embedded from there. Raises ValueError where the model has no such layer.

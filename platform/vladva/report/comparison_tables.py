@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from vladva.benchmarks.benchmark import find_benchmark
+from vladva.evaluate.scores import Comparison, ModelScores, Scores
 from vladva.models.model_zoo import paper_row
 from vladva.report.tables import Cell, Column, Row, ScoreTable, layouts, paper_tables
 
 LAYERS_PAPER = "VladVA (LLaVA-1.5-7B)"  # table 6's system
 
 
-def comparison_tables(scores: dict[str, Any]) -> list[ScoreTable]:
+def comparison_tables(scores: Scores) -> list[ScoreTable]:
     """In the layout of every table: each model's scores minus an earlier model's, with interval and p."""
     tables = []
     for layout in layouts():
@@ -30,20 +31,21 @@ def comparison_tables(scores: dict[str, Any]) -> list[ScoreTable]:
     return tables
 
 
-def _change(comparison: dict[str, Any], column: Column) -> Cell:
+def _change(comparison: Comparison, column: Column) -> Cell:
     found = comparison["benchmarks"][column.benchmark][column.metric]
     interval = (100 * found["low"], 100 * found["high"])
     return Cell(100 * found["difference"], interval=interval, is_change=True, p=found["p"])
 
 
-def layer_tables(scores: dict[str, Any]) -> list[ScoreTable]:
+def layer_tables(scores: Scores) -> list[ScoreTable]:
     """Table 6 for every model that was scored at several layers: changes against the model's own layer."""
     models = {label: model for label, model in scores["models"].items() if len(model.get("layers", {})) > 1}
     return [_layer_table(label, model, scores, is_last=label == list(models)[-1]) for label, model in models.items()]
 
 
-def _layer_table(label: str, model: dict[str, Any], scores: dict[str, Any], *, is_last: bool) -> ScoreTable:
+def _layer_table(label: str, model: ModelScores, scores: Scores, *, is_last: bool) -> ScoreTable:
     own = model["description"]["layer"]
+    assert own is not None, "`describe` refuses layers of a dual encoder"
     others = [int(layer) for layer in model["layers"] if int(layer) != own]
     paper = paper_tables()["table6_layers"]
     is_papers = paper_row(model["description"]) == LAYERS_PAPER
@@ -71,7 +73,7 @@ def _reported(paper: dict[str, Any]) -> Iterator[str]:
         yield f"{title}: {', '.join(changes[1:])}"
 
 
-def headlines(scores: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+def headlines(scores: Scores) -> Iterator[tuple[str, str, str]]:
     """(benchmark, metric, title) of the metrics that stand for each benchmark."""
     for name, about in scores["benchmarks"].items():
         for metric, title in find_benchmark(name).headlines.items():

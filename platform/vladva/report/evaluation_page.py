@@ -6,21 +6,17 @@ fits a phone and prints. Sections without material are left out, so the same pag
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
 
-from vladva.core.storage import read_bytes, write_bytes_atomically
+from vladva.core.storage import write_bytes_atomically
+from vladva.evaluate.scores import Scores
 from vladva.report.comparison_tables import comparison_tables, headlines, layer_tables
 from vladva.report.html import Highlight, page_environment
 from vladva.report.page_examples import CaptionComparison, Grid, WrongChoice
 from vladva.report.svg import bar_chart, line_chart
 from vladva.report.tables import ScoreTable, score_tables
-
-if TYPE_CHECKING:
-    pass
 
 CURVES = {  # key in metrics.jsonl -> title
     "loss": "Loss",
@@ -37,17 +33,12 @@ FEW_HIGHLIGHTS = 6
 EXACT = {"temperature", "lr"}  # set by the schedule or learned, not estimated from a batch: nothing to smooth
 
 
-def read_metrics(uri: str) -> list[dict[str, float]]:
-    """The steps of a run's `metrics.jsonl`."""
-    return [json.loads(line) for line in read_bytes(uri).splitlines() if line.strip()]
-
-
 def write_report(
     uri: str,
     *,
     title: str,
     command: str,
-    scores: Mapping[str, Any] | None = None,
+    scores: Scores | None = None,
     metrics: Mapping[str, Sequence[Mapping[str, float]]] | None = None,
     grids: Mapping[str, Sequence[Grid]] | None = None,
     wrong_choices: Mapping[str, Sequence[WrongChoice]] | None = None,
@@ -72,10 +63,10 @@ def write_report(
             notes=notes,
             highlights=highlights,
             scores=scores,
-            tables=score_tables(dict(scores)) if scores else [],
+            tables=score_tables(scores) if scores else [],
             bars=score_bars(scores) if scores else {},
-            comparisons=comparison_tables(dict(scores)) if scores else [],
-            layers=layer_tables(dict(scores)) if scores else [],
+            comparisons=comparison_tables(scores) if scores else [],
+            layers=layer_tables(scores) if scores else [],
             layer_curves=layer_curves(scores) if scores else {},
             curves=training_curves(metrics or {}),
             runs=list(metrics or {}),
@@ -103,7 +94,7 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping[str, float]]]) -> dic
     return figures
 
 
-def score_bars(scores: Mapping[str, Any]) -> dict[str, str]:
+def score_bars(scores: Scores) -> dict[str, str]:
     """Title -> figure, for every benchmark: the scores of all systems side by side, with the chance level."""
     figures = {}
     for name, about in scores["benchmarks"].items():
@@ -125,13 +116,13 @@ def score_bars(scores: Mapping[str, Any]) -> dict[str, str]:
     return figures
 
 
-def layer_curves(scores: Mapping[str, Any]) -> dict[str, str]:
+def layer_curves(scores: Scores) -> dict[str, str]:
     """Title -> figure, for every benchmark's main metrics: percent by layer, a line for each model."""
     models = {label: model["layers"] for label, model in scores["models"].items() if len(model.get("layers", {})) > 1}
     if not models:
         return {}
     figures = {}
-    for name, metric, title in headlines(dict(scores)):
+    for name, metric, title in headlines(scores):
         series = {
             label: sorted((int(layer), 100 * of["scores"][name][metric]) for layer, of in layers.items())
             for label, layers in models.items()
@@ -140,11 +131,11 @@ def layer_curves(scores: Mapping[str, Any]) -> dict[str, str]:
     return figures
 
 
-def headline_highlights(scores: Mapping[str, Any]) -> list[Highlight]:
+def headline_highlights(scores: Scores) -> list[Highlight]:
     """The last model's score in each benchmark's main metrics (of many, the last one), beside the first model's."""
     labels = list(scores["models"])
     first, last = labels[0], labels[-1]
-    shown = list(headlines(dict(scores)))
+    shown = list(headlines(scores))
     if len(shown) > FEW_HIGHLIGHTS:
         shown = list({name: (name, metric, title) for name, metric, title in shown}.values())
     found = []
@@ -155,7 +146,7 @@ def headline_highlights(scores: Mapping[str, Any]) -> list[Highlight]:
 
 
 def _metric_title(metric: str) -> str:
-    way, _, cutoff = metric.partition("_r")
-    if way in ("t2i", "i2t") and cutoff.isdigit():
-        return f"R@{cutoff}\n{'text to image' if way == 't2i' else 'image to text'}"
+    direction, _, cutoff = metric.partition("_r")
+    if direction in ("t2i", "i2t") and cutoff.isdigit():
+        return f"R@{cutoff}\n{'text to image' if direction == 't2i' else 'image to text'}"
     return metric.replace("_", "\n")

@@ -5,9 +5,8 @@ model was surest (the right one is among the five, another is clearly ahead), th
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 
 from vladva.benchmarks.benchmark import Task
@@ -15,11 +14,12 @@ from vladva.benchmarks.protocols.caption_choice import CaptionChoiceTask
 from vladva.benchmarks.protocols.matching import MatchingTask
 from vladva.benchmarks.protocols.retrieval import RetrievalTask
 from vladva.benchmarks.protocols.two_captions import TwoCaptionsTask
+from vladva.core.sampling import spread
 from vladva.data.image_refs import ImageRef, read_images
+from vladva.evaluate.scores import Scores
 from vladva.evaluate.scoring import read_outcomes
 
 HITS = 5
-T = TypeVar("T")
 
 
 class GridHit(NamedTuple):
@@ -78,7 +78,7 @@ class CaptionComparison(NamedTuple):
     objects: Sequence[str] = ()  # known to be in the image
 
 
-def grids_of(scores: Mapping[str, Any], tasks: Mapping[str, Task], out_uri: str, label: str) -> dict[str, list[Grid]]:
+def grids_of(scores: Scores, tasks: Mapping[str, Task], out_uri: str, label: str) -> dict[str, list[Grid]]:
     """Grids of all retrieval benchmarks of an evaluation for the system `label`, by a heading that names both."""
     return {
         _heading(scores, name, label): retrieval_grids(read_outcomes(out_uri, label, name), task.images)
@@ -88,27 +88,26 @@ def grids_of(scores: Mapping[str, Any], tasks: Mapping[str, Task], out_uri: str,
 
 
 def wrong_choices_of(
-    scores: Mapping[str, Any], tasks: Mapping[str, Task], out_uri: str, label: str
+    scores: Scores, tasks: Mapping[str, Task], out_uri: str, label: str
 ) -> dict[str, list[WrongChoice]]:
     """Wrong choices in all compositional benchmarks of an evaluation for the system `label`, by a heading."""
-    return {
-        _heading(scores, name, label): wrong_choices(choices_of(task, read_outcomes(out_uri, label, name)))
-        for name, task in tasks.items()
-        if isinstance(task, CaptionChoiceTask | TwoCaptionsTask | MatchingTask)
-    }
+    found: dict[str, list[WrongChoice]] = {}
+    for name, task in tasks.items():
+        if isinstance(task, (CaptionChoiceTask, TwoCaptionsTask, MatchingTask)):
+            choices = choices_of(task, read_outcomes(out_uri, label, name))
+            found[_heading(scores, name, label)] = wrong_choices(choices)
+    return found
 
 
-def caption_comparisons(
-    captions: pa.Table, images: Sequence[ImageRef], *, pictures: int = 6
-) -> list[CaptionComparison]:
-    """From the table of `captions.write_captions`: a few images at even distances, each with all prompts."""
+def caption_comparisons(captions: pa.Table, images: Sequence[ImageRef], *, count: int = 6) -> list[CaptionComparison]:
+    """From the table of `write_captions`: a few images at even distances, each with all prompts."""
     by_prompt: dict[tuple[str, str], dict[str, str]] = {}
     objects: dict[str, list[str]] = {}
     for row in captions.to_pylist():
         by_prompt.setdefault((row["picture"], row["prompt"]), {})[row["system"]] = row["caption"]
         objects[row["picture"]] = row["objects"]
     prompts = list(dict.fromkeys(prompt for _, prompt in by_prompt))
-    chosen = _spread(list(images), pictures)
+    chosen = [images[i] for i in spread(len(images), count)]
     return [
         CaptionComparison(data, prompt, by_prompt[image.id, prompt], objects[image.id])
         for image, data in zip(chosen, read_images(chosen), strict=True)
@@ -130,14 +129,14 @@ def retrieval_grids(
         (
             "Found first",
             f"{len(first):,} of {len(rows):,} captions; shown at even distances.",
-            _spread(first, successes),
+            [first[i] for i in spread(len(first), successes)],
         ),
         ("Near misses", f"{len(missed):,} captions; the surest mistakes first.", missed[:near]),
         (f"Not among the first {HITS}", f"{len(lost):,} captions; the right image is ranked lowest.", lost[:far]),
     ]
-    pictures = _images([row for _, _, chosen in grids for row in chosen], by_name)
+    contents = _images([row for _, _, chosen in grids for row in chosen], by_name)
     return [
-        Grid(title, note, [_text_to_image(row, pictures) for row in chosen]) for title, note, chosen in grids if chosen
+        Grid(title, note, [_text_to_image(row, contents) for row in chosen]) for title, note, chosen in grids if chosen
     ] + _image_to_text(outcomes, by_name, successes)
 
 
@@ -181,7 +180,7 @@ def wrong_choices(choices: Sequence[Choice], *, per_kind: int = 2, most: int = 1
     return [WrongChoice(choice.kind, image, *choice[2:]) for choice, image in zip(chosen, data, strict=True)]
 
 
-def _heading(scores: Mapping[str, Any], benchmark: str, label: str) -> str:
+def _heading(scores: Scores, benchmark: str, label: str) -> str:
     return f"{scores['benchmarks'][benchmark]['title']}, {label}"
 
 
@@ -190,31 +189,26 @@ def _image_to_text(outcomes: pa.Table, by_name: dict[str, ImageRef], count: int)
     missed = sorted(
         (row for row in rows if row["rank"] > 1), key=lambda row: (row["rank"] > HITS, -row["similarity"][0])
     )[:count]
-    pictures = read_images([by_name[row["query"]] for row in missed])
+    contents = read_images([by_name[row["query"]] for row in missed])
     grid = [
-        GridRow(picture, _hits(row, row["nearest"]), row["rank"]) for row, picture in zip(missed, pictures, strict=True)
+        GridRow(content, _hits(row, row["nearest"]), row["rank"]) for row, content in zip(missed, contents, strict=True)
     ]
     total = sum(row["rank"] > 1 for row in rows)
     note = f"{total:,} of {len(rows):,} images whose nearest caption belongs to another image; the surest first."
     return [Grid("Images given another's caption", note, grid)] if grid else []
 
 
-def _text_to_image(row: dict, pictures: dict[str, bytes]) -> GridRow:
-    hits = _hits(row, [pictures[name] for name in row["nearest"][:HITS]])
-    answer = None if any(hit.right for hit in hits) else pictures[row["image"]]
+def _text_to_image(row: dict[str, Any], contents: dict[str, bytes]) -> GridRow:
+    hits = _hits(row, [contents[name] for name in row["nearest"][:HITS]])
+    answer = None if any(hit.right for hit in hits) else contents[row["image"]]
     return GridRow(row["query"], hits, row["rank"], answer)
 
 
-def _hits(row: dict, contents: Sequence[bytes] | Sequence[str]) -> list[GridHit]:
+def _hits(row: dict[str, Any], contents: Sequence[bytes | str]) -> list[GridHit]:
     found = zip(contents[:HITS], row["similarity"], row["right"], strict=False)
     return [GridHit(content, similarity, right) for content, similarity, right in found]
 
 
-def _images(rows: list[dict], by_name: dict[str, ImageRef]) -> dict[str, bytes]:
+def _images(rows: list[dict[str, Any]], by_name: dict[str, ImageRef]) -> dict[str, bytes]:
     names = list(dict.fromkeys(name for row in rows for name in [*row["nearest"][:HITS], row["image"]]))
     return dict(zip(names, read_images([by_name[name] for name in names]), strict=True))
-
-
-def _spread(rows: list[T], count: int) -> list[T]:
-    places = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
-    return [rows[place] for place in places]

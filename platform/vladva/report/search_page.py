@@ -17,7 +17,7 @@ def hits_page(query: str, hits: Sequence[Hit], corpus: str) -> str:
 
     template = Environment(loader=PackageLoader("vladva.report"), autoescape=True).get_template("hits.html.j2")
     shown = [
-        {"id": hit.id, "score": hit.score, "caption": caption_of(hit), "picture": _image(hit.columns, corpus)}
+        {"id": hit.id, "score": hit.score, "caption": caption_of(hit), "image": _image(hit.columns, corpus)}
         for hit in hits
     ]
     return template.render(query=query, hits=shown)

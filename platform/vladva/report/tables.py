@@ -1,7 +1,7 @@
 """Scores -> tables in the paper's layout.
 
 Our rows come first, with the paper's number and the difference in each cell that has one, then the paper's own rows. A
-`ScoreTable` is drawn for the terminal here, and as HTML by `report.py`.
+`ScoreTable` is drawn for the terminal here, and as HTML by `evaluation_page.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pyarrow as pa
 from vladva.benchmarks.benchmark import Benchmark, benchmark_names, find_benchmark
 from vladva.evaluate.caption_actor import CAPTION_PROMPTS
 from vladva.evaluate.captioning import statistics
+from vladva.evaluate.scores import ModelScores, Scores
 from vladva.models.model_zoo import SYSTEMS, paper_row
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Cell(NamedTuple):
         if self.value is None:
             return "\N{EN DASH}"
         if self.is_change:
-            return signed(self.value)
+            return with_sign(self.value)
         return f"{self.value:.2f}" if self.value < 1 else f"{self.value:.1f}"
 
     def details(self, *, brief: bool = False) -> list[str]:
@@ -76,17 +77,17 @@ class Cell(NamedTuple):
         lines = []
         if self.interval:
             low, high = self.interval
-            ends = f"{signed(low)} to {signed(high)}" if self.is_change else f"{low:.1f}\N{EN DASH}{high:.1f}"
+            ends = f"{with_sign(low)} to {with_sign(high)}" if self.is_change else f"{low:.1f}\N{EN DASH}{high:.1f}"
             lines.append(f"\N{PLUS-MINUS SIGN}{(high - low) / 2:.1f}" if brief else ends)
         if self.p is not None:
             lines.append("p < 0.001" if self.p < 0.001 else f"p {self.p:.3f}")
         if self.paper is not None and self.value is not None:
-            shown = signed(self.paper) if self.is_change else f"{self.paper:.1f}"
-            lines += [shown, signed(self.value - self.paper)]
+            shown = with_sign(self.paper) if self.is_change else f"{self.paper:.1f}"
+            lines += [shown, with_sign(self.value - self.paper)]
         return lines
 
 
-def signed(value: float) -> str:
+def with_sign(value: float) -> str:
     """A change: with its sign, and one decimal."""
     return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
 
@@ -145,7 +146,7 @@ def paper_tables() -> dict[str, Any]:
     return json.loads(resources.files("vladva.report").joinpath("paper_tables.json").read_text(encoding="utf-8"))
 
 
-def score_tables(scores: dict[str, Any]) -> list[ScoreTable]:
+def score_tables(scores: Scores) -> list[ScoreTable]:
     """The tables of all benchmarks in `scores` (what `evaluate` returns), columns of other benchmarks left out."""
     tables = []
     for layout in layouts():
@@ -161,7 +162,7 @@ def score_tables(scores: dict[str, Any]) -> list[ScoreTable]:
 
 
 def _measured(
-    label: str, model: dict[str, Any], columns: tuple[Column, ...], layout: Layout, reported: dict[str, dict]
+    label: str, model: ModelScores, columns: tuple[Column, ...], layout: Layout, reported: dict[str, dict]
 ) -> Row:
     paper = reported.get(paper_row(model["description"]) or "", {}) if not layout.other_data else {}
 
