@@ -112,13 +112,8 @@ class Generative:
 
     def plan(self, conversation: Conversation, max_tokens: int | None) -> tuple[int, int] | Failure:
         """Tokens of the prompt, and tokens that the answer may have."""
-        preprocessor = self.embedder.preprocessor
-        for message in conversation.messages:
-            if any(preprocessor.image_token in part.get("text", "") for part in message["content"]):
-                text = f"a text contains the image token {preprocessor.image_token!r}"
-                return Failure(422, text, "invalid_value").with_param("messages")
         try:
-            prompt_tokens = len(preprocessor.render(conversation.messages, conversation.sizes))
+            prompt_tokens = len(self.embedder.preprocessor.render(conversation.messages, conversation.sizes))
         except ValueError as error:
             return Failure(422, str(error), "invalid_image").with_param("messages")
         room = self.context - prompt_tokens

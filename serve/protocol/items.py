@@ -12,6 +12,8 @@ from pydantic import JsonValue
 from serve.protocol.errors import ApiError, Failure
 from serve.protocol.images import image_size, parse_data_uri
 from serve.protocol.schema import Message
+from vladva.core.errors import InvalidSampleError
+from vladva.core.text import clean_text
 
 Modality = Literal["text", "image"]
 
@@ -87,11 +89,11 @@ def _parse(value: JsonValue, field: str, limits: Limits, modality: Modality) -> 
         value = {modality: value}
     match value:
         case {"text": str(text)} if len(value) == 1:
-            if not text.strip():
-                return _refused(field, "the text is empty")
-            if any("\ud800" <= character <= "\udfff" for character in text):
+            try:
+                text = clean_text(text)
+            except InvalidSampleError:
                 return _refused(field, "the text holds half a surrogate pair, which is no character")
-            return EmbedItem(text=text)
+            return EmbedItem(text=text) if text else _refused(field, "the text is empty")
         case {"image": str(uri)} if len(value) == 1:
             return parse_image(uri, field, limits)
         case {"text": _, "image": _}:

@@ -81,7 +81,7 @@ def test_the_table_holds_what_the_embedder_gives(tmp_path: Path, ray_cluster: No
 
     from vladva.models.embedder import load_embedder
 
-    texts = [*sentences(150), *sentences(20), "", "look at this <image> here"]  # 20 repeats, 2 bad
+    texts = [*sentences(150), *sentences(20), "\0 ", "word " * 600]  # 20 repeats, 2 bad
     small = Image.new("RGB", (1, 1), "red")
     body = io.BytesIO()
     small.save(body, "PNG")
@@ -92,7 +92,8 @@ def test_the_table_holds_what_the_embedder_gives(tmp_path: Path, ray_cluster: No
 
     bad = {"t170", "t171", "p32", "p33", "p34", "p35"}
     assert set(quarantine(tmp_path / "table")) == bad
-    assert quarantine(tmp_path / "table")["t171"] == "the text contains the image token '<image>'"
+    assert quarantine(tmp_path / "table")["t170"] == "the text is empty"
+    assert quarantine(tmp_path / "table")["t171"].endswith("tokens with its prompt; the model takes 512")
     assert quarantine(tmp_path / "table")["p34"] == quarantine(tmp_path / "table")["p32"]
     assert (summary.items, summary.embedded, summary.skipped, summary.quarantined) == (208, 181, 0, 6)
     assert (summary.repeated, summary.rows) == (21, 202)
@@ -211,8 +212,8 @@ def kill_an_actor(when: Callable[[], bool], killed: list[int]) -> None:
 def test_too_many_bad_items_stop_the_job(tmp_path: Path, ray_cluster: None, tiny: str) -> None:
     import ray.data
 
-    items = item_table([f"<image> {i}" for i in range(150)], [])
-    with pytest.raises(ValueError, match=r"150 of 150 items cannot be embedded.*<image>"):
+    items = item_table(["word " * 600 + str(i) for i in range(150)], [])
+    with pytest.raises(ValueError, match=r"150 of 150 items cannot be embedded.*the model takes 512"):
         encode(ray.data.from_arrow(items), tiny, str(tmp_path / "many"), actors=1)
     with pytest.raises(ValueError, match="nothing was embedded: the text is empty"):
         encode(ray.data.from_arrow(item_table([""], [])), tiny, str(tmp_path / "few"), actors=1)

@@ -23,13 +23,18 @@ UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 def clean_text(text: str) -> str:
     """The text as the policy wants it. Raises InvalidSampleError for halves of characters, which no UTF-8 has."""
+    return clean_characters(text).strip()
+
+
+def clean_characters(text: str) -> str:
+    """The same with the space around it, which in a conversation is part of the text. Raises InvalidSampleError."""
     if text.isprintable():  # almost always: then there is nothing to replace
-        return text.strip()
+        return text
     try:
         text.encode()
     except UnicodeError as error:
         raise InvalidSampleError("caption is not UTF-8", str(error)) from None
-    return DROPPED.sub("", LINE_ENDS.sub("\n", text)).strip()
+    return DROPPED.sub("", LINE_ENDS.sub("\n", text))
 
 
 def decode_text(data: bytes) -> str:

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from vladva.config import ModelConfig
 from vladva.core.hashing import digest
+from vladva.core.text import clean_text
 from vladva.embed.source_items import REJECTED
 from vladva.embed.table import CONTENT, keys_of
 from vladva.embed.table_writer import contains, write_repeats
@@ -116,7 +117,7 @@ def _texts(rows: pa.Table, done: np.ndarray, settings: BatchingConfig) -> Iterat
     preprocessor = preprocessor_of(settings.config)
     texts = rows["text"].to_pylist()
     rows, texts, bad = _without(
-        rows.drop_columns(["image"]), texts, [None if text else "the text is empty" for text in texts]
+        rows.drop_columns(["image"]), texts, [None if clean_text(text or "") else "the text is empty" for text in texts]
     )
     rows, texts, repeated = _first_of_content(rows, texts, done, settings)
     prompts, reasons = _attempt(preprocessor.text_prompt, texts)

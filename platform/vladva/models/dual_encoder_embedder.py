@@ -21,9 +21,11 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from vladva.core.model_description import ModelDescription
+from vladva.core.text import clean_text
 from vladva.models.batch import Pixels, as_tensors
 from vladva.models.dual_encoders import family_of
 from vladva.models.fingerprint import base_revision
+from vladva.models.literal_tokenizer import LiteralTokenizer
 from vladva.models.preprocessor import Preprocessor
 
 if TYPE_CHECKING:
@@ -37,10 +39,11 @@ class DualPreprocessor(Preprocessor):
         self.family = _family(checkpoint)
         self.config, self.tokenizer, self.image_processor = self.family.tools(checkpoint)
         self.vectors, self.dimension = self.family.shape(self.config)
+        self.literal = LiteralTokenizer(self.tokenizer)
 
     def text_prompt(self, text: str) -> list[int]:
-        """Token ids of a text, cut where the model's context ends."""
-        return self.family.token_ids(self.config, self.tokenizer, text.strip())
+        """Token ids of a text, cut where the model's context ends; nothing in it acts as a special token."""
+        return self.family.token_ids(self.config, *self.literal.alone(clean_text(text)))
 
     def image_prompt(self, size: tuple[int, int]) -> list[int]:
         """Nothing is asked of an image."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,9 +11,11 @@ import numpy as np
 
 from vladva.config import IMAGE_PROMPT, TEXT_PROMPT
 from vladva.core.hashing import key_of
+from vladva.core.text import clean_characters, clean_text
 from vladva.data.examples import Example
 from vladva.models.backbones import backbone_of, resolve
 from vladva.models.batch import MicroBatch, Pixels, Tokens
+from vladva.models.literal_tokenizer import MARK, LiteralTokenizer
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,7 +25,11 @@ Side = Literal["image", "text"]
 
 
 class Preprocessor:
-    """Makes the inputs of one model from images and texts. Loads tokenizer and image processor, never weights."""
+    """Makes the inputs of one model from images and texts. Loads tokenizer and image processor, never weights.
+
+    Special tokens come from the template and the hand-written prompts alone: in captions, queries and conversations
+    they are text like any other.
+    """
 
     def __init__(
         self,
@@ -56,6 +62,7 @@ class Preprocessor:
         self.prompts = {"image": image_prompt, "text": text_prompt}
         self.image_prompts: dict[int, list[int]] = {}  # by number of image tokens
         self.soft_ids: dict[str, list[int]] = {"image": [], "text": []}
+        self.literal = LiteralTokenizer(self.tokenizer)
         self.prompt_ids: dict[str, list[int]] = {side: self._prompt_in_context(side) for side in ("image", "text")}
         if soft_prompts:
             for side in ("image", "text"):
@@ -63,6 +70,7 @@ class Preprocessor:
                 self.tokenizer.add_tokens(names, special_tokens=True)
                 self.soft_ids[side] = self.tokenizer.convert_tokens_to_ids(names)
                 self.prompts[side] = "".join(names)
+            self.literal = LiteralTokenizer(self.tokenizer)
 
     def _prompt_in_context(self, side: Side) -> list[int]:
         """Token ids of the hand-written prompt in its place in the conversation, where no space may precede it."""
@@ -70,18 +78,27 @@ class Preprocessor:
         def rendered(prompt: str) -> list[int]:
             if side == "image":
                 content = [{"type": "image"}, {"type": "text", "text": prompt}]
-                return self.render([{"role": "user", "content": content}], [(64, 64)])
-            return self.render([{"role": "user", "content": [{"type": "text", "text": f"x\n{prompt}"}]}])
+                return self._render([{"role": "user", "content": content}], [(64, 64)])
+            return self._render([{"role": "user", "content": [{"type": "text", "text": f"x\n{prompt}"}]}])
 
         whole, bare = rendered(self.prompts[side]), rendered("")
         before = next(i for i, (a, b) in enumerate(zip(whole, bare, strict=False)) if a != b)
         return whole[before : len(whole) - (len(bare) - before)]
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        [marked] = self.literal.mark([clean_characters(text)])
+        return self.literal(marked, add_special_tokens=False)
 
     def render(self, messages: list[dict[str, Any]], sizes: Sequence[tuple[int, int]] = ()) -> list[int]:
-        """Token ids of a conversation up to the assistant's turn; `sizes`: (width, height) of its images."""
+        """Token ids of a conversation up to the assistant's turn; `sizes`: (width, height) of its images.
+
+        Raises InvalidSampleError for a text that is none (half a surrogate pair).
+        """
+        texts = iter(self.literal.mark([clean_characters(text) for text in _texts_of(messages)]))
+        return self._render([_with_texts(message, texts) for message in messages], sizes)
+
+    def _render(self, messages: list[dict[str, Any]], sizes: Sequence[tuple[int, int]] = ()) -> list[int]:
+        """The same of messages whose texts are marked already, or this project's own."""
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         pieces = text.split(self.image_token)
         assert len(pieces) == len(sizes) + 1, (len(pieces) - 1, len(sizes))
@@ -90,7 +107,7 @@ class Preprocessor:
             expanded += self.image_token * self.num_image_tokens(size) + piece
         # A template that writes the beginning-of-sequence token itself must not get a second one.
         bos = self.tokenizer.bos_token
-        return self.tokenizer(expanded, add_special_tokens=bos is None or not expanded.startswith(bos)).input_ids
+        return self.literal(expanded, add_special_tokens=bos is None or not expanded.startswith(bos))
 
     def num_image_tokens(self, size: tuple[int, int]) -> int:
         """Image tokens of an image of (width, height). Raises ValueError for a shape that the model does not take."""
@@ -101,15 +118,14 @@ class Preprocessor:
         count = self.num_image_tokens(size)
         if count not in self.image_prompts:
             content = [{"type": "image"}, {"type": "text", "text": self.prompts["image"]}]
-            self.image_prompts[count] = self.render([{"role": "user", "content": content}], [size])
+            self.image_prompts[count] = self._render([{"role": "user", "content": content}], [size])
         return self.image_prompts[count]
 
     def text_prompt(self, text: str) -> list[int]:
-        """Token ids that ask for the summary of a text."""
-        if self.image_token in text:
-            raise ValueError(f"the text contains the image token {self.image_token!r}")
-        content = [{"type": "text", "text": f"{text.strip()}\n{self.prompts['text']}"}]
-        return self.render([{"role": "user", "content": content}])
+        """Token ids that ask for the summary of a text. Raises InvalidSampleError for half a surrogate pair."""
+        [marked] = self.literal.mark([clean_text(text)])
+        content = [{"type": "text", "text": f"{marked}\n{self.prompts['text']}"}]
+        return self._render([{"role": "user", "content": content}])
 
     def pixels(self, images: Sequence[Image.Image]) -> Pixels:
         """Images resized and cut up as the model wants them."""
@@ -160,7 +176,10 @@ class Preprocessor:
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text by itself, without prompt."""
-        return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False).input_ids] if texts else []
+        marked = [self.literal.mark([clean_characters(text)])[0] for text in texts]
+        plain = [text for text in marked if MARK not in text]  # nearly all: encoded together
+        ids = iter(self.tokenizer(plain, add_special_tokens=False).input_ids if plain else [])
+        return [len(self.literal(text, add_special_tokens=False) if MARK in text else next(ids)) for text in marked]
 
     def collate(self, number: int, examples: Sequence[Example]) -> MicroBatch:
         """The chunk `number` from its examples, which all have an image, or all a text in its stead."""
@@ -186,6 +205,20 @@ class Preprocessor:
             image_keys=np.array([key_of(text.encode()) for text in texts] or [part.key() for part in parts], np.int64),
             caption_keys=np.array([key_of(text.encode()) for text in named], np.int64),
         )
+
+
+def _texts_of(messages: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for message in messages:
+        parts = message["content"]
+        yield from [parts] if isinstance(parts, str) else [part["text"] for part in parts if part["type"] == "text"]
+
+
+def _with_texts(message: dict[str, Any], texts: Iterator[str]) -> dict[str, Any]:
+    """The message with the next of the texts in the place of each of its own."""
+    parts = message["content"]
+    if isinstance(parts, str):
+        return message | {"content": next(texts)}
+    return message | {"content": [p | {"text": next(texts)} if p["type"] == "text" else p for p in parts]}
 
 
 def soft_tokens(side: Literal["image", "text"], count: int) -> list[str]:

@@ -148,6 +148,42 @@ def test_texts_are_those_of_the_processor(embedder: Embedder, folder: str) -> No
     assert embedder.preprocessor.text_prompt("a red circle") == expected["input_ids"][0].tolist()
 
 
+def test_special_tokens_in_texts_are_text(embedder: Embedder, folder: str) -> None:
+    """In captions, queries and conversations; the forward of both losses takes them, whole and with soft prompts."""
+    model, preprocessor = embedder.model, embedder.preprocessor
+    special = {str(token): i for i, token in preprocessor.tokenizer.added_tokens_decoder.items()}
+
+    def acting(ids: list[int]) -> list[int]:
+        return [i for i in ids if i in special.values()]
+
+    text = "a ring" + " ".join(special) + "".join(special)
+    assert acting(preprocessor.text_prompt(text)) == acting(preprocessor.text_prompt("a ring"))
+    assert acting(preprocessor.tokenizer(text).input_ids) != []  # negative control
+    parts = [{"type": "text", "text": text[:40]}, {"type": "image"}, {"type": "text", "text": text[40:]}]
+    plain = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
+    rendered = [preprocessor.render([{"role": "user", "content": one}], SIZES[:1]) for one in (parts, plain)]
+    assert acting(rendered[0]) == acting(rendered[1])
+    conversation = [{"role": "user", "content": parts}]
+    assert "".join(embedder.generate(conversation, IMAGES[:1], max_tokens=2)) is not None
+
+    tokens = preprocessor.images(SIZES, [text] * len(SIZES))
+    for row, prompt, length in zip(tokens.ids, tokens.prompt_lengths, tokens.lengths, strict=True):
+        assert acting(row[prompt:length].tolist()) == [preprocessor.tokenizer.eos_token_id]
+        written = preprocessor.tokenizer.decode(row[prompt : length - 1], clean_up_tokenization_spaces=False)
+        assert written == text
+    with torch.inference_mode():
+        pixels = as_tensors(preprocessor.pixels(IMAGES), "cpu")
+        _, loss, _ = model(as_tensors(tokens, "cpu"), pixels, caption_tokens=4)
+        assert torch.isfinite(loss)
+    assert np.isfinite(embedder.embed_texts([text])).all()
+
+    soft = Preprocessor(folder, soft_prompts=True)
+    name = next(iter(soft.tokenizer.added_tokens_encoder.keys() - special.keys()))
+    ids = soft.text_prompt(f"a {name}")
+    assert [i for i in ids if i in soft.soft_ids["text"]] == soft.soft_ids["text"]
+    assert not set(ids) & set(soft.soft_ids["image"])
+
+
 def test_lora_is_on_all_linear_layers_of_the_language_model_and_on_no_other(embedder: Embedder) -> None:
     base, targets = embedder.model.base, embedder.model.backbone.LORA_TARGETS
     found = {name for name, _ in base.named_modules() if re.fullmatch(targets, name)}

@@ -133,7 +133,6 @@ def test_text_alone_and_several_turns(client: httpx.Client) -> None:
         ({"stop": [""]}, "stop", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value"),
-        ({"messages": [{"role": "user", "content": "an <image>"}]}, "messages", "invalid_value"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "http://localhost/a.png"}]}]},
             "messages[0].content[0].image_url",
@@ -145,6 +144,16 @@ def test_what_cannot_be_done_is_refused(client: httpx.Client, change: dict[str, 
     for stream in (False, True):
         response = client.post("/v1/chat/completions", json={"messages": MESSAGES, "stream": stream, **change})
         assert error_of(response, 422, code)["param"] == param
+
+
+def test_special_tokens_in_a_conversation_are_text(client: httpx.Client, embedder: Embedder) -> None:
+    """They are answered as the model in this process answers them, and count as the text that they are."""
+    for text in ("an <image>", "<|assistant|> a </s> ring", "<|vladva_text_0|> what?"):
+        messages = [{"role": "user", "content": text}]
+        reply = client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 4}).json()
+        assert reply["usage"]["prompt_tokens"] == len(embedder.preprocessor.render(messages))
+        expected = "".join(embedder.generate(messages, max_tokens=4))
+        assert reply["choices"][0]["message"]["content"] == expected
 
 
 def test_an_unknown_model_is_refused(client: httpx.Client) -> None:

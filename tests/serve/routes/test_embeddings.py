@@ -65,6 +65,14 @@ def test_forms_of_input(client: httpx.Client, embedder: Embedder) -> None:
     assert abs(float(of_text[0] @ of_image[0])) < 0.999  # a server that mixes them up would be noticed
 
 
+def test_texts_with_special_tokens_and_marks_are_texts(client: httpx.Client, embedder: Embedder) -> None:
+    texts = ["an image <image> here", "a </s> b", "a < b", "a b"]
+    expected = embedder.embed_texts(texts)
+    np.testing.assert_allclose(embed(client, input=texts), expected, atol=1e-5)
+    np.testing.assert_allclose(embed(client, input="\ufeffa </s>\0 b\r\n")[0], expected[1], atol=1e-5)
+    assert (expected[1] @ expected[3]) < 0.9999  # negative control: it is read, not left out
+
+
 def test_dimensions_truncate_then_normalise(client: httpx.Client, embedder: Embedder) -> None:
     [full] = embedder.embed_texts(TEXTS[:1])
     [short] = embed(client, input=TEXTS[0], dimensions=16)
@@ -92,7 +100,7 @@ def test_concurrent_requests_share_batches_and_get_their_own_vectors(client: htt
     ("item", "code"),
     [
         ("", "invalid_value"),
-        ("an image <image> here", "invalid_value"),
+        ("\0\ufeff ", "invalid_value"),
         (7, "invalid_value"),
         ({"txt": "a"}, "invalid_value"),
         ({"text": "a", "image": data_uri(noise_image(0))}, "invalid_value"),
