@@ -97,19 +97,19 @@ CASES: dict[str, tuple[dict[str, bytes | str], Outcome, dict[str, int], dict[str
         {"x.tsv": "path\tcaption\r\na.jpg\ta cat\r\nb.jpg\ta dog\r\n".encode("utf-16")}, ROWS, {}, {},
     ),
     "one Latin-1 byte in a table costs its row": (
-        {"x.csv": b"path,caption\na.jpg,a cat\nc.jpg,caf\xe9\nb.jpg,a dog\n"}, ROWS, {"caption is not UTF-8": 1}, {},
+        {"x.csv": b"path,caption\na.jpg,a cat\nc.jpg,No\xebl\nb.jpg,a dog\n"}, ROWS, {"caption is not UTF-8": 1}, {},
     ),
     "one Latin-1 byte in JSON lines costs its row": (
-        {"x.jsonl": b'{"path": "a.jpg", "text": "a cat"}\n{"path": "c.jpg", "text": "caf\xe9"}\n'},
+        {"x.jsonl": b'{"path": "a.jpg", "text": "a cat"}\n{"path": "c.jpg", "text": "No\xebl"}\n'},
         {"a.jpg": ["a cat"]}, {"caption is not UTF-8": 1}, {},
     ),
     "one Latin-1 byte in a COCO file costs its caption": (
         {"c.json": b'\xef\xbb\xbf{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": ['
-                   b'{"image_id": 1, "caption": "a cat"}, {"image_id": 1, "caption": "caf\xe9"}]}'},
+                   b'{"image_id": 1, "caption": "a cat"}, {"image_id": 1, "caption": "No\xebl"}]}'},
         {"a.jpg": ["a cat"]}, {"caption is not UTF-8": 1}, {},
     ),
     "one Latin-1 byte in a list of objects costs its row": (
-        {"c.json": b'[{"image": "a.jpg", "caption": ["a cat"]}, {"image": "c.jpg", "caption": ["caf\xe9"]}]'},
+        {"c.json": b'[{"image": "a.jpg", "caption": ["a cat"]}, {"image": "c.jpg", "caption": ["No\xebl"]}]'},
         {"a.jpg": ["a cat"]}, {"caption is not UTF-8": 1}, {},
     ),
     "half a character spelled out in JSON": (
@@ -191,7 +191,7 @@ def test_one_latin_1_byte_in_a_folder_of_captions_costs_one_sample_and_is_named(
 ) -> None:
     images = [*IMAGES.values()][:3]
     files: dict[str, bytes | str] = {f"{name}.jpg": image for name, image in zip("abc", images, strict=True)}
-    write(tmp_path / "in", files | {"a.txt": "a cat\x07", "b.txt": b"fine\ncaf\xe9\n", "c.txt": "a\N{BOM} cow"})
+    write(tmp_path / "in", files | {"a.txt": "a cat\x07", "b.txt": b"fine\nNo\xebl\n", "c.txt": "a\N{BOM} cow"})
     leave_ray_out(monkeypatch)
     prepared = prepare(str(tmp_path / "in"), str(tmp_path / "out"), count_words, max_bad_fraction=0.5)
     assert (prepared.samples, prepared.quarantined) == (2, {"caption is not UTF-8": 1})
@@ -208,7 +208,7 @@ def test_one_latin_1_byte_in_a_folder_of_captions_costs_one_sample_and_is_named(
 
 
 def test_a_file_of_texts_loses_no_line_to_another(tmp_path: Path) -> None:
-    (tmp_path / "texts.txt").write_bytes(b"\xef\xbb\xbfone\r\ncaf\xe9\n\0\nt\xc2\x85wo\rthree \xe2\x80\xa8 lines\n\n")
+    (tmp_path / "texts.txt").write_bytes(b"\xef\xbb\xbfone\r\nNo\xebl\n\0\nt\xc2\x85wo\rthree \xe2\x80\xa8 lines\n\n")
     rows = text_items(str(tmp_path / "texts.txt"))
     assert [(row["id"], row["kind"]) for row in rows] == [
         ("texts.txt#0", "text"), ("texts.txt#1", "rejected"), ("texts.txt#3", "text"), ("texts.txt#4", "text")

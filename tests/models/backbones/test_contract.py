@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 
 from tests.support import families
 from vladva.config import IMAGE_PROMPT, TEXT_PROMPT, ModelConfig
+from vladva.core.images import MAX_RATIO
 from vladva.data.scenes.captions import captions
 from vladva.data.scenes.corpus import scenes
 from vladva.embed.layers_actor import embed_layers
@@ -137,6 +138,18 @@ def test_larger_images_are_made_smaller_as_the_processor_does(folder: str) -> No
     assert max(whole.num_image_tokens(image.size) for image in IMAGES) > 8
     with pytest.raises(ValueError, match="max_image_tokens is 1, but the checkpoint's images have at least 4"):
         Preprocessor(folder, max_image_tokens=1)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 13), (1, 200), (200, 1), (27, 28), (9, 1800), (3400, 17)])
+def test_every_image_that_the_scan_accepts_is_taken(embedder: Embedder, size: tuple[int, int]) -> None:
+    """The scan's limit of an image's shape is that of the families: no accepted image stops training or a batch."""
+    preprocessor = embedder.preprocessor
+    assert max(size) <= MAX_RATIO * min(size)
+    number = len(preprocessor.image_prompt(size))
+    limit = preprocessor.config.get_text_config().max_position_embeddings
+    assert 1 < preprocessor.num_image_tokens(size) < number < limit
+    values = preprocessor.pixels([Image.new("RGB", size)]).values
+    assert values.nbytes < 2**20  # and not the strip that the shorter side's resizing makes of a strip
 
 
 def test_texts_are_those_of_the_processor(embedder: Embedder, folder: str) -> None:
