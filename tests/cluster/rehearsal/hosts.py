@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 PROJECT = Path(__file__).parents[3]
 BRIDGE, SWITCH = "br0", "10.77.0.1"
@@ -96,10 +97,10 @@ def why_not() -> str:
 NAMESPACES = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc")
 
 
-def enter(arguments: list[str]) -> int:
-    """Run this Python with `arguments` in namespaces of its own; the kernel ends all that is left there with it."""
+def enter(arguments: list[str]) -> NoReturn:
+    """Become this Python with `arguments` in namespaces of its own; the kernel ends all that is left there with it."""
     environment = os.environ | {"PATH": f"{os.environ['PATH']}:{SEARCH}"}
-    return subprocess.run([*NAMESPACES, sys.executable, *arguments], env=environment, check=False).returncode
+    os.execvpe(NAMESPACES[0], [*NAMESPACES, sys.executable, *arguments], environment)
 
 
 def sh(*command: str, check: bool = True) -> None:
@@ -222,7 +223,7 @@ class Host:
         (self.folder / "hosts").write_text("\n".join(lines) + "\n")
         (self.folder / "resolv.conf").write_text("options timeout:1 attempts:1\n")
         (self.folder / "sshd_config").write_text(SSHD)
-        # DeepSpeed's op compiled beforehand, as cluster/Dockerfile has it: three hosts at once would take minutes for it.
+        # DeepSpeed's op compiled beforehand, as in the image: three hosts at once would take minutes for it.
         if not (self.folder / "root/.cache").exists() and COMPILED.is_dir():
             shutil.copytree(COMPILED, self.folder / "root/.cache/torch_extensions")
         exports = {"PATH": f"{PACKAGES / 'bin'}:{SEARCH}", "RAY_USAGE_STATS_ENABLED": "0"} | self.profile

@@ -44,7 +44,8 @@ def main() -> None:
         print(f"not run: {reason}")
         print(json.dumps({"rehearsal": "not run", "reason": reason}))
         sys.exit(NOT_RUN)
-    sys.exit(hosts.enter([__file__, INSIDE, *sys.argv[1:]]))
+    sys.stdout.flush()
+    hosts.enter([__file__, INSIDE, *sys.argv[1:]])
 
 
 def rehearse(options: argparse.Namespace) -> int:
