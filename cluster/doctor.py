@@ -55,7 +55,7 @@ REDUCED_BYTES = 16 << 20  # of the vector that all nodes sum
 SLOW_NETWORK = 0.05  # GB/s below which gradients take longer than computing them
 SLOW_DEVICE = 0.7  # of the median of the same kind
 IMAGE_BYTES = 3 * 640 * 480  # in the object store: pixels stay bytes until they are on the device
-READ_AHEAD = 3  # chunks of each worker that wait in the object store, at the least
+CHUNKS_AHEAD = 3  # chunks of each worker that wait in the object store, at the least
 CLUSTER = "between the nodes"
 
 
@@ -451,7 +451,7 @@ def check_object_store(recipe: str, nodes: list[dict[str, Any]]) -> Finding:
     if recipe not in RECIPES:
         return Finding(f"unknown recipe {recipe!r}", f"there are {', '.join(RECIPES)}")
     config = RECIPES[recipe]()
-    needed = config.train.chunk_size * IMAGE_BYTES * READ_AHEAD * config.cluster.workers
+    needed = config.train.chunk_size * IMAGE_BYTES * CHUNKS_AHEAD * config.cluster.workers
     there = sum(node["Resources"].get("object_store_memory", 0) for node in nodes)
     found = (
         f"{there / 2**30:.1f} GiB; {recipe} reads {needed / 2**30:.1f} GiB ahead for {config.cluster.workers} workers"
