@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
-
-from vladva.core.quiet import be_quiet, is_verbose
 
 
 def user_errors(main: Callable[[], None]) -> Callable[[], None]:
     """Decorate a job's `main`: a ValueError or a missing file is the user's, told in one line with exit status 2.
 
-    VLADVA_TRACEBACK=1 shows where it was raised, and all that the libraries say.
+    VLADVA_TRACEBACK=1 shows where it was raised.
     """
 
     @functools.wraps(main)
     def run() -> None:
-        be_quiet()
+        os.environ.setdefault("LANCE_LOG", "error")  # read when Lance is imported, here and in the processes started
         try:
             main()
         except (ValueError, FileNotFoundError) as error:
-            if is_verbose():
+            if os.environ.get("VLADVA_TRACEBACK"):
                 raise
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)

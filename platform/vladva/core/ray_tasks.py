@@ -7,8 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from vladva.core.quiet import be_quiet, is_verbose, worker_variables
-
 if TYPE_CHECKING:
     import ray.data
 
@@ -21,15 +19,18 @@ def connect() -> None:
     """
     import ray
 
-    be_quiet()
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # it announces every data set it runs
     if ray.is_initialized():
         return
-    # Jobs show progress and raise errors themselves; what workers print besides goes to the screen on request only.
-    shown = {"logging_level": "WARNING", "log_to_driver": is_verbose()}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env={"env_vars": worker_variables()}, **shown)
+        ray.init(logging_level="WARNING")
         return
-    ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **shown)
+    # Jobs show progress and raise errors themselves; what workers print besides goes to the screen on request only.
+    chatty = bool(os.environ.get("VLADVA_TRACEBACK"))
+    cpus = max(4, os.cpu_count() or 1)
+    ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level="WARNING", log_to_driver=chatty)
 
 
 def each(function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:

@@ -213,7 +213,7 @@ def load(checkpoint_uri: str) -> Checkpoint:
     return Checkpoint(state, load_file(folder / OPTIMIZER), folder / ADAPTER)
 
 
-def fetch_adapter(checkpoint_uri: str) -> Path:
+def load_adapter(checkpoint_uri: str) -> Path:
     """Local folder with the adapter of a checkpoint, without fetching its optimizer; errors as in `load`."""
     return _fetch(checkpoint_uri, (ADAPTER,))[1] / ADAPTER
 

@@ -42,7 +42,7 @@ def find_model(model: str) -> ModelReference:
             raise ValueError(f"{model} has no complete checkpoint yet (looked in {storage.join(model, 'checkpoints')})")
         model = newest
     if storage.exists(storage.join(model, "adapter", ADAPTER_NOTE)):
-        adapter = checkpoint.fetch_adapter(model)
+        adapter = checkpoint.load_adapter(model)
         return ModelReference(json.loads((adapter / ADAPTER_NOTE).read_text())["checkpoint"], adapter)
     if (Path(model) / ADAPTER_NOTE).exists():
         return ModelReference(json.loads((Path(model) / ADAPTER_NOTE).read_text())["checkpoint"], Path(model))
@@ -84,7 +84,8 @@ def describe(
     `layer`: as if it embedded from there. Raises ValueError where the model has no such layer.
     """
     from vladva.models.dual_encoders import family_of
-    from vladva.models.fingerprint import describe_lvlm
+    from vladva.models.fingerprint import fingerprint_of
+    from vladva.models.resolve import config_of, find_model
 
     reference = find_model(model)
     folder = reference.adapter if adapter else None
@@ -97,10 +98,21 @@ def describe(
         return config, describe_dual_encoder(config.checkpoint, dtype)
     preprocessor = preprocessor_of(config)
     language_model = preprocessor.config.get_text_config()
-    layers = language_model.num_hidden_layers
+    layers, dimension = language_model.num_hidden_layers, language_model.hidden_size
     if layer is not None and not 1 <= layer <= layers:
         raise ValueError(f"layers: there is no layer {layer} in {model}; its language model has layers 1 to {layers}")
-    return config, describe_lvlm(config, folder, layer, preprocessor)
+    layer = layer or config.layer or layers
+    return config, {
+        "base_model": config.checkpoint,
+        "adapter": str(folder) if folder else None,
+        "image_prompt": config.image_prompt,
+        "text_prompt": config.text_prompt,
+        "soft_prompts": config.soft_prompts,
+        "layer": layer,
+        "dimension": dimension,
+        "dtype": config.dtype,
+        "fingerprint": fingerprint_of(config, folder, layer, dimension, preprocessor),
+    }
 
 
 @lru_cache(maxsize=2)

@@ -104,9 +104,9 @@ class Engine:
         """The model's forward."""
         return self.engine(*args, **kwargs)
 
-    def vision_features(self, pixels: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    def see(self, pixels: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
         """Images as the model's frozen vision tower gives them, where it can go on from those."""
-        return self.model.vision_features(pixels)
+        return self.model.see(pixels)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of `loss`; the step's gradient is the sum over its calls, averaged over the workers."""

@@ -33,7 +33,6 @@ MAY_CHANGE = {
     "cluster.gpus_per_worker",
     "cluster.device_memory_gib",
     "cluster.max_failures",
-    "cluster.placement",
     "cluster.resize_every_s",
     "tracking.mlflow",
     "tracking.wandb",
@@ -153,7 +152,6 @@ def make_trainer(config: RunConfig) -> TorchTrainer:
     from ray.train.torch import TorchTrainer
 
     from vladva.train.loop import train_worker
-    from vladva.train.process_group import RayNetworkConfig
 
     filesystem, path = storage.open_storage(storage.join(config.uri, "ray"))
     cluster = config.cluster
@@ -168,9 +166,7 @@ def make_trainer(config: RunConfig) -> TorchTrainer:
             use_gpu=cluster.gpus_per_worker > 0,
             resources_per_worker={name: amount for name, amount in resources.items() if amount},
             elastic_resize_monitor_interval_s=cluster.resize_every_s,
-            placement_strategy=cluster.placement,
         ),
-        torch_config=RayNetworkConfig(run_uri=config.uri),
         datasets={"train": partial(remaining_chunks, config)},
         dataset_config=ray.train.DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
         run_config=ray.train.RunConfig(

@@ -56,7 +56,7 @@ def build_trained_model(config: RunConfig, start: int) -> EmbeddingModel:
         model.get_parameter(name).requires_grad_(scalar.learned)
     model.lvlm.requires_grad_(False)
     if start:
-        load_adapter(model, checkpoint.fetch_adapter(checkpoint_uri(config, start)), trainable=True)
+        load_adapter(model, checkpoint.load_adapter(checkpoint_uri(config, start)), trainable=True)
     else:
         add_adapter(model, config.model)
     if config.train.activation_checkpointing:

@@ -1,12 +1,34 @@
-"""Qwen3-VL: as Qwen2-VL, with features of several vision layers added to the first layers of the language model.
-
-So no packed forward: that adds features to the input of the first layer only.
-"""
+"""Qwen3-VL: as Qwen2-VL, with features of several vision layers added to the first layers of the language model."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import torch
+from transformers import Qwen3VLForConditionalGeneration
 
-from vladva.models.backbones import qwen2_vl
+from vladva.models.backbones.qwen2_vl import (
+    EMBED_TOKENS,
+    LORA_TARGETS,
+    hidden_states,
+    limit_image_tokens,
+    model_inputs,
+    num_image_tokens,
+    pixels,
+)
 
-BACKBONE = replace(qwen2_vl.BACKBONE, model_class="Qwen3VLForConditionalGeneration", packed_decoders=())
+__all__ = [
+    "EMBED_TOKENS",
+    "LORA_TARGETS",
+    "hidden_states",
+    "limit_image_tokens",
+    "load",
+    "model_inputs",
+    "num_image_tokens",
+    "pixels",
+]
+
+PACKED_DECODERS = ()  # features of the vision tower go into several layers
+
+
+def load(checkpoint: str, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
+    """The pretrained model."""
+    return Qwen3VLForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Linear layers on a CPU as inference wants them, and the threads and memory that it computes them with.
+"""Products: linear layers as inference wants them, and the threads and memory of a CPU that computes them.
 
 On a CPU with bfloat16 products, weights are kept once more: in oneDNN's layout, side by side where the input is the
 same, with the weight of the norm before them, and the activation after them is part of the product. Layers with LoRA,
@@ -19,44 +19,42 @@ from typing import Any
 import torch
 from torch import nn
 
-from vladva.models.packed.decoder import GatedMLP, LinearLayer, RMSNorm
-
 CPU_TOKENS = 1024  # in a group: so few that activations stay in the cache, so many that weights are seldom read again
 QUICK_GELU = 1.702  # x * sigmoid(1.702 x)
 FREED_BYTES = 1 << 30  # that a process on a CPU keeps: it asks for the same again at once
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD = -1, -3, 32 << 20  # of glibc's malloc.h
 
-Linear = Callable[[torch.Tensor], torch.Tensor]
-LinearResidual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Product = Callable[[torch.Tensor], torch.Tensor]
+Addition = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def joined_linear(*linears: LinearLayer) -> Linear:
+def product(*linears: nn.Module) -> Product:
     """x [N, D] -> the outputs of linear layers side by side."""
     if can_prepack(*linears):
-        return prepacked_linear(torch.cat([linear.weight for linear in linears]), concat_bias(*linears))
+        return packed(torch.cat([linear.weight for linear in linears]), bias_of(*linears))
     if len(linears) == 1:
         return linears[0]
     return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
 
 
-def rms_norm_linear(norm: RMSNorm, *linears: LinearLayer) -> Linear:
+def rms_norm_linear(norm: nn.Module, *linears: nn.Module) -> Product:
     """x [N, D] -> the outputs, side by side, of linear layers that take x after the root-mean-square norm."""
     if can_prepack(*linears):
         weight = torch.cat([linear.weight for linear in linears]).float() * norm.weight
-        after, epsilon = prepacked_linear(weight.bfloat16(), concat_bias(*linears)), norm.variance_epsilon
-        return lambda x: after(rms_normalize(x, epsilon))
-    after = joined_linear(*linears)
+        after, epsilon = packed(weight.bfloat16(), bias_of(*linears)), norm.variance_epsilon
+        return lambda x: after(unit(x, epsilon))
+    after = product(*linears)
     return lambda x: after(norm(x))
 
 
-def linear_residual(linear: LinearLayer) -> LinearResidual:
+def linear_residual(linear: nn.Module) -> Addition:
     """x [N, D], residual -> linear(x) + residual."""
     if can_prepack(linear):
-        return prepacked_linear_residual(linear.weight, concat_bias(linear))
+        return packed_added(linear.weight, bias_of(linear))
     return lambda x, residual: linear(x).add_(residual)
 
 
-def rms_norm_swiglu(norm: RMSNorm, mlp: GatedMLP) -> Linear:
+def swiglu(norm: nn.Module, mlp: nn.Module) -> Product:
     """x [N, D] -> act(gate(y)) * up(y) of y = norm(x)."""
     gate, up, epsilon = mlp.gate_proj, mlp.up_proj, norm.variance_epsilon
     if not can_prepack(gate, up) or mlp.config.hidden_act != "silu" or gate.bias is not None:
@@ -66,39 +64,34 @@ def rms_norm_swiglu(norm: RMSNorm, mlp: GatedMLP) -> Linear:
             return mlp.act_fn(gate(x)) * up(x)
 
         return plain
-    # The norm's weight is in both products; one has the activation, the other multiplies by what it gave.
-    gate_weight, up_weight = (prepack((each.weight.float() * norm.weight).bfloat16()) for each in (gate, up))
+    gate, up = (prepack((linear.weight.float() * norm.weight).bfloat16()) for linear in (gate, up))
     pointwise = torch.ops.mkldnn._linear_pointwise
 
     def fused(x: torch.Tensor) -> torch.Tensor:
-        x = rms_normalize(x, epsilon)
-        return pointwise.binary(x, pointwise(x, gate_weight, None, "swish", [], ""), up_weight, None, "mul")
+        x = unit(x, epsilon)
+        return pointwise.binary(x, pointwise(x, gate, None, "swish", [], ""), up, None, "mul")
 
     return fused
 
 
-def mlp_residual(
-    first: LinearLayer, second: LinearLayer, name: str, activation: Callable[[torch.Tensor], torch.Tensor]
-) -> LinearResidual:
+def mlp_residual(first: nn.Module, second: nn.Module, name: str, activation: nn.Module) -> Addition:
     """x [N, D], residual -> second(activation(first(x))) + residual."""
     if not can_prepack(first, second) or name != "quick_gelu":
-        inner, outer = joined_linear(first), linear_residual(second)
-        return lambda x, residual: outer(activation(inner(x)), residual)
+        first, second = product(first), linear_residual(second)
+        return lambda x, residual: second(activation(first(x)), residual)
     # oneDNN has no such activation, but swish(a x) / a, with a in the weights before it and 1 / a in those after it.
-    before = prepacked_linear(
-        (first.weight.float() * QUICK_GELU).bfloat16(), concat_bias(first, scale=QUICK_GELU), "swish"
-    )
-    after = prepacked_linear_residual((second.weight.float() / QUICK_GELU).bfloat16(), concat_bias(second))
+    before = packed((first.weight.float() * QUICK_GELU).bfloat16(), bias_of(first, scale=QUICK_GELU), "swish")
+    after = packed_added((second.weight.float() / QUICK_GELU).bfloat16(), bias_of(second))
     return lambda x, residual: after(before(x), residual)
 
 
-def rms_normalize(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+def unit(x: torch.Tensor, epsilon: float) -> torch.Tensor:
     """Rows divided by their root mean square, which is computed in float32 and rounded."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return x * length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_().to(x.dtype)
 
 
-def can_prepack(*linears: LinearLayer) -> bool:
+def can_prepack(*linears: nn.Module) -> bool:
     """Whether oneDNN has a layout of its own for these weights: plain linear layers in bfloat16 on a CPU."""
     return all(
         type(linear) is nn.Linear and linear.weight.dtype == torch.bfloat16 and linear.weight.device.type == "cpu"
@@ -106,13 +99,13 @@ def can_prepack(*linears: LinearLayer) -> bool:
     ) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def prepacked_linear(weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none") -> Linear:
+def packed(weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none") -> Product:
     """x [N, D] -> activation(x weight^T + bias)."""
     weight = prepack(weight)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
 
 
-def prepacked_linear_residual(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearResidual:
+def packed_added(weight: torch.Tensor, bias: torch.Tensor | None) -> Addition:
     """x [N, D], residual -> x weight^T + bias + residual."""
     weight = prepack(weight)
     return lambda x, residual: torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
@@ -123,11 +116,10 @@ def prepack(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), CPU_TOKENS)
 
 
-def concat_bias(*linears: LinearLayer, scale: float = 1.0) -> torch.Tensor | None:
+def bias_of(*linears: nn.Module, scale: float = 1.0) -> torch.Tensor | None:
     """The biases side by side."""
-    biases = [linear.bias for linear in linears if linear.bias is not None]
-    assert len(biases) in (0, len(linears)), "a bias on some of the layers with the same input only"
-    return (torch.cat(biases).detach().float() * scale).to(biases[0].dtype) if biases else None
+    biases = [linear.bias for linear in linears]
+    return None if biases[0] is None else (torch.cat(biases).detach().float() * scale).to(biases[0].dtype)
 
 
 # --------------------------------------------------------------------------------------------------- threads, memory
@@ -147,15 +139,15 @@ def in_threads(function: Callable[[Any], Any], tasks: list[Any], threads: int) -
         with torch.inference_mode():
             return function(task)
 
-    results = list(linear_threads(threads).map(work, tasks))
+    results = list(pool(threads).map(work, tasks))
     torch.set_num_threads(threads)  # for threads that begin later: they take what was set last
     return results
 
 
 @cache
-def linear_threads(threads: int) -> ThreadPoolExecutor:
+def pool(threads: int) -> ThreadPoolExecutor:
     """The process's threads for `in_threads`."""
-    return ThreadPoolExecutor(threads, "vladva-linear")
+    return ThreadPoolExecutor(threads, "vladva-products")
 
 
 def keep_freed_memory() -> None:
