@@ -7,11 +7,14 @@ import os
 import sys
 from collections.abc import Callable
 
+from vladva.core.errors import refusal
+
 
 def user_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorate a job's `main`: a ValueError or a missing file is the user's, told in one line with exit status 2.
+    """Decorate a job's `main`: what the user can mend is told in one line with exit status 2.
 
-    VLADVA_TRACEBACK=1 shows where it was raised.
+    That is a ValueError, a missing file, and a storage that refuses (a full disk, rights), raised here or in a task of
+    Ray's. VLADVA_TRACEBACK=1 shows where it was raised.
     """
 
     @functools.wraps(main)
@@ -19,13 +22,24 @@ def user_errors(main: Callable[[], None]) -> Callable[[], None]:
         os.environ.setdefault("LANCE_LOG", "error")  # read when Lance is imported, here and in the processes started
         try:
             main()
-        except (ValueError, FileNotFoundError) as error:
-            if os.environ.get("VLADVA_TRACEBACK"):
-                raise
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted; run the same command again to go on", file=sys.stderr)
             sys.exit(130)
+        except Exception as error:
+            line = _line_of(error)
+            if line is None or os.environ.get("VLADVA_TRACEBACK"):
+                raise
+            print(f"error: {line}", file=sys.stderr)
+            sys.exit(2)
 
     return run
+
+
+def _line_of(error: Exception) -> str | None:
+    """What to tell the user of an error that is theirs; None for ours."""
+    cause: BaseException = error
+    if "ray" in sys.modules:
+        from vladva.core.ray_tasks import cause_of
+
+        cause = cause_of(error)
+    return refusal(cause) or (str(cause) if isinstance(cause, (ValueError, FileNotFoundError)) else None)

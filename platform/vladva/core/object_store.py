@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 from pyarrow import fs
 
+from vladva.core.errors import refused
+
 REQUEST_TIMEOUT_S = 10.0  # seconds without a byte after which a request is given up
 CONNECTIONS = 64  # kept open per process
 SDK_ATTEMPTS = 7  # of s3fs
@@ -25,6 +27,9 @@ SDK_ATTEMPTS = 7  # of s3fs
 
 class TransientStorageError(OSError):
     """The storage failed in a way that asking again may cure: throttled, reset, cut off, stalled."""
+
+
+OUTDATED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired"}  # keys; told with status 400
 
 
 class Store(Protocol):
@@ -96,17 +101,19 @@ class LocalDisk:
 
     def write(self, path: str, data: bytes) -> None:
         folder, name = os.path.split(path)
-        os.makedirs(folder, exist_ok=True)
         unfinished = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.part")
         try:
+            os.makedirs(folder, exist_ok=True)
             with open(unfinished, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())  # else a power cut may leave the new name with no content
             os.replace(unfinished, path)
-        except BaseException:
+        except BaseException as error:
             if os.path.exists(unfinished):
                 os.remove(unfinished)
+            if isinstance(error, OSError) and (refusal := refused(error, path)):  # a full disk names no file
+                raise refusal from error
             raise
 
     def delete(self, path: str) -> None:
@@ -240,7 +247,7 @@ def _faults(path: str) -> Iterator[None]:
             raise FileNotFoundError(errno.ENOENT, f"s3://{path} does not exist ({error})") from None
         if status == 416:
             raise EOFError(f"s3://{path} ends before the bytes that were asked for ({error})") from None
-        if status in (401, 403):
+        if status in (401, 403) or error.response["Error"]["Code"] in OUTDATED:
             raise PermissionError(errno.EACCES, f"s3://{path} is not open to these keys ({error})") from None
         raise OSError(f"s3://{path}: {error}") from None
     except exceptions.BotoCoreError as error:  # no keys, no region, a bucket's name that is none

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import ray.data
+
+# What Ray Data adds to the text of whatever a task of its raises.
+ADVICE = re.compile(r"\n?Failed to [^\n]* after \d+/\d+ attempts \(total backoff .*", re.DOTALL)
 
 
 def connect() -> None:
@@ -46,8 +50,12 @@ def _call(row: dict[str, Any], *, function: Callable[[int], Any]) -> dict[str, s
     return {"result": json.dumps(function(int(row["number"])))}
 
 
-def actor_pool(actors: int | tuple[int, int], cpus_per_actor: int) -> ray.data.ActorPoolStrategy:
+def actor_pool(
+    actors: int | tuple[int, int], cpus_per_actor: int, gpus_per_actor: float = 0
+) -> ray.data.ActorPoolStrategy:
     """The pool of actors. At its start a CPU is left for the tasks that feed it, or nothing would ever run.
+
+    Where the cluster has fewer GPUs than the actors would take, there are fewer actors.
 
     An actor has three batches at once, to read, to compute and to write, and as many wait for it.
     """
@@ -56,7 +64,10 @@ def actor_pool(actors: int | tuple[int, int], cpus_per_actor: int) -> ray.data.A
     least, most = (actors, actors) if isinstance(actors, int) else actors
     if not 1 <= least <= most:
         raise ValueError(f"actors is {actors}; give a positive number, or the least and the most of them")
-    room = (int(ray.cluster_resources().get("CPU", 0)) - 1) // max(1, cpus_per_actor)
+    there = ray.cluster_resources()
+    room = (int(there.get("CPU", 0)) - 1) // max(1, cpus_per_actor)
+    if gpus_per_actor:
+        room = min(room, int(there.get("GPU", 0) / gpus_per_actor))
     return ray.data.ActorPoolStrategy(
         min_size=max(1, min(least, room)),
         max_size=most,
@@ -64,3 +75,20 @@ def actor_pool(actors: int | tuple[int, int], cpus_per_actor: int) -> ray.data.A
         max_concurrent_calls_per_actor=3,
         enable_true_multi_threading=True,
     )
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What a task raised, without the traceback of its process and the advice that Ray wraps it in."""
+    from ray.data.exceptions import UserCodeException
+    from ray.exceptions import RayTaskError
+
+    while True:
+        inner = error.cause if isinstance(error, RayTaskError) else None
+        if isinstance(error, UserCodeException) and inner is None:
+            inner = error.__cause__
+        if not isinstance(inner, BaseException) or inner is error:
+            error.args = tuple(ADVICE.sub("", each) if isinstance(each, str) else each for each in error.args)
+            if isinstance(error, OSError) and ADVICE.search(str(error.filename)):
+                error.filename = None
+            return error
+        error = inner

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vladva.core import storage
+from vladva.core.errors import refused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,8 +64,15 @@ def _write_files(run_uri: str, step: int, adapter_files: Path, optimizer: dict[s
         folder.mkdir(parents=True)
     else:
         folder = Path(tempfile.mkdtemp(prefix="vladva-checkpoint-"))
-    shutil.copytree(adapter_files, folder / ADAPTER)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.items()}, folder / OPTIMIZER)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.items()}
+    try:
+        shutil.copytree(adapter_files, folder / ADAPTER)
+        save_file(tensors, folder / OPTIMIZER)
+    except Exception as error:  # of a full disk, shutil and safetensors raise errors of their own
+        shutil.rmtree(folder, ignore_errors=True)  # it would take the room that others need
+        if refusal := refused(error, str(folder)):
+            raise refusal from error
+        raise
     return folder
 
 
@@ -145,6 +153,12 @@ def latest(run_uri: str) -> str | None:
     return storage.join(run_uri, "checkpoints", f"step-{max(steps)}") if steps else None
 
 
+def finished_steps(run_uri: str) -> int:
+    """Optimizer steps of the newest complete checkpoint; 0 without one."""
+    newest = latest(run_uri)
+    return int(storage.read_json(storage.join(newest, STATE))["step"]) if newest else 0
+
+
 def prune(run_uri: str, keep_last: int, keep_best: str | None = None) -> None:
     """Delete all complete checkpoints but the last `keep_last`, and what was left half-written before the newest.
 
@@ -213,7 +227,7 @@ def load(checkpoint_uri: str) -> Checkpoint:
     return Checkpoint(state, load_file(folder / OPTIMIZER), folder / ADAPTER)
 
 
-def load_adapter(checkpoint_uri: str) -> Path:
+def fetch_adapter(checkpoint_uri: str) -> Path:
     """Local folder with the adapter of a checkpoint, without fetching its optimizer; errors as in `load`."""
     return _fetch(checkpoint_uri, (ADAPTER,))[1] / ADAPTER
 

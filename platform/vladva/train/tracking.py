@@ -8,11 +8,13 @@ Steps count from 0: step s begins with s optimizer steps done, which is also whe
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import json
 import logging
 import math
+import os
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -22,6 +24,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vladva.core import storage
+from vladva.core.errors import StorageRefusedError
 from vladva.core.progress import Progress
 
 if TYPE_CHECKING:
@@ -74,7 +77,11 @@ class Tracker:
         """Write the metrics of one step. What is not finite becomes null in the file."""
         values = {name: float(value) for name, value in metrics.items()}
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._lines.write(json.dumps(line).encode() + b"\n")
+        data = json.dumps(line).encode() + b"\n"
+        before = self._lines.tell()
+        if self._lines.write(data) != len(data):  # a disk that has room for the beginning of a line
+            self._lines.truncate(before)
+            raise StorageRefusedError(f"{self._lines.name}: {os.strerror(errno.ENOSPC)}")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         for client in self._clients:
@@ -162,6 +169,8 @@ def follow(
             if (line := newest.read()) is not None:
                 known = {name: line.get(name) for name in SHOWN}
                 figures = "  ".join(SHOWN[name].format(value) for name, value in known.items() if value is not None)
+                if line.get("effective_negatives") == 0:
+                    figures += "  no image has a text to be told from"
                 progress.advance(line["step"] + 1 - progress.done, figures)
 
     with Progress("training", total_steps, console=console) as progress:
