@@ -28,9 +28,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--no-adapter", action="store_true", help="embed with the base model, zero-shot")
     parser.add_argument("--actors", default="2", help="processes that hold the model: a number, or LEAST,MOST")
     parser.add_argument("--cpus-per-actor", type=int, default=1)
-    parser.add_argument("--gpus-per-actor", type=float, default=0)
+    parser.add_argument("--gpus-per-actor", type=float, help="0: on CPUs; default: one, where the cluster has GPUs")
     parser.add_argument("--batch-size", type=int, default=64, help="items embedded at a time, at most")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the model; default: float32, on GPUs that of its run"
+    )
     parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="stop when more of the items are bad")
     add_source_arguments(parser)
     options = parser.parse_args(arguments)
@@ -53,16 +55,21 @@ def main() -> None:
     options = parse(sys.argv[1:])
 
     from vladva.core import ray_tasks
+    from vladva.core.devices import gpus_for, say_where
     from vladva.core.shared_path import check_paths
     from vladva.data.source_arguments import source_options
     from vladva.embed.corpus import open_corpus
     from vladva.embed.pipeline import encode
-    from vladva.models.resolve import describe, preprocessor_of
+    from vladva.models.resolve import describe, dtype_for, preprocessor_of
 
-    config, description = describe(options.model, adapter=not options.no_adapter, dtype=options.dtype)
+    config, description = describe(options.model, adapter=not options.no_adapter, dtype=options.dtype or "float32")
     if description.get("vectors_per_image", 1) > 1:
         raise ValueError(f"{options.model} gives an image several vectors, which no index takes; jobs/evaluate.py does")
     ray_tasks.connect()
+    gpus = gpus_for(options.gpus_per_actor)
+    dtype = options.dtype or dtype_for(options.model, gpus)
+    if gpus and options.gpus_per_actor is None:
+        say_where(print, gpus, dtype)
     check_paths(reads=[("RUN_OR_MODEL", options.model), ("--data", options.data)], writes=[("--out", options.out)])
     count_tokens = preprocessor_of(config).count_tokens
     corpus = open_corpus(options.data, options.kinds, source_options(options), count_tokens=count_tokens)
@@ -74,9 +81,9 @@ def main() -> None:
         adapter=not options.no_adapter,
         actors=options.actors,
         batch_size=options.batch_size,
-        dtype=options.dtype,
+        dtype=dtype,
         cpus_per_actor=options.cpus_per_actor,
-        gpus_per_actor=options.gpus_per_actor,
+        gpus_per_actor=gpus,
         read_images=corpus.read_images,
         corpus=corpus.uri,
         total=corpus.num_items,

@@ -38,9 +38,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", default=".vladva/scenes", help="folder or s3://... with the benchmarks' files")
     parser.add_argument("--out", default=".vladva/evaluation", help="folder or s3://... for scores and embeddings")
     parser.add_argument("--actors", type=int, default=2, help="processes that hold the model")
-    parser.add_argument("--gpus-per-actor", type=float, default=0, help="0 is the processor")
+    parser.add_argument("--gpus-per-actor", type=float, help="0: on CPUs; default: one, where the cluster has GPUs")
     parser.add_argument("--batch-size", type=int, default=64, help="items embedded at a time")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the model; default: float32, on GPUs that of its run"
+    )
     parser.add_argument("--layers", default="", help="embed from these layers too, e.g. 32,31,28,24,20,16 (table 6)")
     parser.add_argument(
         "--bootstrap", type=int, default=0, metavar="N", help="resamples for 95%% intervals; 1000 is usual"
@@ -107,7 +109,7 @@ def check_models(options: argparse.Namespace) -> None:
         checkpoint = find_model(model).checkpoint
         family_of(checkpoint) or backbone_of(checkpoint)
         for layer in options.layers:
-            describe(pin(model), adapter=True, dtype=options.dtype, layer=layer)
+            describe(pin(model), adapter=True, dtype=options.dtype or "float32", layer=layer)
 
 
 @user_errors
@@ -123,6 +125,7 @@ def main() -> None:
     from rich.console import Console
 
     from vladva.core import ray_tasks, storage
+    from vladva.core.devices import gpus_for, say_where
     from vladva.core.shared_path import check_paths
     from vladva.evaluate.captioning import find_images_to_caption, write_captions, writers
     from vladva.evaluate.mteb_adapter import write_results
@@ -139,7 +142,10 @@ def main() -> None:
         reads=[*(("RUN_OR_MODEL", model) for model in options.models.values()), ("--data", options.data)],
         writes=[("--out", options.out)],
     )
-    resources = {"actors": options.actors, "gpus_per_actor": options.gpus_per_actor, "dtype": options.dtype}
+    gpus = gpus_for(options.gpus_per_actor)
+    if gpus and options.gpus_per_actor is None:
+        say_where(print, gpus, options.dtype or "each run's own dtype")
+    resources = {"actors": options.actors, "gpus_per_actor": gpus, "dtype": options.dtype}
     scores = evaluate(
         options.models,
         tasks,

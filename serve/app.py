@@ -6,6 +6,7 @@ Three deployments: an ingress that speaks HTTP, and behind it Discriminative (em
 (answers, adapter off), each scaling by itself.
 """
 
+import logging
 import os
 import socket
 import time
@@ -27,6 +28,8 @@ from serve.protocol import proxy_errors
 from serve.protocol.auth_and_limits import AuthAndLimits, key_digest
 from serve.protocol.errors import LastResort, handle_errors
 from serve.routes import chat, embeddings, index_changes, scores, search, status
+
+logger = logging.getLogger(__name__)
 
 API_KEYS = "VLADVA_API_KEYS"  # environment variable: keys, separated by commas
 WRITE_KEYS = "VLADVA_WRITE_KEYS"  # the same: keys that may change the index as well, which the others then may not
@@ -66,6 +69,9 @@ def build(args: ServeArgs) -> Application:
 
     VLADVA_API_KEYS: who is served. VLADVA_WRITE_KEYS: who may change the index as well; without any, every key may.
     """
+    from vladva.core.devices import gpus_for
+    from vladva.models.resolve import dtype_for
+
     autoscaling = {
         "min_replicas": args.min_replicas,
         "max_replicas": args.max_replicas,
@@ -74,7 +80,12 @@ def build(args: ServeArgs) -> Application:
         "upscale_delay_s": 30,
         "downscale_delay_s": 600,
     }
-    resources = {"num_cpus": args.num_cpus, "num_gpus": args.num_gpus}
+    gpus = gpus_for(args.num_gpus, actors=2)  # a replica that embeds and one that answers
+    dtype = args.dtype or dtype_for(args.model, gpus)
+    if gpus and args.num_gpus is None:
+        logger.warning("replicas have %g GPU each and compute in %s (num_gpus, dtype)", gpus, dtype)
+    args = args.model_copy(update={"num_gpus": gpus, "dtype": dtype})
+    resources = {"num_cpus": args.num_cpus, "num_gpus": gpus}
     discriminative = Discriminative.options(
         ray_actor_options=resources,
         # Every item costs a token or more, so a batch never waits for requests that Serve holds back.

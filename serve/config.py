@@ -20,9 +20,13 @@ class ServeArgs(BaseModel):
         2 << 30, ge=0, description="vectors that a replica may hold in memory; an index of more is searched on disk"
     )
     name: str | None = Field(None, description="what clients call the adapter; default: the name of the run folder")
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="of the model; default: float32, on GPUs that of its run"
+    )
     num_cpus: float = Field(1, ge=0, description="CPUs of a replica")
-    num_gpus: float = Field(0, ge=0, description="GPUs of a replica; 0: it runs on the CPU")
+    num_gpus: float | None = Field(
+        None, ge=0, description="GPUs of a replica; 0: on the CPU; default: one where the cluster has two, half of one"
+    )
     min_replicas: int = Field(1, ge=0, description="of each deployment; 0: scale to zero when idle")
     max_replicas: int = Field(2, ge=1, description="of each deployment")
     max_batch_tokens: int = Field(4096, ge=1, description="cost at which a batch of embeddings is full")
@@ -53,11 +57,6 @@ class ServeArgs(BaseModel):
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas is {self.min_replicas}, more than max_replicas, {self.max_replicas}")
         return self
-
-    @property
-    def device(self) -> str:
-        """Where a replica's model lives."""
-        return "cuda" if self.num_gpus else "cpu"
 
     @property
     def limits(self) -> Limits:

@@ -52,10 +52,14 @@ class Discriminative:
     """Embeds texts and images, and searches. Methods return a `Failure` for what they refuse."""
 
     def __init__(self, args: ServeArgs) -> None:
+        from vladva.core.devices import assigned_device
+
+        device = assigned_device()
+
         from vladva.models.embedder import load_embedder
 
         self.args = args
-        self.embedder = load_embedder(args.model, dtype=args.dtype, device=args.device)
+        self.embedder = load_embedder(args.model, dtype=args.dtype or "float32", device=device)
         self.context: int = self.embedder.preprocessor.config.get_text_config().max_position_embeddings
         self.budget = TokenBudget(args.max_queued_tokens)
         # The event loop only hands out work, so that it always answers.

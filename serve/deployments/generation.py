@@ -56,10 +56,14 @@ class Generative:
     """Answers conversations, piece by piece."""
 
     def __init__(self, args: ServeArgs) -> None:
+        from vladva.core.devices import assigned_device
+
+        device = assigned_device()
+
         from vladva.models.embedder import load_embedder
 
         self.args = args
-        self.embedder = load_embedder(args.model, dtype=args.dtype, device=args.device)
+        self.embedder = load_embedder(args.model, dtype=args.dtype or "float32", device=device)
         self.context: int = self.embedder.preprocessor.config.get_text_config().max_position_embeddings
         self.budget = TokenBudget(args.max_queued_tokens)
         # One thread for the model: conversations that run at the same time take turns, token by token.

@@ -121,7 +121,7 @@ def test_wrong_arguments_are_named(args: dict[str, object], message: str) -> Non
 
 def test_arguments_come_as_strings_from_the_command_line() -> None:
     args = ServeArgs.model_validate({"model": "tiny", "num_gpus": "0.5", "max_replicas": "3"})
-    assert (args.num_gpus, args.max_replicas, args.device) == (0.5, 3, "cuda")
+    assert (args.num_gpus, args.max_replicas) == (0.5, 3)
 
 
 def test_serve_finds_the_builders_arguments() -> None:

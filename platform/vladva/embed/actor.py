@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from vladva.core.devices import assigned_device
 from vladva.core.errors import FingerprintMismatch
 from vladva.embed.batching import PreparedBatch
 from vladva.embed.table_writer import write_part
@@ -27,11 +28,11 @@ class EmbeddingActor:
     """
 
     def __init__(self, load: dict[str, Any], uri: str, description: ModelDescription) -> None:
-        import torch
+        device = assigned_device()
 
         from vladva.models.embedder import load_embedder
 
-        self.embedder = load_embedder(**load, device="cuda" if torch.cuda.is_available() else "cpu")
+        self.embedder = load_embedder(**load, device=device)
         self.uri, self.description = uri, description
         self.width = self.embedder.dimension
         self.compute_slots = Semaphore(self.computed_at_once())

@@ -120,11 +120,7 @@ def _texts(rows: pa.Table, done: np.ndarray, settings: BatchingConfig) -> Iterat
         rows.drop_columns(["image"]), texts, [None if clean_text(text or "") else "the text is empty" for text in texts]
     )
     rows, texts, repeated = _first_of_content(rows, texts, done, settings)
-    prompts, reasons = _attempt(preprocessor.text_prompt, texts)
-    limit = preprocessor.config.get_text_config().max_position_embeddings
-    for i, prompt in enumerate(prompts):
-        if prompt and len(prompt) > limit:
-            reasons[i] = f"the text has {len(prompt)} tokens with its prompt; the model takes {limit}"
+    prompts, reasons = _attempt(lambda text: _fitting(preprocessor, "text", preprocessor.text_prompt(text)), texts)
     rows, prompts, more = _without(rows, prompts, reasons)
     yield _row(None, bad=bad + more, repeated=repeated)
     for chosen in cut([len(prompt) for prompt in prompts], settings.batch_size):
@@ -136,7 +132,9 @@ def _images(rows: pa.Table, done: np.ndarray, settings: BatchingConfig) -> Itera
     images, reasons = _read(rows, settings.read_images)
     rows, images, bad = _without(rows.drop_columns(["image"]), images, reasons)
     rows, images, repeated = _first_of_content(rows, images, done, settings)
-    prompts, reasons = _attempt(lambda image: preprocessor.image_prompt(_size(image)), images)
+    prompts, reasons = _attempt(
+        lambda image: _fitting(preprocessor, "image", preprocessor.image_prompt(_size(image))), images
+    )
     rows, pairs, more = _without(rows, list(zip(images, prompts, strict=True)), reasons)
     yield _row(None, bad=bad + more, repeated=repeated)
     for chosen in cut([len(prompt) for _, prompt in pairs], settings.batch_size):
@@ -194,6 +192,14 @@ def _size(image: bytes) -> tuple[int, int]:
 
     facts = check_image(image, verify=False)
     return facts.width, facts.height
+
+
+def _fitting(preprocessor: Preprocessor, what: str, prompt: list[int]) -> list[int]:
+    """The prompt. Raises ValueError where the model's context is too short for it."""
+    limit = preprocessor.config.get_text_config().max_position_embeddings
+    if len(prompt) > limit:
+        raise ValueError(f"the {what} has {len(prompt)} tokens with its prompt; the model takes {limit}")
+    return prompt
 
 
 def _pixels(preprocessor: Preprocessor, image: bytes) -> Pixels:

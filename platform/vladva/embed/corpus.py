@@ -24,7 +24,8 @@ import pyarrow as pa
 
 from vladva.core import storage
 from vladva.core.errors import InvalidSampleError
-from vladva.data.columns import IMAGE_COLUMNS, choose_image_column, to_texts
+from vladva.core.text import clean_text, text_lines
+from vladva.data.columns import IMAGE_COLUMNS, choose_image_column
 from vladva.data.image_refs import ImageRef, fetch_images
 from vladva.data.source import SourceOptions, open_source
 from vladva.embed.source_items import REJECTED, ROWS_PER_READ, count_items, remarks, sample_items, source_items
@@ -155,21 +156,23 @@ def _shard_items(index: ShardIndex, kinds: Sequence[str], first: int, count: int
 
 
 def _text_file(uri: str, kinds: Sequence[str]) -> Corpus:
-    """One text a line; empty lines are left out, and keep their number; those that are no UTF-8 are rejected."""
     folder, _, name = uri.rpartition("/")
     if "text" not in kinds:
         raise ValueError(f"{name} holds texts, and kinds asks for {', '.join(kinds)} only")
-    rows = []
-    for number, line in enumerate(storage.read_bytes(uri).removeprefix(b"\xef\xbb\xbf").split(b"\n")):
-        try:
-            (text,) = to_texts([line])
-            kind = "text"
-        except InvalidSampleError as problem:
-            text, kind = f"{problem.reason} {problem.detail}", REJECTED
-        if text.strip():
-            rows.append({"id": f"{name}#{number}", "kind": kind, "text": text.strip()})
+    rows = text_items(uri)
     pieces = [([rows[i : i + 16 * ROWS_PER_READ]],) for i in range(0, len(rows), 16 * ROWS_PER_READ)]
     return Corpus(folder, _items(pieces, iter), len(rows))
+
+
+def text_items(uri: str) -> list[dict[str, str]]:
+    """One text a line; empty lines are left out, and keep their number; those that are no UTF-8 are rejected."""
+    name = uri.rpartition("/")[2]
+    rows = []
+    for number, line in enumerate(text_lines(storage.read_bytes(uri))):
+        kind, text = (REJECTED, str(line)) if isinstance(line, InvalidSampleError) else ("text", clean_text(line))
+        if text:
+            rows.append({"id": f"{name}#{number}", "kind": kind, "text": text})
+    return rows
 
 
 # --- Ray --------------------------------------------------------------------------------------------------------------

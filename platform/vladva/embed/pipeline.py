@@ -119,7 +119,7 @@ def encode(
             fn_constructor_args=(load, *places.get(None, (places,))),
             batch_size=1,
             batch_format="pyarrow",
-            compute=actor_pool(actors, cpus_per_actor),
+            compute=actor_pool(actors, cpus_per_actor, gpus_per_actor),
             num_cpus=cpus_per_actor,
             num_gpus=gpus_per_actor,
         )

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 from vladva.core import storage
 from vladva.core.errors import InvalidSampleError
 from vladva.core.images import IMAGE
+from vladva.core.text import clean_captions
 from vladva.data.caption_files import read_caption_files
-from vladva.data.columns import ID_COLUMNS, unique_captions
+from vladva.data.columns import ID_COLUMNS
 from vladva.data.image_refs import fetch_images
 from vladva.data.source import Entry, LeftOut, Rejected, Source
 
@@ -55,7 +56,7 @@ def _entry_items(
     items = []
     if source.format != "class_folders":  # their names tell training which images belong together, nothing more
         try:
-            captions = unique_captions([*read_caption_files(source.images_uri, entry), *entry.captions])
+            captions = clean_captions([*read_caption_files(source.images_uri, entry), *entry.captions])
         except InvalidSampleError as problem:
             items.append(_rejected(f"{entry.id}, captions", problem.reason, problem.detail))
     row_name = item_id(source, entry)

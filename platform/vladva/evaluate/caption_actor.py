@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from vladva.core.devices import assigned_device
 from vladva.core.storage import write_json
 from vladva.data.image_refs import ImageRef, read_images
 
@@ -22,11 +23,11 @@ class CaptionActor:
     """Ray Data stage: rows of (image: JSON of an ImageRef, uri) -> the captions, written to uri."""
 
     def __init__(self, load: dict[str, Any], max_tokens: int) -> None:
-        import torch
+        device = assigned_device()
 
         from vladva.models.embedder import Embedder, load_embedder
 
-        embedder = load_embedder(**load, device="cuda" if torch.cuda.is_available() else "cpu")
+        embedder = load_embedder(**load, device=device)
         assert isinstance(embedder, Embedder), "write_captions leaves dual encoders out"
         self.embedder = embedder
         self.max_tokens = max_tokens

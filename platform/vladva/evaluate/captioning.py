@@ -111,7 +111,7 @@ def write_captions(
     *,
     actors: int = 2,
     gpus_per_actor: float = 0,
-    dtype: str = "float32",
+    dtype: str | None = None,
     max_tokens: int = 256,
 ) -> pa.Table:
     """Captions of all models (label -> run, checkpoint or model name) for all prompts; needs a Ray cluster.
@@ -159,16 +159,17 @@ def _write(
     out_uri: str,
     actors: int,
     gpus_per_actor: float,
-    dtype: str,
+    dtype: str | None,
     max_tokens: int,
 ) -> list[str]:
     """Write what is missing of one model's captions; where those of each image are."""
     import ray.data
 
     from vladva.core.ray_tasks import actor_pool
-    from vladva.models.resolve import describe, pin
+    from vladva.models.resolve import describe, dtype_for, pin
 
     model = pin(model)
+    dtype = dtype or dtype_for(model, gpus_per_actor)
     _, description = describe(model, adapter=True, dtype=dtype)
     folder = join(absolute(out_uri), "captions", f"{description['fingerprint']}-{dtype}-{max_tokens}")
     uris = [join(folder, f"{digest(each.image.id).hex()}.json") for each in images]
@@ -185,7 +186,7 @@ def _write(
             fn_constructor_args=({"model": model, "merge": True, "dtype": dtype}, max_tokens),
             batch_size=1,
             batch_format="pyarrow",
-            compute=actor_pool(min(actors, len(missing)), 1),
+            compute=actor_pool(min(actors, len(missing)), 1, gpus_per_actor),
             num_gpus=gpus_per_actor,
         )
         with Progress(f"captions, {label}", len(missing)) as progress:

@@ -55,7 +55,11 @@ class ParitySample:
             raise ValueError(f"{data_uri} holds pairs of texts; give shards of images with captions")
         self.pixels: Pixels = pixels
         # What has no short caption trains with an empty text, which is no text to embed.
-        self.images = {example.id: content for example, (_, _, content) in zip(examples, samples, strict=True)}
+        self.images: dict[str, bytes] = {}
+        for example, sample in zip(examples, samples, strict=True):
+            if not isinstance(sample.content, bytes) or not example.id.endswith(sample.ref.id):
+                raise ValueError(f"{data_uri}: {sample.ref.id} cannot be used, so nothing can be compared on it")
+            self.images[example.id] = sample.content
         self.texts = {example.id: example.short for example in examples if example.short is not None}
 
 

@@ -22,6 +22,7 @@ from vladva.core.storage import join, write_json
 from vladva.embed.table import read_rows, write_rows
 from vladva.evaluate.benchmark_embeddings import embed, open_embeddings
 from vladva.evaluate.scores import BenchmarkFacts, Comparison, LayerScores, ScoreChange, Scores
+from vladva.models.resolve import dtype_for
 
 if TYPE_CHECKING:
     from vladva.core.model_description import ModelDescription
@@ -60,7 +61,7 @@ def evaluate(
     actors: int = 2,
     gpus_per_actor: float = 0,
     batch_size: int = 64,
-    dtype: str = "float32",
+    dtype: str | None = None,
     layers: Sequence[int] = (),
     bootstrap: int = 0,
     command: str = "",
@@ -68,6 +69,7 @@ def evaluate(
     """Score models (label -> run, checkpoint or model name) in the benchmarks of `data_uri`; needs a Ray cluster.
 
     tasks: what `read_benchmarks` returned.
+    dtype: of the models; None: as `dtype_for` says.
     layers: embed from these too, beside each model's own layer, in the same pass.
     bootstrap: resamples for the intervals of the scores, and for comparing every two models; 0 does neither.
     command: noted in the scores, for whoever wants to run it again.
@@ -97,7 +99,7 @@ def evaluate(
             actors=actors,
             gpus_per_actor=gpus_per_actor,
             batch_size=batch_size,
-            dtype=dtype,
+            dtype=dtype or dtype_for(model, gpus_per_actor),
         )
         embedding_ended = time.monotonic()
         by_layer: dict[int | None, LayerScores] = {}

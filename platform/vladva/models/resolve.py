@@ -42,7 +42,7 @@ def find_model(model: str) -> ModelReference:
             raise ValueError(f"{model} has no complete checkpoint yet (looked in {storage.join(model, 'checkpoints')})")
         model = newest
     if storage.exists(storage.join(model, "adapter", ADAPTER_NOTE)):
-        adapter = checkpoint.load_adapter(model)
+        adapter = checkpoint.fetch_adapter(model)
         return ModelReference(json.loads((adapter / ADAPTER_NOTE).read_text())["checkpoint"], adapter)
     if (Path(model) / ADAPTER_NOTE).exists():
         return ModelReference(json.loads((Path(model) / ADAPTER_NOTE).read_text())["checkpoint"], Path(model))
@@ -66,6 +66,17 @@ def config_of(reference: ModelReference, adapter: Path | None, dtype: str) -> Mo
     )
 
 
+def dtype_for(model: str, gpus: float) -> str:
+    """The dtype to compute in where none is asked for: on CPUs float32, on GPUs the run's own, or bfloat16."""
+    if not gpus:
+        return "float32"
+    run = model.rstrip("/").partition("/checkpoints/")[0]
+    recipe = storage.join(run, "config.json")
+    if storage.exists(recipe) and storage.exists(storage.join(run, "checkpoints")):
+        return storage.read_json(recipe)["model"]["dtype"]
+    return "bfloat16"
+
+
 def pin(model: str) -> str:
     """The model as every process finds it: a path that is absolute, and of a run the newest checkpoint there is now."""
     from vladva.models import checkpoint
@@ -84,8 +95,7 @@ def describe(
     `layer`: as if it embedded from there. Raises ValueError where the model has no such layer.
     """
     from vladva.models.dual_encoders import family_of
-    from vladva.models.fingerprint import fingerprint_of
-    from vladva.models.resolve import config_of, find_model
+    from vladva.models.fingerprint import describe_lvlm
 
     reference = find_model(model)
     folder = reference.adapter if adapter else None
@@ -98,21 +108,10 @@ def describe(
         return config, describe_dual_encoder(config.checkpoint, dtype)
     preprocessor = preprocessor_of(config)
     language_model = preprocessor.config.get_text_config()
-    layers, dimension = language_model.num_hidden_layers, language_model.hidden_size
+    layers = language_model.num_hidden_layers
     if layer is not None and not 1 <= layer <= layers:
         raise ValueError(f"layers: there is no layer {layer} in {model}; its language model has layers 1 to {layers}")
-    layer = layer or config.layer or layers
-    return config, {
-        "base_model": config.checkpoint,
-        "adapter": str(folder) if folder else None,
-        "image_prompt": config.image_prompt,
-        "text_prompt": config.text_prompt,
-        "soft_prompts": config.soft_prompts,
-        "layer": layer,
-        "dimension": dimension,
-        "dtype": config.dtype,
-        "fingerprint": fingerprint_of(config, folder, layer, dimension, preprocessor),
-    }
+    return config, describe_lvlm(config, folder, layer, preprocessor)
 
 
 @lru_cache(maxsize=2)
