@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -228,6 +230,45 @@ def test_ranks_together_have_the_gradient_of_one_process(unit: Callable) -> None
         gathered = torch.cat([images.detach()[: own.start], mine, images.detach()[own.stop :]])
         (grad,) = torch.autograd.grad(info_nce(gathered, texts.detach(), torch.tensor(2.0)).loss, mine)
         torch.testing.assert_close(grad, whole[own], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("ends", [(0, 4, 11), (0, 1, 1, 7, 11)])
+def test_the_shares_of_several_workers_add_up(unit: Callable, name: str, ends: tuple[int, ...]) -> None:
+    """Each worker its own rows and columns: value, gradients and figures are those of the whole, to the last digits."""
+    case = dict(CASES[name])
+    dims, symmetric = case.pop("dims", ()), case.pop("symmetric", True)
+    if "negatives" in case:
+        case["negatives"] = unit(*case["negatives"], WIDTH, seed=3)
+    images, texts = unit(NUM_PAIRS, WIDTH, seed=1), unit(NUM_PAIRS, WIDTH, seed=2)
+    log_scale = torch.tensor(2.0, dtype=images.dtype, requires_grad=True)
+    loss = InfoNCE(1.0, True, "symmetric" if symmetric else "one-way")
+    pairs = select_pairs(images, texts, **case)
+    inputs = (images, texts, log_scale)
+    whole = contrastive_loss(loss, pairs, {"log_scale": log_scale}, widths=dims, chunk_size=3)
+    expected = torch.autograd.grad(whole.loss, inputs, retain_graph=True)
+
+    ends = sorted({min(end, len(pairs)) for end in ends})  # with `valid` fewer pairs take part
+    shares = [replace(pairs, share=range(a, b)) for a, b in pairwise(ends)]
+    if len(ends) > 3:
+        shares.append(replace(pairs, share=range(1, 1)))  # a worker whose pairs are all without caption
+    counted: list[Tensor] = []
+    for share in shares:
+        contrastive_loss(loss, share, {"log_scale": log_scale}, add_up=lambda x: counted.append(x) or x, chunk_size=3)
+    total = torch.stack(counted).sum(0)
+    found = [
+        contrastive_loss(loss, share, {"log_scale": log_scale}, widths=dims, chunk_size=3, add_up=lambda _: total)
+        for share in shares
+    ]
+    torch.testing.assert_close(sum(each.loss for each in found), whole.loss, rtol=1e-12, atol=1e-14)
+    gradients = [torch.autograd.grad(each.loss, inputs, retain_graph=True) for each in found]
+    for parts, gradient in zip(zip(*gradients, strict=True), expected, strict=True):
+        torch.testing.assert_close(sum(parts), gradient, rtol=1e-10, atol=1e-14)
+    for each in found:
+        for figure, of_whole in zip(each[1:], whole[1:], strict=True):
+            torch.testing.assert_close(figure, of_whole, equal_nan=True)
+    some = sum(each.loss for each in found[1:])
+    assert abs(float(some - whole.loss)) > 1e-3  # negative control: one share is missing
 
 
 def test_alike_captions_leave_nothing_to_count(unit: Callable) -> None:

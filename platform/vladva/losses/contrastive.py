@@ -9,7 +9,7 @@ import importlib
 import math
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_t
 import torch
 from torch import Tensor
 
-from vladva.losses.pairs import PairLoss, Pairs, pair_statistics
+from vladva.losses.pairs import PairLoss, Pairs, add_nothing, pair_statistics
 
 ROWS = 256  # of the similarity matrix held at once
 
@@ -56,6 +56,8 @@ class ContrastiveLoss(ABC):
     @abstractmethod
     def __call__(self, pairs: Pairs, scalars: Mapping[str, Tensor], *, chunk_size: int = ROWS) -> Tensor:
         """The loss, 0-d, with a graph to the embeddings and scalars; 0 where no pair takes part.
+
+        Of `pairs.share` only its part: the terms of these pairs' images, and texts, over the number of all pairs.
 
         scalars: 0-d float32 each, by their names. chunk_size: rows of the similarity matrix held at once.
         """
@@ -127,12 +129,15 @@ def contrastive_loss(
     *,
     widths: Sequence[int] = (),
     chunk_size: int = ROWS,
+    add_up: Callable[[Tensor], Tensor] = add_nothing,
 ) -> PairLoss:
     """The loss of the pairs, with the figures for the log.
 
     widths: Matryoshka; the loss is also taken of the first d coordinates for each d, and the mean over these and the
         full width is returned. The figures are those of the full width.
+    add_up: adds up numbers over the workers whose shares of the pairs these are, for the figures.
     """
     parts = (pairs, *map(pairs.first_dimensions, widths))
     value = torch.stack([loss(part, scalars, chunk_size=chunk_size) for part in parts]).mean()
-    return PairLoss(value, *pair_statistics(pairs, symmetric=loss.symmetric, chunk_size=chunk_size))
+    figures = pair_statistics(pairs, symmetric=loss.symmetric, chunk_size=chunk_size, add_up=add_up)
+    return PairLoss(value, *figures)

@@ -49,8 +49,15 @@ class InfoNCE(ContrastiveLoss):
         scale: Tensor | float = 1 / self.temperature
         if self.learn_temperature:
             scale = scalars["log_scale"].clamp(max=math.log(MAX_SCALE)).exp()
-        losses_P = _CrossEntropies.apply(pairs.images * scale, pairs.texts, pairs, self.symmetric, chunk_size)
-        return losses_P.sum() / max(len(pairs), 1)
+        scaled_PD = pairs.images * scale
+        if pairs.share is None:
+            losses_P = _CrossEntropies.apply(scaled_PD, pairs.texts, pairs, self.symmetric, chunk_size)
+            return losses_P.sum() / max(len(pairs), 1)
+        loss = _RowCrossEntropies.apply(scaled_PD, pairs.texts, pairs, chunk_size).sum()
+        if self.symmetric:
+            texts_PD = pairs.texts[: len(pairs)]
+            loss = (loss + _RowCrossEntropies.apply(texts_PD, scaled_PD, pairs, chunk_size).sum()) / 2
+        return loss / max(len(pairs), 1)
 
 
 LOSS = InfoNCE
@@ -68,7 +75,7 @@ class _CrossEntropies(torch.autograd.Function):
         positives_P = (x_PD * y_CD[:num_pairs]).sum(-1)
         row_losses_P = torch.empty_like(positives_P)
         column_losses_P = torch.full_like(positives_P, -torch.inf)
-        for rows in row_chunks(num_pairs, chunk_size):
+        for rows in row_chunks(range(num_pairs), chunk_size):
             part = slice(rows.start, rows.stop)
             logits_RC = _logits(x_PD, y_CD, positives_P, pairs, rows)
             if symmetric:
@@ -86,7 +93,7 @@ class _CrossEntropies(torch.autograd.Function):
         num_pairs = len(x_PD)
         grad_x_PD, grad_y_CD = torch.empty_like(x_PD), torch.zeros_like(y_CD)
         weights_P = grad_P / 2 if ctx.symmetric else grad_P
-        for rows in row_chunks(num_pairs, ctx.chunk_size):
+        for rows in row_chunks(range(num_pairs), ctx.chunk_size):
             part = slice(rows.start, rows.stop)
             logits_RC = _logits(x_PD, y_CD, positives_P, ctx.pairs, rows)
             if ctx.symmetric:  # first, because the rows overwrite the logits
@@ -100,11 +107,47 @@ class _CrossEntropies(torch.autograd.Function):
         return grad_x_PD, grad_y_CD, None, None, None
 
 
+class _RowCrossEntropies(torch.autograd.Function):
+    """X [P, D], Y [K, D] -> [S]: cross-entropy of row p of X Y^t at column p, for the pairs p of a worker's share.
+
+    X are images and Y texts, or X the texts of the pairs and Y their images. The rows of one worker and its columns
+    are two blocks that share only a corner: there is nothing to be had from building them together.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_PD: Tensor, y_KD: Tensor, pairs: Pairs, chunk_size: int) -> Tensor:
+        positives_P = (x_PD * y_KD[: len(x_PD)]).sum(-1)
+        losses_S = x_PD.new_empty(len(pairs.anchors))
+        for rows in row_chunks(pairs.anchors, chunk_size):
+            logits_RK = _logits(x_PD, y_KD, positives_P, pairs, rows)
+            losses_R = logits_RK.sub_(positives_P[rows.start : rows.stop, None]).logsumexp(1)
+            losses_S[rows.start - pairs.anchors.start : rows.stop - pairs.anchors.start] = losses_R
+        ctx.save_for_backward(x_PD, y_KD, positives_P, losses_S)
+        ctx.pairs, ctx.chunk_size = pairs, chunk_size
+        return losses_S.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor | None, ...]:
+        x_PD, y_KD, positives_P, losses_S = ctx.saved_tensors
+        grad_x_PD, grad_y_KD = torch.zeros_like(x_PD), torch.zeros_like(y_KD)
+        first = ctx.pairs.anchors.start
+        for rows in row_chunks(ctx.pairs.anchors, ctx.chunk_size):
+            part, of_share = slice(rows.start, rows.stop), slice(rows.start - first, rows.stop - first)
+            logits_RK = _logits(x_PD, y_KD, positives_P, ctx.pairs, rows)
+            grad_RK = logits_RK.sub_((positives_P[part] + losses_S[of_share])[:, None]).exp_()
+            grad_RK.mul_(grad_S[of_share, None])
+            grad_RK.diagonal(offset=rows.start).sub_(grad_S[of_share])
+            grad_x_PD[part] = grad_RK @ y_KD
+            grad_y_KD.addmm_(grad_RK.T, x_PD[part])
+        return grad_x_PD, grad_y_KD, None, None
+
+
 def _logits(x_PD: Tensor, y_CD: Tensor, positives_P: Tensor, pairs: Pairs, rows: range) -> Tensor:
     """These rows of X Y^t [R, C], -inf at duplicates, positives equal to `positives_P` to the last bit."""
     logits_RC = x_PD[rows.start : rows.stop] @ y_CD.T
     duplicates_RC = pairs.duplicates(rows)
     if duplicates_RC is not None:
-        logits_RC.masked_fill_(duplicates_RC, -torch.inf)
+        logits_RC.masked_fill_(duplicates_RC[:, : len(y_CD)], -torch.inf)
     logits_RC.diagonal(offset=rows.start).copy_(positives_P[rows.start : rows.stop])
     return logits_RC

@@ -5,7 +5,7 @@ G pairs of the global batch, P pairs among them that take part, H hard-negative 
 R rows of one chunk, D embedding width. Matrices over P x C are only ever built R rows at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ class Pairs:
 
     images: [P, D]. texts: [C, D]; text p < P is the caption of image p, those after P are hard negatives.
     image_keys, caption_keys: int64 [P]. negative_keys: int64 [H].
+    share: the pairs whose rows, and columns, a loss is taken of; None for all. The shares of several workers add up.
     """
 
     images: Tensor
@@ -45,9 +46,15 @@ class Pairs:
     image_keys: Tensor | None
     caption_keys: Tensor | None
     negative_keys: Tensor | None
+    share: range | None = None
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def anchors(self) -> range:
+        """The pairs whose images, and texts, look for each other here."""
+        return range(len(self)) if self.share is None else self.share
 
     def duplicates(self, rows: range) -> Tensor | None:
         """Bool [R, C]: the texts that are no negatives of these images though of other pairs; None without keys."""
@@ -110,44 +117,56 @@ def select_pairs(
     return Pairs(images, texts_CD, image_keys, caption_keys, negative_keys)
 
 
-def row_chunks(num_rows: int, chunk_size: int) -> Iterator[range]:
+def row_chunks(rows: range, chunk_size: int) -> Iterator[range]:
     """Consecutive ranges of at most `chunk_size` rows; the last may be shorter."""
-    for start in range(0, num_rows, chunk_size):
-        yield range(start, min(start + chunk_size, num_rows))
+    for start in range(rows.start, rows.stop, chunk_size):
+        yield range(start, min(start + chunk_size, rows.stop))
+
+
+def add_nothing(values: Tensor) -> Tensor:
+    """The sum over the shares where there is one: `values` itself."""
+    return values
 
 
 @torch.no_grad()
-def pair_statistics(pairs: Pairs, *, symmetric: bool, chunk_size: int) -> tuple[Tensor, ...]:
-    """All of PairLoss but the loss, in its order; without pairs, or without negatives, the shares are NaN."""
+def pair_statistics(
+    pairs: Pairs, *, symmetric: bool, chunk_size: int, add_up: Callable[[Tensor], Tensor] = add_nothing
+) -> tuple[Tensor, ...]:
+    """All of PairLoss but the loss, in its order; without pairs, or without negatives, the shares are NaN.
+
+    add_up: adds up numbers, int64 [6], over the workers whose shares of the pairs these are.
+    """
     num_pairs, num_texts = len(pairs), len(pairs.texts)
-    positives_P, best_in_row_P, best_in_column_P = pairs.images.new_full((3, num_pairs), -torch.inf)
-    num_duplicates, num_duplicate_captions = torch.zeros(2, dtype=torch.int64, device=positives_P.device)
-    for rows in row_chunks(num_pairs, chunk_size):
-        part = slice(rows.start, rows.stop)
-        similarity_RC = pairs.images[part] @ pairs.texts.T
-        positives_P[part] = similarity_RC.diagonal(offset=rows.start)
+    of_images = _counts(pairs.images, pairs.texts, pairs, chunk_size)
+    of_texts = _counts(pairs.texts[:num_pairs], pairs.images, pairs, chunk_size)
+    image_hits, images_asked, duplicates, text_hits, texts_asked, duplicate_captions = add_up(
+        torch.cat([of_images, of_texts])
+    )
+    hits, asked = image_hits, images_asked
+    negatives = (num_pairs * (num_texts - 1) - duplicates) / max(num_pairs, 1)
+    if symmetric:
+        hits, asked = hits + text_hits, asked + texts_asked
+        negatives = (negatives + (num_pairs * (num_pairs - 1) - duplicate_captions) / max(num_pairs, 1)) / 2
+    return hits / asked, negatives, duplicates, image_hits / images_asked, text_hits / texts_asked
+
+
+def _counts(x_PD: Tensor, y_KD: Tensor, pairs: Pairs, chunk_size: int) -> Tensor:
+    """Of the share's rows of X, int64 [3]: those nearer to their own row of Y than to every negative, those that have a
+    negative at all, and the combinations left out because they are duplicates.
+    """
+    counts_3 = torch.zeros(3, dtype=torch.int64, device=x_PD.device)
+    for rows in row_chunks(pairs.anchors, chunk_size):
+        similarity_RK = x_PD[rows.start : rows.stop] @ y_KD.T
+        positives_R = similarity_RK.diagonal(offset=rows.start).clone()
         # What is no negative can win nothing: duplicates, and the positive itself.
         duplicates_RC = pairs.duplicates(rows)
         if duplicates_RC is not None:
-            similarity_RC.masked_fill_(duplicates_RC, -torch.inf)
-            num_duplicates += duplicates_RC.sum()
-            num_duplicate_captions += duplicates_RC[:, :num_pairs].sum()
-        similarity_RC.diagonal(offset=rows.start).fill_(-torch.inf)
-        # The best negative of each image is known with its row, that of each text with the last row.
-        best_in_row_P[part] = similarity_RC.amax(1)
-        best_in_column_P = torch.maximum(best_in_column_P, similarity_RC[:, :num_pairs].amax(0))
-    hits_of_images, images_asked = _hits(positives_P, best_in_row_P)
-    hits_of_texts, texts_asked = _hits(positives_P, best_in_column_P)
-    hits, asked = hits_of_images, images_asked
-    negatives = (num_pairs * (num_texts - 1) - num_duplicates) / max(num_pairs, 1)
-    if symmetric:
-        hits, asked = hits + hits_of_texts, asked + texts_asked
-        of_texts = (num_pairs * (num_pairs - 1) - num_duplicate_captions) / max(num_pairs, 1)
-        negatives = (negatives + of_texts) / 2
-    return hits / asked, negatives, num_duplicates, hits_of_images / images_asked, hits_of_texts / texts_asked
-
-
-def _hits(positives_P: Tensor, best_P: Tensor) -> tuple[Tensor, Tensor]:
-    """Anchors nearer to their positive than to their best negative, and anchors that have a negative at all."""
-    has_negatives_P = best_P > -torch.inf
-    return ((positives_P > best_P) & has_negatives_P).sum(), has_negatives_P.sum()
+            duplicates_RK = duplicates_RC[:, : len(y_KD)]
+            similarity_RK.masked_fill_(duplicates_RK, -torch.inf)
+            counts_3[2] += duplicates_RK.sum()
+        similarity_RK.diagonal(offset=rows.start).fill_(-torch.inf)
+        best_R = similarity_RK.amax(1)
+        has_negatives_R = best_R > -torch.inf
+        counts_3[0] += ((positives_R > best_R) & has_negatives_R).sum()
+        counts_3[1] += has_negatives_R.sum()
+    return counts_3

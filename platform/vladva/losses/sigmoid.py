@@ -2,7 +2,8 @@
 
     L = -1/P sum_ij log sigmoid(z_ij (t I_i T_j + b)),   z = 1 at pairs, -1 elsewhere
 
-Each block of rows is checkpointed: nothing of size G x G outlives its block, and backward builds the block again.
+A share of the pairs is their images' rows. Each block of rows is checkpointed: nothing of size G x G outlives its
+block, and backward builds the block again.
 Letters: see pairs.py.
 """
 
@@ -35,8 +36,8 @@ class Sigmoid(ContrastiveLoss):
     def __call__(self, pairs: Pairs, scalars: Mapping[str, Tensor], *, chunk_size: int = ROWS) -> Tensor:
         """The loss; see `ContrastiveLoss`."""
         scaled_PD = pairs.images * scalars["log_scale"].exp()
-        loss = scaled_PD.sum() * 0  # keeps the graph when no pair takes part
-        for rows in row_chunks(len(pairs), chunk_size):
+        loss = (scaled_PD.sum() + pairs.texts.sum()) * 0  # keeps the graph when no pair takes part
+        for rows in row_chunks(pairs.anchors, chunk_size):
             arguments = (scaled_PD, pairs.texts, scalars["bias"], pairs, rows)
             loss = loss + checkpoint(_sum_of_rows, *arguments, use_reentrant=False, preserve_rng_state=False)
         return loss / max(len(pairs), 1)
