@@ -50,4 +50,6 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[test,dev]'
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --upgrade --target .venv/peers clip-benchmark==1.6.2
+	DS_ACCELERATOR=cpu $(BIN)/python -c "from vladva.train.engine import compile_operators as c; c()" >/dev/null \
+	  || echo "DeepSpeed's operator could not be compiled: training on CPUs needs a C++ compiler (on Debian: g++)."
 	touch $@

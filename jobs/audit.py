@@ -30,6 +30,8 @@ def main() -> None:
     show(report.table())
     print(f"{report.steps} steps in {report.attempts} attempts", end=": ")
     print("every batch is the planned one, nothing came twice, nothing is missing" if report.ok else report.problems())
+    if replaced := report.figures()["replaced"]:
+        print(f"{replaced:,} samples could not be used, and others stood in for them: {options.run}/quarantine.jsonl")
     print(json.dumps(report.figures()))
     sys.exit(0 if report.ok else 1)
 

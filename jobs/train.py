@@ -1,8 +1,10 @@
 #!/usr/bin/env python
 """Fine-tune an LVLM by the VladVA method: `jobs/train.py RECIPE [--train.steps 50 ...] [--dry-run]`.
 
-The same command goes on with a run that was interrupted, and does nothing for one that is complete. With --dry-run it
-says how much memory each worker needs, and by which part, and stops; what does not fit is refused with exit status 2.
+The same command goes on with a run that was interrupted, and does nothing for one that is complete. With --extend and a
+larger --train.steps it goes on with a complete one, on the longer schedule. With --init-from RUN a new run (another
+--name) begins with the weights of an old one and may have another recipe. With --dry-run it says how much memory each
+worker needs, and by which part, and stops; what does not fit is refused with exit status 2.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from vladva.recipes import parse_recipe
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     """Options of the job, and the recipe with its overrides."""
     parser = argparse.ArgumentParser(prog="jobs/train.py", add_help=False, usage="%(prog)s RECIPE [options]")
+    parser.add_argument("--extend", action="store_true", help="go on with a run to more --train.steps than it had")
     parser.add_argument("--dry-run", action="store_true", help="say how much memory each worker needs, and stop")
     options, rest = parser.parse_known_args(arguments)
     return options, parse_recipe(rest, prog="jobs/train.py", options=parser)
@@ -42,9 +45,11 @@ def main() -> None:
 
     from vladva.train.launch import train
 
-    last = train(config, tell=print)
+    last = train(config, extend=options.extend, tell=print)
     accuracy = last["in_batch_accuracy"]
     told = f"in-batch accuracy {accuracy:.3f}" if accuracy is not None else "no pair with negatives in the last batch"
+    if last.get("quarantined"):
+        print(f"{last['quarantined']:,.0f} samples could not be used, others stood in: {config.uri}/quarantine.jsonl")
     print(
         f"{config.uri}: {config.train.steps} steps, loss {last['loss']:.3f}, {told}. "
         f"Next: jobs/evaluate.py {config.uri}"

@@ -136,17 +136,8 @@ def is_contract(name: str, files: list[Path]) -> bool:
 
 # To be renamed. It may only get shorter.
 STILL_TWICE: set[str] = {
-    "LastLayer",
-    "Layer",
-    "RotaryEmbedding",
-    "SHORT",
-    "causal_attention",
-    "learning_rate",
     "load",
-    "load_adapter",
     "read_json",
-    "resolve",
-    "swiglu",
 }
 
 

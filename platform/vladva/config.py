@@ -149,6 +149,8 @@ class ClusterConfig:
     """Memory of the device of each worker; a run that does not fit is refused."""
     max_failures: int = 3
     """Failures with no new checkpoint between them after which the run gives up; announced preemptions do not count."""
+    wait_s: float = 600.0
+    """How long to wait for machines that are not there or in use; then the run gives up, and says what is missing."""
     resize_every_s: float = 600.0
     """How often a run with `min_workers` looks whether it can have more: each change costs the steps since the last
     checkpoint."""
@@ -179,6 +181,8 @@ class RunConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     seed: int = 0
+    init_from: str = ""
+    """Run or checkpoint whose weights a new run starts from, with its own recipe, schedule and fresh optimizer."""
 
     def __post_init__(self) -> None:
         train, cluster = self.train, self.cluster

@@ -147,13 +147,12 @@ def _bare(config: RunConfig, numbers: range, pipe: Connection) -> None:
 
 
 def vladva_stream(config: RunConfig) -> Iterator[int]:
-    """Ours, as Ray Train hands it to one worker."""
-    from vladva.train.data_loader import chunk_stream
+    """Ours, as one worker gets it."""
+    from vladva.train.data_loader import ChunkStream, share
 
-    stream = chunk_stream(config, 0)
-    stream.context.execution_options.preserve_order = True
-    for row in stream.streaming_split(1, equal=True)[0].iter_rows():
-        yield len(row["ids"])
+    name, _windows = ChunkStream(config, 0, 1).start()
+    for batch in share(name, 0, ahead=config.chunks_per_worker):
+        yield len(batch.ids)
 
 
 @lru_cache(maxsize=1)

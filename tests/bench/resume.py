@@ -132,7 +132,7 @@ def adapter(uri: str) -> dict[str, Any]:
     """The final adapter of a run."""
     from safetensors.torch import load_file
 
-    return load_file(checkpoint.load_adapter(checkpoint.latest(uri)) / "adapter_model.safetensors")
+    return load_file(checkpoint.fetch_adapter(checkpoint.latest(uri)) / "adapter_model.safetensors")
 
 
 def weight_diff(one: str, other: str) -> float:

@@ -140,12 +140,12 @@ def sentence_transformers_step(checkpoint: str, pairs: int, chunk: int) -> Calla
     from sentence_transformers.base.modules.transformer import Transformer
     from sentence_transformers.sentence_transformer import losses, modules
 
-    from vladva.models.backbones.llava import LORA_TARGETS
+    from vladva.models.backbones import LANGUAGE_LINEARS
 
     lvlm = Transformer(checkpoint, model_kwargs={"dtype": torch.bfloat16})
     pooling = modules.Pooling(lvlm.get_embedding_dimension(), "lasttoken")
     model = SentenceTransformer(modules=[lvlm, pooling, modules.Normalize()], device="cpu")
-    model.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=LORA_TARGETS))
+    model.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=LANGUAGE_LINEARS))
     model.train()
     loss = losses.CachedMultipleNegativesSymmetricRankingLoss(model, mini_batch_size=chunk)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
@@ -188,7 +188,7 @@ def useful_flop(engine: Engine, batches: list[MicroBatch]) -> float:
         for side in (batch.image, batch.text):
             packed = pack(side.ids, side.lengths, np.arange(len(side.ids)), base.config.image_token_id)
             labelled = int((side.lengths - side.prompt_lengths).sum())
-            flop += packed.own * (by_token(language) - by_token(last) + of_all)
+            flop += packed.num_unique * (by_token(language) - by_token(last) + of_all)
             flop += (len(side.ids) + labelled) * (by_token(last) - of_all)
             flop += 4 * labelled * base.lm_head.weight.numel()
             attention = int((side.lengths**2).sum()) * language.config.hidden_size  # causal: half of all pairs

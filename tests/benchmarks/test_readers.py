@@ -130,6 +130,22 @@ def test_files_without_captions_are_refused() -> None:
         read_captions("nocaps_val.json", as_json([{"image": "val/a.jpg", "img_id": 0}]))
 
 
+def test_bytes_that_are_no_utf_8_are_named_by_file_and_line() -> None:
+    with pytest.raises(ValueError, match=r"t.txt, line 3: expected UTF-8"):
+        read_captions("t.txt", b"image,caption\n1.jpg,a dog\n2.jpg,No\xebl\n")
+    with pytest.raises(ValueError, match=r"c.json, annotation 1: caption is not UTF-8"):
+        read_captions(
+            "c.json",
+            b'{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": ['
+            b'{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "No\xebl"}]}',
+        )
+    with pytest.raises(ValueError, match=r"w.jsonl, line 1: expected UTF-8"):
+        read_examples("w.jsonl", b'{"id": 1, "caption_0": "No\xebl"}')
+    assert read_captions("t.txt", "\N{BOM}image,caption\r\n1.jpg,a dog\r\n".encode()) == [
+        CaptionedImage("1.jpg", ("a dog",))
+    ]
+
+
 # SugarCrepe, SugarCrepe++, Winoground ---------------------------------------------------------------------------------
 
 

@@ -17,10 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.source_variants import IMAGES, write_variant
+from tests.support.without_ray import count_words, leave_ray_out
+from vladva.core.text import clean_captions
 from vladva.data.caption_files import read_caption_files
-from vladva.data.columns import unique_captions
 from vladva.data.source import Entry, LeftOut, Rejected, SourceOptions, open_source
+from vladva.embed.corpus import text_items
 from vladva.embed.source_items import count_items, remarks, source_items
+from vladva.prepare.pipeline import prepare
 from vladva.prepare.plan import list_source
 
 Outcome = dict[str, list[str]]
@@ -36,7 +39,7 @@ def outcome(uri: Path, **options: Any) -> tuple[Outcome, Counter[str], Counter[s
     for found in list_source(source):
         if isinstance(found, Entry):
             texts = [*read_caption_files(source.images_uri, found), *found.captions]
-            captions.setdefault(found.id, []).extend(unique_captions(texts))
+            captions.setdefault(found.id, []).extend(clean_captions(texts))
         elif isinstance(found, Rejected):
             rejected[found.reason] += 1
         else:
@@ -85,7 +88,40 @@ CASES: dict[str, tuple[dict[str, bytes | str], Outcome, dict[str, int], dict[str
         {"x.csv": "\N{BOM}path,caption\r\na.jpg,a cat\r\nb.jpg,a dog\r\n"}, ROWS, {}, {},
     ),
     "a line separator of Unicode is no end of a row": (
-        {"x.csv": "path,caption\na.jpg,a\u2028cat\n"}, {"a.jpg": ["a\u2028cat"]}, {}, {},
+        {"x.csv": "path,caption\na.jpg,a\u2028cat\n"}, {"a.jpg": ["a\ncat"]}, {}, {},
+    ),
+    "marks, control characters and Windows' line ends in a table": (
+        {"x.csv": "path,caption\r\na.jpg,\N{BOM}a\0 cat\x07\r\nb.jpg,a dog\r\n"}, ROWS, {}, {},
+    ),
+    "Unicode text as spreadsheets save it": (
+        {"x.tsv": "path\tcaption\r\na.jpg\ta cat\r\nb.jpg\ta dog\r\n".encode("utf-16")}, ROWS, {}, {},
+    ),
+    "one Latin-1 byte in a table costs its row": (
+        {"x.csv": b"path,caption\na.jpg,a cat\nc.jpg,No\xebl\nb.jpg,a dog\n"}, ROWS, {"caption is not UTF-8": 1}, {},
+    ),
+    "one Latin-1 byte in JSON lines costs its row": (
+        {"x.jsonl": b'{"path": "a.jpg", "text": "a cat"}\n{"path": "c.jpg", "text": "No\xebl"}\n'},
+        {"a.jpg": ["a cat"]}, {"caption is not UTF-8": 1}, {},
+    ),
+    "one Latin-1 byte in a COCO file costs its caption": (
+        {"c.json": b'\xef\xbb\xbf{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": ['
+                   b'{"image_id": 1, "caption": "a cat"}, {"image_id": 1, "caption": "No\xebl"}]}'},
+        {"a.jpg": ["a cat"]}, {"caption is not UTF-8": 1}, {},
+    ),
+    "one Latin-1 byte in a list of objects costs its row": (
+        {"c.json": b'[{"image": "a.jpg", "caption": ["a cat"]}, {"image": "c.jpg", "caption": ["No\xebl"]}]'},
+        {"a.jpg": ["a cat"]}, {"caption is not UTF-8": 1}, {},
+    ),
+    "half a character spelled out in JSON": (
+        {"x.jsonl": '{"path": "a.jpg", "text": "a cat"}\n{"path": "c.jpg", "text": "half \\ud83d"}\n'},
+        {"a.jpg": ["a cat"]}, {"caption is not UTF-8": 1}, {},
+    ),
+    "caption files of Windows, of old Macintoshes, in UTF-16 and with nothing but a mark": (
+        {
+            "a.jpg": JPEG, "a.txt": "\N{BOM}a cat\r\na\0 kitten\r\n", "b.jpg": JPEG, "b.txt": "a dog\ra puppy\r",
+            "c.jpg": JPEG, "c.txt": "a cow".encode("utf-16"), "d.jpg": JPEG, "d.txt": "\N{BOM}",
+        },
+        {"a.jpg": ["a cat", "a kitten"], "b.jpg": ["a dog", "a puppy"], "c.jpg": ["a cow"], "d.jpg": []}, {}, {},
     ),
     "JSON lines with one broken and one of other fields": (
         {"x.jsonl": '{"path": "a.jpg", "text": "a cat"}\n{"path"\n{"file": "b.jpg", "txt": "a dog"}\n{"text": 1}\n'},
@@ -148,6 +184,39 @@ def test_a_case(case: str, tmp_path: Path) -> None:
     assert sorted(item["text"] for item in items if item["kind"] == "text") == sorted(expected)
     assert sum(item["kind"] == "rejected" for item in items) == sum(rejected.values())
     assert {item["id"] for item in items if item["kind"] == "image"} == set(captions)
+
+
+def test_one_latin_1_byte_in_a_folder_of_captions_costs_one_sample_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [*IMAGES.values()][:3]
+    files: dict[str, bytes | str] = {f"{name}.jpg": image for name, image in zip("abc", images, strict=True)}
+    write(tmp_path / "in", files | {"a.txt": "a cat\x07", "b.txt": b"fine\nNo\xebl\n", "c.txt": "a\N{BOM} cow"})
+    leave_ray_out(monkeypatch)
+    prepared = prepare(str(tmp_path / "in"), str(tmp_path / "out"), count_words, max_bad_fraction=0.5)
+    assert (prepared.samples, prepared.quarantined) == (2, {"caption is not UTF-8": 1})
+    assert prepared.notes == {"caption cleaned of marks and control characters": 2}
+    [row] = pq.read_table(prepared.quarantine_uri).to_pylist()
+    assert row["id"] == "b.jpg"
+    assert row["detail"].startswith("b.txt, line 2: ")
+    again = prepare(str(tmp_path / "in"), str(tmp_path / "out"), count_words, max_bad_fraction=0.5)
+    assert (again.written, again.notes) == (0, prepared.notes)
+    items = embedded(tmp_path / "in")
+    assert [item["text"] for item in items if item["kind"] == "text"] == ["a cat", "a cow"]
+    [bad] = [item for item in items if item["kind"] == "rejected"]
+    assert "b.txt, line 2: " in bad["text"]
+
+
+def test_a_file_of_texts_loses_no_line_to_another(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_bytes(b"\xef\xbb\xbfone\r\nNo\xebl\n\0\nt\xc2\x85wo\rthree \xe2\x80\xa8 lines\n\n")
+    rows = text_items(str(tmp_path / "texts.txt"))
+    assert [(row["id"], row["kind"]) for row in rows] == [
+        ("texts.txt#0", "text"), ("texts.txt#1", "rejected"), ("texts.txt#3", "text"), ("texts.txt#4", "text")
+    ]  # fmt: skip
+    assert [row["text"] for row in rows if row["kind"] == "text"] == ["one", "t\nwo", "three \n lines"]
+    assert rows[1]["text"].startswith("caption is not UTF-8: ")
+    (tmp_path / "texts.txt").write_text("one\r\ntwo\r\n", encoding="utf-16", newline="")
+    assert [row["text"] for row in text_items(str(tmp_path / "texts.txt"))] == ["one", "two"]
 
 
 def test_what_is_not_embedded_is_said(tmp_path: Path) -> None:
@@ -260,7 +329,7 @@ def test_any_parquet_schema_of_the_accepted_forms_delivers_every_row(
     given_texts = rows if "list" in caption_type else [row[:1] for row in rows]
     # A text that is a JSON list is one of captions; nothing else of this alphabet is.
     single = "list" not in caption_type
-    expected = [unique_captions(json.loads(t) if single and t == "[]" else t for t in texts) for texts in given_texts]
+    expected = [clean_captions(json.loads(t) if single and t == "[]" else t for t in texts) for texts in given_texts]
     if single:
         expected = [[] if texts == ["[]"] else of for texts, of in zip(given_texts, expected, strict=True)]
     captions, rejected, left_out = outcome(folder)
@@ -290,7 +359,7 @@ def test_what_a_csv_writer_writes_is_read_back(
     assert list(captions) == [f"{number}.jpg" for number in range(len(texts))]
     plain = [text for text in texts if not text.lstrip().startswith("[")]
     found = [of for text, of in zip(texts, captions.values(), strict=True) if not text.lstrip().startswith("[")]
-    assert found == [unique_captions([text]) for text in plain]
+    assert found == [clean_captions([text]) for text in plain]
 
 
 # Few characters, so that quotes often meet the ends of a cell: drawn from all of Unicode they never do.
@@ -310,7 +379,7 @@ def test_every_line_of_a_table_without_quoting_is_a_row(
     assert list(captions) == [f"{number}.jpg" for number in range(len(texts))]
     # Two quotes in a row may be one that was doubled: such a cell is the only one that can be read in two ways.
     certain = [number for number, text in enumerate(texts) if '""' not in text and not text.lstrip().startswith("[")]
-    assert [captions[f"{number}.jpg"] for number in certain] == [unique_captions([texts[number]]) for number in certain]
+    assert [captions[f"{number}.jpg"] for number in certain] == [clean_captions([texts[number]]) for number in certain]
 
 
 @SMALL

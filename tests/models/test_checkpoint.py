@@ -70,7 +70,7 @@ def test_what_was_saved_comes_back(run: str, adapter: Path) -> None:
     assert set(loaded.optimizer) == set(OPTIMIZER)
     for name, tensor in OPTIMIZER.items():
         torch.testing.assert_close(loaded.optimizer[name], tensor, rtol=0, atol=0)
-    for folder in (loaded.adapter, checkpoint.load_adapter(uri)):
+    for folder in (loaded.adapter, checkpoint.fetch_adapter(uri)):
         files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         assert files == {
             str(path.relative_to(adapter)): path.read_bytes() for path in adapter.rglob("*") if path.is_file()
@@ -158,7 +158,7 @@ def test_changed_bytes_of_the_same_length_are_noticed(run: str, adapter: Path) -
     uri = save(run, 10, adapter)
     model = f"{uri}/adapter/adapter_model.safetensors"
     storage.write_bytes_atomically(model, b"!" + storage.read_bytes(model)[1:])
-    for load in (checkpoint.load, checkpoint.load_adapter):
+    for load in (checkpoint.load, checkpoint.fetch_adapter):
         with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged"):
             load(uri)
 
@@ -169,7 +169,7 @@ def test_missing_checkpoint_says_what_there_is(run: str, adapter: Path) -> None:
     for step in (20, 10):
         save(run, step, adapter)
     with pytest.raises(ValueError, match=r"step-30 does not exist; complete ones beside it: step-10, step-20$"):
-        checkpoint.load_adapter(f"{run}/checkpoints/step-30")
+        checkpoint.fetch_adapter(f"{run}/checkpoints/step-30")
     with pytest.raises(ValueError, match=r"elsewhere does not exist"):
         checkpoint.load(f"{run}/elsewhere")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from vladva.models.adapter import add_adapter, save_adapter
 from vladva.models.batch import as_tensors
 from vladva.models.embedder import Embedder, load_embedder
 from vladva.models.embedding_model import EmbeddingModel
+from vladva.models.generation import decode, end_tokens
 from vladva.models.preprocessor import Preprocessor
 
 TEXTS = ["a red circle", "a small blue ring to the left of a large green star", "x"]
@@ -189,3 +193,53 @@ def test_generation_equals_transformers_own(checkpoint: str, tmp_path: Path, pic
 def test_a_model_that_is_not_there_is_named() -> None:
     with pytest.raises(ValueError, match="/no/such/model"):
         load_embedder("/no/such/model")
+
+
+def test_the_adapter_is_off_while_a_token_is_computed_and_no_layer_is_looked_up_for_it(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    embedder, base = load_embedder(adapted(checkpoint, tmp_path / "adapter")), load_embedder(checkpoint)
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Two circles."}]}]
+    expected = "".join(base.generate(messages, max_tokens=8))
+    with_adapter = "".join(embedder.generate(messages, max_tokens=8, adapter=True))
+    trained = embedder.embed_texts(TEXTS)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("PEFT walks through its layers")
+
+    monkeypatch.setattr(BaseTunerLayer, "enable_adapters", refuse)
+    found = []
+    for piece in embedder.generate(messages, max_tokens=8):
+        found.append(piece)
+        # Between two tokens others embed, with the adapter.
+        np.testing.assert_array_equal(embedder.embed_texts(TEXTS), trained)
+    assert "".join(found) == expected != with_adapter
+    with pytest.raises(RuntimeError, match="spoiled"), embedder.adapter_switch.off():
+        raise RuntimeError("spoiled")
+    assert "".join(embedder.generate(messages, max_tokens=8, adapter=True)) == with_adapter
+
+
+def test_an_answer_ends_where_the_generation_config_or_the_tokenizer_says(checkpoint: str, tmp_path: Path) -> None:
+    """Checkpoints without a generation config, or with one that names no end, are on the hub."""
+    told = load_embedder(checkpoint)
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Two circles."}]}]
+    answer = list(decode_all(told, messages))
+    shutil.copytree(checkpoint, tmp_path / "untold")
+    (tmp_path / "untold/generation_config.json").unlink()
+    settings = json.loads((tmp_path / "untold/config.json").read_text())
+    settings["text_config"]["eos_token_id"] = None
+    (tmp_path / "untold/config.json").write_text(json.dumps(settings))
+    untold = load_embedder(str(tmp_path / "untold"))
+    assert untold.model.base.generation_config.eos_token_id is None
+    assert end_tokens(untold.model) == end_tokens(told.model) == {told.preprocessor.tokenizer.eos_token_id}
+    assert list(decode_all(untold, messages)) == answer
+    told.model.base.generation_config.eos_token_id = [answer[2], answer[3]]
+    assert list(decode_all(told, messages)) == answer[: min(answer.index(answer[2]), answer.index(answer[3]))]
+
+
+def decode_all(embedder: Embedder, messages: list) -> Iterator[int]:
+    """Token ids of an answer of at most 8."""
+    tokens = as_tensors(embedder.preprocessor.pad([(embedder.preprocessor.render(messages), [])]), "cpu")
+    return decode(embedder.model, embedder.model.inputs(tokens, None), 8, 0.0, 1.0)

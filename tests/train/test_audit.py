@@ -17,10 +17,10 @@ from vladva.core import storage
 from vladva.data.sampler import SampleFinder
 from vladva.models.batch import MicroBatch
 from vladva.train import audit, audit_log
-from vladva.train.audit_log import AuditFile, AuditLog, counted_spans, find_audit_files
+from vladva.train.audit_log import AuditFile, AuditLog, ChunkRecord, counted_spans, find_audit_files
 
 STEPS = 13  # of 16; an epoch is 6 of the 103 samples, 7 are left over
-Record = list[tuple[int, int, list[str]]]
+Record = list[ChunkRecord]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def record_of(config: RunConfig) -> Record:
     """What the workers of a run keep, where all goes well."""
     find = SampleFinder(config)
     return [
-        (number // 4, number, [find.name(run.source, ref.id) for run, ref in find(number)])
+        ChunkRecord(number // 4, number, [find.name(run.source, ref.id) for run, ref in find(number)])
         for number in range(config.train.steps * 4)
     ]
 
@@ -57,6 +57,7 @@ def test_a_run_that_went_well(config: RunConfig) -> None:
         "steps": 13,
         "epochs": 2,
         "delivered": 208,
+        "replaced": 0,
         "duplicated": 0,
         "missing": 0,
         "left_out": 14,
@@ -102,7 +103,7 @@ def lose_in_the_unfinished_epoch(record: Record) -> None:
 def swap_batches(record: Record) -> None:
     for i in range(4):
         a, b = record[4 + i], record[8 + i]
-        record[4 + i], record[8 + i] = (a[0], a[1], b[2]), (b[0], b[1], a[2])
+        record[4 + i], record[8 + i] = a._replace(ids=b.ids), b._replace(ids=a.ids)
 
 
 def swap_samples(record: Record) -> None:
@@ -118,7 +119,7 @@ def invent(record: Record) -> None:
 
 
 def go_on(record: Record) -> None:
-    record.append((STEPS, STEPS * 4, record[0][2]))
+    record.append(ChunkRecord(STEPS, STEPS * 4, record[0].ids))
 
 
 @pytest.mark.parametrize(
@@ -150,8 +151,8 @@ def test_what_went_wrong_is_found(
 
 def test_a_sample_of_the_other_data_set_is_not_taken_for_its_namesake(mixed: RunConfig) -> None:
     record = record_of(mixed)
-    step, number, ids = next(each for each in record if each[2][0].startswith("1:"))
-    record[number] = (step, number, ["0:" + ids[0][2:], *ids[1:]])
+    step, number, ids, _ = next(each for each in record if each.ids[0].startswith("1:"))
+    record[number] = ChunkRecord(step, number, ["0:" + ids[0][2:], *ids[1:]])
     report = audit.check_chunks(record, SampleFinder(mixed), STEPS)
     assert report.wrong_steps == {step}
     assert report.data_sets[1].missing == 1
@@ -174,7 +175,7 @@ def test_what_counts_is_what_the_newest_checkpoint_rests_on() -> None:
 
 
 def batch(number: int, ids: list[str]) -> MicroBatch:
-    return MicroBatch(number, ids, *[None] * (len(MicroBatch.__dataclass_fields__) - 2))
+    return MicroBatch(number, ids, *[None] * (len(MicroBatch.__dataclass_fields__) - 3))
 
 
 def attempt(run: RunConfig, world: int, start: int, saves: range) -> None:
@@ -184,7 +185,8 @@ def attempt(run: RunConfig, world: int, start: int, saves: range) -> None:
     for steps in saves:
         for rank, log in enumerate(logs):
             for step in range(log.start, steps):
-                log.step(step, [batch(*record[number][1:]) for number in range(step * 4 + rank, step * 4 + 4, world)])
+                numbers = range(step * 4 + rank, step * 4 + 4, world)
+                log.step(step, [batch(number, list(record[number].ids)) for number in numbers])
             log.write(steps)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 
@@ -21,7 +20,8 @@ from vladva.core import object_store, storage
 from vladva.data.examples import choose_captions
 from vladva.data.sampler import SampleFinder, SampleRange
 from vladva.train.audit import check_chunks
-from vladva.train.data_loader import ChunkReader, chunk_stream
+from vladva.train.audit_log import ChunkRecord
+from vladva.train.data_loader import ChunkReader, ChunkStream, fetch_ahead, share
 
 Chunk = tuple[int, list[str]]
 
@@ -37,33 +37,72 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> RunConfig:
     return run_over(data, tmp_path_factory.mktemp("runs"), tiny, steps=6, batch=32, chunk=4)
 
 
-def dealt(config: RunConfig, workers: int, first_step: int = 0) -> list[list[Chunk]]:
-    """The chunks that each worker gets, as Ray Train deals them; some workers are slower than others."""
+def dealt(config: RunConfig, workers: int, first_step: int = 0, tasks_per_window: int = 256) -> list[list[Chunk]]:
+    """The chunks that each worker gets; some workers are slower than others."""
     import ray
 
     @ray.remote(num_cpus=0.1)
-    def consume(split: Any, rank: int) -> list[Chunk]:
+    def consume(name: str, rank: int) -> list[Chunk]:
         chunks = []
-        for row in split.iter_rows():
-            chunks.append((int(row["number"]), [str(name) for name in row["ids"]]))
+        for batch in share(name, rank, ahead=2):
+            chunks.append((int(batch.number), [str(name) for name in batch.ids]))
             time.sleep(0.02 * (rank % 3))
         return chunks
 
-    stream = chunk_stream(config, first_step)
-    stream.context.execution_options.preserve_order = True
-    splits = stream.streaming_split(workers, equal=True)
-    return ray.get([consume.remote(split, rank) for rank, split in enumerate(splits)])
+    name, _windows = ChunkStream(config, first_step, workers, tasks_per_window).start()
+    return ray.get([consume.remote(name, rank) for rank in range(workers)])
 
 
 def test_eight_workers_get_the_batches_of_one(ray_cluster: None, config: RunConfig) -> None:
     find = SampleFinder(config)
     planned = [(number, [find.name(run.source, ref.id) for run, ref in find(number)]) for number in range(48)]
-    for workers in (1, 2, 4, 8):
-        assert dealt(config, workers) == [planned[rank::workers] for rank in range(workers)]
+    for workers, tasks_per_window in ((1, 256), (2, 5), (4, 256), (8, 256)):  # 5: windows of 20 chunks, 20 and 8
+        shares = [planned[rank::workers] for rank in range(workers)]
+        assert dealt(config, workers, tasks_per_window=tasks_per_window) == shares
     left = planned[3 * 8 :]  # what is left of the run after three steps, taken up by three workers
-    assert dealt(config, 3, first_step=3) == [left[rank::3] for rank in range(3)]
-    record = [(number // 8, number, ids) for number, ids in planned]
+    assert dealt(config, 3, first_step=3, tasks_per_window=2) == [left[rank::3] for rank in range(3)]
+    record = [ChunkRecord(number // 8, number, ids) for number, ids in planned]
     assert check_chunks(record, find, 6).ok
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5, 8])
+def test_windows_hold_every_chunk_once_and_no_more_tasks_for_a_longer_run(config: RunConfig, workers: int) -> None:
+    """A million steps are laid out as many windows, each no larger than those of sixty."""
+    for steps, first_step in ((6, 0), (60, 7), (1_000_000, 999_000)):
+        run = replace(config, train=replace(config.train, steps=steps))
+        stream = ChunkStream(run, first_step, workers, tasks_per_window=16)
+        starts = range(stream.first, stream.last, stream.window_size)
+        assert (len(starts), stream.first) == (stream.num_windows, first_step * 8)
+        assert stream.window_size % workers == 0
+        assert 64 <= stream.window_size < 64 + workers
+        assert steps * 8 <= stream.last < steps * 8 + workers
+        assert (stream.last - stream.first) % workers == 0
+
+
+def test_items_are_fetched_ahead_in_order_but_not_without_end() -> None:
+    made: list[int] = []
+
+    def endless() -> Iterator[int]:
+        for number in range(1_000_000):
+            made.append(number)
+            yield number
+
+    items = fetch_ahead(endless(), 3)
+    assert [next(items) for _ in range(5)] == list(range(5))
+    time.sleep(0.3)
+    assert len(made) <= 5 + 3 + 1  # three wait, one is in the thread's hand
+    items.close()
+
+
+def test_an_error_comes_in_the_place_of_its_item() -> None:
+    def failing() -> Iterator[int]:
+        yield 1
+        raise EOFError("the shard ends here")
+
+    items = fetch_ahead(failing(), 3)
+    assert next(items) == 1
+    with pytest.raises(EOFError, match="the shard ends here"):
+        next(items)
 
 
 def test_each_data_set_draws_captions_by_its_own_epoch(config: RunConfig) -> None:
@@ -71,7 +110,7 @@ def test_each_data_set_draws_captions_by_its_own_epoch(config: RunConfig) -> Non
     reader = ChunkReader(config)
     runs = [run for number in range(160) for run, _ in reader.find(number)]
     assert {(run.source, run.epoch) for run in runs} == {(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2)}
-    (_, ref, content), drawn = reader.fetch(0)[0], []
+    (_, _, ref, content), drawn = reader.fetch(0)[0], []
     ref = replace(ref, captions=[f"short {number}" for number in range(20)], caption_tokens=[2] * 20)
     for epoch in range(3):
         by = {"seed": config.seed, "epoch": epoch, "sample_id": ref.id}
@@ -145,7 +184,7 @@ def test_an_epoch_survives_every_fault_and_the_log_counts_them(
     run = replace(config, data=DataConfig(uri, run_length=2), train=replace(config.train, steps=10, global_batch=32))
     with caplog.at_level(logging.WARNING, logger="vladva.core.storage"):
         reader = ChunkReader(run)
-        delivered = [(batch.number // 8, batch.number, batch.ids) for batch in reader.batches(range(80))]
+        delivered = [ChunkRecord(batch.number // 8, batch.number, batch.ids) for batch in reader.batches(range(80))]
         proxy.faults = iter(())
         # Of an answer that has no body, nothing can be cut off.
         injected = Counter(

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -36,9 +35,9 @@ def chunk(tiny: str) -> MicroBatch:
     return Preprocessor(tiny).collate(0, [Example("a", "a red circle", "a circle", None)])
 
 
-def dealt(chunk: MicroBatch, first: int, last: int, rank: int, world: int) -> Iterator[dict[str, Any]]:
-    """What Ray Data gives one of W workers: every W-th chunk of the stream, wherever the stream begins."""
-    return (replace(chunk, number=number).to_row() for number in range(first + rank, last, world))
+def dealt(chunk: MicroBatch, first: int, last: int, rank: int, world: int) -> Iterator[MicroBatch]:
+    """What the stream gives one of W workers: every W-th chunk of the stream, wherever the stream begins."""
+    return (replace(chunk, number=number) for number in range(first + rank, last, world))
 
 
 @pytest.mark.parametrize("world", range(1, CHUNKS + 1))

@@ -70,7 +70,7 @@ def validations(config: RunConfig) -> dict[int, dict[str, float]]:
 
 
 def adapter_of(config: RunConfig) -> dict:
-    return load_file(checkpoint.load_adapter(checkpoint.latest(config.uri)) / "adapter_model.safetensors")
+    return load_file(checkpoint.fetch_adapter(checkpoint.latest(config.uri)) / "adapter_model.safetensors")
 
 
 def assert_same_run(a: RunConfig, b: RunConfig) -> None:

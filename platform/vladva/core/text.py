@@ -10,9 +10,11 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 from vladva.core.errors import InvalidSampleError
 
@@ -45,12 +47,32 @@ def decode_text(data: bytes) -> str:
         raise InvalidSampleError("caption is not UTF-8", str(error)) from None
 
 
-def text_lines(data: bytes) -> list[str]:
-    """The clean lines of a text file, empty ones too; only line feeds and carriage returns end one.
+def text_lines(data: bytes) -> list[str | InvalidSampleError]:
+    """The lines of a text file, as written, or what is wrong with one; only line feeds and carriage returns end one.
 
-    U+2028 inside a caption is part of it. Raises InvalidSampleError.
+    U+2028 inside a caption is part of it. A line that is no UTF-8 costs no other line.
     """
-    return [clean_text(line) for line in re.split("\r\n|\n|\r", decode_text(data))]
+    if data.startswith(UTF_16):
+        try:
+            return list(re.split("\r\n|\n|\r", decode_text(data)))
+        except InvalidSampleError as problem:
+            return [problem]
+    return [_line(line) for line in re.split(b"\r\n|\n|\r", data.removeprefix(codecs.BOM_UTF8))]
+
+
+def _line(data: bytes) -> str | InvalidSampleError:
+    try:
+        return data.decode()
+    except UnicodeError as error:
+        return InvalidSampleError("caption is not UTF-8", str(error))
+
+
+def decode_json(data: bytes) -> Any:
+    """A JSON document in UTF-8, -16 or -32, with or without a byte order mark. Raises ValueError where it is none.
+
+    Bytes that are no UTF-8 come as halves of characters: whoever takes a text out of it refuses that one alone.
+    """
+    return json.loads(data.decode(json.detect_encoding(data), "surrogateescape"))
 
 
 def clean_captions(texts: Iterable[str], changed: Counter[str] | None = None) -> list[str]:

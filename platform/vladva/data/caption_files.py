@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 from vladva.core import storage
 from vladva.core.errors import InvalidSampleError
-from vladva.data.columns import to_texts
+from vladva.core.text import text_lines
 from vladva.data.image_refs import read_file
 from vladva.data.source import Entry
-
-LINE_END = re.compile(r"\r\n|\r|\n")  # and not what else str.splitlines() takes for one, U+2028 say
 
 
 def read_caption_files(images_uri: str, entry: Entry) -> list[str]:
@@ -20,9 +16,8 @@ def read_caption_files(images_uri: str, entry: Entry) -> list[str]:
         content = read_file(storage.resolve(images_uri, file))
         if isinstance(content, InvalidSampleError):
             raise content
-        try:
-            (whole,) = to_texts([content.removeprefix(b"\xef\xbb\xbf")])
-        except InvalidSampleError as problem:
-            raise InvalidSampleError(problem.reason, f"{file}: {problem.detail}") from None
-        lines += LINE_END.split(whole)
+        for number, line in enumerate(text_lines(content), start=1):
+            if isinstance(line, InvalidSampleError):
+                raise InvalidSampleError(line.reason, f"{file}, line {number}: {line.detail}")
+            lines.append(line)
     return lines

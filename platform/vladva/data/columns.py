@@ -6,10 +6,11 @@ Every reader of a table (preparing, embedding, benchmarks) takes the names from 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from vladva.core.errors import InvalidSampleError
+from vladva.core.text import decode_text
 
 PATH_COLUMNS = ("path", "filepath", "file_path", "image_path", "file_name", "filename", "file", "image", "img")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes", *PATH_COLUMNS)
@@ -60,9 +61,11 @@ def to_texts(value: Any) -> list[str]:
 def _to_text(text: Any) -> str:
     if not isinstance(text, (str, bytes)):
         raise InvalidSampleError("caption is not text", repr(text))
+    if isinstance(text, bytes):
+        return decode_text(text)
     try:
-        # Halves of characters stand for bytes that are no UTF-8 (CSV), or are spelled out in JSON.
-        return (text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text).decode()
+        text.encode()  # halves of characters stand for bytes that are no UTF-8 (CSV), or are spelled out in JSON
+        return text
     except UnicodeError as error:
         raise InvalidSampleError("caption is not UTF-8", str(error)) from None
 
@@ -84,11 +87,6 @@ def to_name(value: Any) -> str:
     if not isinstance(text, str) or not text.strip():
         raise InvalidSampleError("no id or path", repr(value))
     return text.strip()
-
-
-def unique_captions(captions: Iterable[str]) -> list[str]:
-    """Captions without the space around them, without empty ones, each once."""
-    return list(dict.fromkeys(text.strip() for text in captions if text.strip()))
 
 
 def refuse_urls(path: str, file: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from vladva.core import storage
 from vladva.core.errors import InvalidSampleError
 from vladva.core.images import IMAGE
+from vladva.core.text import UTF_16
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 TABLE_SUFFIXES = (*DELIMITERS, ".jsonl")
@@ -34,9 +35,12 @@ class Line(NamedTuple):
 def read_rows_of_text(uri: str, file: str) -> Iterator[tuple[int, dict[str, Any] | InvalidSampleError]]:
     """(line number, row) of every row of a .csv, .tsv or .jsonl, or what is wrong with it; empty lines are skipped.
 
-    Bytes that are no UTF-8 come as surrogates. Raises ValueError where a table has no header.
+    In UTF-8, or UTF-16 with its byte order mark, as spreadsheets save "Unicode text"; bytes that are neither come as
+    surrogates. Raises ValueError where a table has no header.
     """
-    stream = io.TextIOWrapper(storage.open_stream(uri), "utf-8-sig", "surrogateescape", newline="\n")
+    body = storage.open_stream(uri)
+    encoding = "utf-16" if body.peek(2).startswith(UTF_16) else "utf-8-sig"
+    stream = io.TextIOWrapper(body, encoding, "surrogateescape", newline="\n")
     lines = (Line(number, text.rstrip("\n").removesuffix("\r")) for number, text in enumerate(stream, start=1))
     if file.lower().endswith(".jsonl"):
         return _json_rows(lines)

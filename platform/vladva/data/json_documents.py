@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from vladva.core import storage
 from vladva.core.errors import InvalidSampleError
+from vladva.core.text import decode_json
 from vladva.data.columns import to_texts
 from vladva.data.source import Entry, Rejected, Source
 
@@ -15,8 +15,7 @@ from vladva.data.source import Entry, Rejected, Source
 def read_document(source: Source, file: str, *lists: str) -> dict[str, Any]:
     """A JSON document that holds these lists of objects. Raises ValueError naming what is missing."""
     try:
-        # json.loads finds out the encoding, a byte order mark included.
-        content = json.loads(storage.read_bytes(storage.join(source.uri, file)))
+        content = decode_json(storage.read_bytes(storage.join(source.uri, file)))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}") from None
     for name in lists:

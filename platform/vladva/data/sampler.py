@@ -81,6 +81,15 @@ class Sampler:
         seed = key_number(f"{self.seed}/source", source)  # else data sets of one size would keep company for ever
         return _plan(size, seed, epoch, self.run_length, self.run_length, 1)
 
+    def stand_in(self, source: int, epoch: int, sample: int, attempt: int) -> int:
+        """The sample that takes the place of one that cannot be used: any other of its data set, the same each time.
+
+        attempt: counts those that could not be used either.
+        """
+        size = self.sizes[source]
+        drawn = key_number(f"{self.seed}/{source}/{epoch}/{attempt}/stand-in", sample)
+        return (sample + 1 + drawn % max(1, size - 1)) % size
+
     def epoch_size(self, source: int) -> int:
         """Samples that an epoch of a data set uses; the few others are not the same in every epoch."""
         plan = self.plan(source, 0)

@@ -1,4 +1,4 @@
-"""Batches: the only preprocessing in the platform. Training, embedding, evaluation and serving all go through here.
+"""Batches: what goes into a model, as records of arrays, and how items are cut into batches.
 
 Token ids come from the model's own tokenizer and chat template and equal those of its Hugging Face processor; images
 are resized and cropped by its own image processor and stay uint8 until they are on the device.
@@ -8,18 +8,15 @@ B images or texts, N hard-negative captions, T tokens (right-padded).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from vladva.core.hashing import key_of
-
-if TYPE_CHECKING:
-    pass
-
 
 BATCH_TOKENS = 32_768  # in one batch, padding included; long items come in smaller batches
 
@@ -54,50 +51,77 @@ class Pixels:
         return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
+class Replacement(NamedTuple):
+    """A planned sample that could not be used, for which the one at `position` of the chunk stands in."""
+
+    position: int
+    id: str
+    reason: str
+
+
 @dataclass
 class MicroBatch:
     """One chunk of image-text pairs, collated; never sliced afterwards."""
 
     number: int
     ids: list[str]
-    pixels: Pixels | None  # None where texts stand in the images' stead
+    pixels: Pixels | None  # None where there are texts instead of images
     image: Tokens  # [B] prompt, then the long caption where there is one
     text: Tokens  # [B + N] the short captions, then the hard negatives
     text_owners: np.ndarray  # int64 [B + N]; the pair that each text belongs to: 0 .. B-1, then those of the negatives
     has_short: np.ndarray  # bool [B]; pairs without a short caption take no part in the contrastive loss
     image_keys: np.ndarray  # int64 [B]; equal for images that are equal to the model
     caption_keys: np.ndarray  # int64 [B + N]; equal for equal texts
+    replaced: str = "[]"  # JSON: [position, id, reason] of each planned sample that another stands in for
+
+    def replacements(self) -> list[Replacement]:
+        """The planned samples that could not be used, with the positions of those that stand in for them."""
+        return [Replacement(*each) for each in json.loads(self.replaced)]
 
     def to_row(self) -> dict[str, Any]:
-        """The batch as one row of a Ray data set."""
-        row = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in RECORDS}
-        for name, kind in self.records():
-            row |= {f"{name}.{f.name}": getattr(getattr(self, name), f.name) for f in fields(kind)}
+        """The batch as one row of a Ray data set: a column for each array."""
+        row: dict[str, Any] = {
+            "number": self.number,
+            "ids": self.ids,
+            "text_owners": self.text_owners,
+            "has_short": self.has_short,
+            "image_keys": self.image_keys,
+            "caption_keys": self.caption_keys,
+            "replaced": self.replaced,
+        }
+        for side, tokens in (("image", self.image), ("text", self.text)):
+            row |= {
+                f"{side}.ids": tokens.ids,
+                f"{side}.prompt_lengths": tokens.prompt_lengths,
+                f"{side}.lengths": tokens.lengths,
+            }
+        if self.pixels is not None:
+            row |= {"pixels.values": self.pixels.values, "pixels.sizes": self.pixels.sizes}
         return row
-
-    def records(self) -> list[tuple[str, type[Pixels] | type[Tokens]]]:
-        """The names and kinds of the records that are there."""
-        return [(name, kind) for name, kind in RECORDS.items() if getattr(self, name) is not None]
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> MicroBatch:
         """The batch that `to_row` gave."""
-        records = {
-            name: kind(**{f.name: row[f"{name}.{f.name}"] for f in fields(kind)})
-            if f"{name}.{fields(kind)[0].name}" in row
-            else None
-            for name, kind in RECORDS.items()
-        }
-        names = [f.name for f in fields(cls) if f.name not in RECORDS]
-        return cls(**{name: row[name] for name in names}, **records)
 
+        def tokens(side: str) -> Tokens:
+            return Tokens(row[f"{side}.ids"], row[f"{side}.prompt_lengths"], row[f"{side}.lengths"])
 
-RECORDS: dict[str, type[Pixels] | type[Tokens]] = {"pixels": Pixels, "image": Tokens, "text": Tokens}
-"""The fields of a batch that are records themselves: in a row, one column for each of their fields."""
+        return cls(
+            number=row["number"],
+            ids=row["ids"],
+            pixels=Pixels(row["pixels.values"], row["pixels.sizes"]) if "pixels.values" in row else None,
+            image=tokens("image"),
+            text=tokens("text"),
+            text_owners=row["text_owners"],
+            has_short=row["has_short"],
+            image_keys=row["image_keys"],
+            caption_keys=row["caption_keys"],
+            replaced=row["replaced"],
+        )
 
 
 def cut(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Positions of the items of each batch: like lengths together, longest first so that the biggest fails first."""
+    """Indices of the items of each batch: like lengths together, longest first so that the biggest fails first."""
     batch: list[int] = []
     for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[batch[0]] > BATCH_TOKENS):

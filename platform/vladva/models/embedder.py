@@ -6,6 +6,7 @@ N images or texts, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +18,11 @@ import torch
 from vladva.config import ModelConfig
 from vladva.core.hashing import key_of
 from vladva.core.model_description import ModelDescription
-from vladva.models.adapter import load_adapter
+from vladva.models.adapter import AdapterSwitch, load_adapter
 from vladva.models.batch import as_tensors, cut
 from vladva.models.dual_encoders import family_of
 from vladva.models.embedding_model import EmbeddingModel
-from vladva.models.fingerprint import fingerprint_of
+from vladva.models.fingerprint import describe_lvlm
 from vladva.models.generation import decode, pieces
 from vladva.models.packed.inference import Forward, embedding_forward
 from vladva.models.preprocessor import Preprocessor
@@ -83,28 +84,24 @@ class Embedder:
         self.adapter = adapter
         self.merged = merged
         self.device: torch.device = model.pixel_mean.device
-        self.dimension: int = model.base.config.get_text_config().hidden_size
-        self.layer: int = config.layer or model.base.config.get_text_config().num_hidden_layers
-        self.fingerprint = fingerprint_of(config, adapter, self.layer, self.dimension, self.preprocessor)
+        self._description = describe_lvlm(config, adapter, None, self.preprocessor)
+        self.dimension: int = self._description["dimension"]
+        self.layer = self._description["layer"]
+        self.fingerprint: str = self._description["fingerprint"]
 
     @cached_property
     def forward(self) -> Forward:
         """Tokens, pixels -> unit vectors [B, D]. Made when first asked for: to chat, a model needs none."""
         return embedding_forward(self.model)
 
+    @cached_property
+    def adapter_switch(self) -> AdapterSwitch:
+        """Turns the adapter off for a moment."""
+        return AdapterSwitch(self.model.lvlm)
+
     def description(self) -> ModelDescription:
         """What tables and indexes made with this embedder carry."""
-        return {
-            "base_model": self.config.checkpoint,
-            "adapter": str(self.adapter) if self.adapter else None,
-            "image_prompt": self.config.image_prompt,
-            "text_prompt": self.config.text_prompt,
-            "soft_prompts": self.config.soft_prompts,
-            "layer": self.layer,
-            "dimension": self.dimension,
-            "dtype": self.config.dtype,
-            "fingerprint": self.fingerprint,
-        }
+        return self._description
 
     def count_text_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens that embedding each text costs, prompt included."""
@@ -138,7 +135,9 @@ class Embedder:
         embeddings_ND = np.zeros((len(prompts), self.dimension), np.float32)
         for chosen in cut([len(prompt) for prompt in prompts], batch_size):
             tokens = as_tensors(self.preprocessor.pad([(prompts[i], []) for i in chosen]), self.device)
-            pixels = images and as_tensors(self.preprocessor.pixels([images[i] for i in chosen]), self.device)
+            pixels = None
+            if images is not None:
+                pixels = as_tensors(self.preprocessor.pixels([images[i] for i in chosen]), self.device)
             embeddings_ND[chosen] = self.forward(tokens, pixels).cpu().numpy()
         return embeddings_ND
 
@@ -166,11 +165,13 @@ class Embedder:
             raise ValueError(f"messages hold {parts} image parts, but {len(images)} images came with them")
         if self.merged and not adapter:
             raise ValueError("this model's adapter is merged into its weights; load it with merge=False to turn it off")
-        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+        if seed is not None:
+            torch.manual_seed(seed)
         ids = self.preprocessor.render(messages, [image.size for image in images])
         tokens = as_tensors(self.preprocessor.pad([(ids, [])]), self.device)
         pixels = as_tensors(self.preprocessor.pixels(images), self.device) if images else None
         inputs = self.model.inputs(tokens, pixels)
         off = self.adapter is not None and not adapter and not self.merged
-        tokens_out = decode(self.model, inputs, max_tokens, temperature, top_p, generator=generator, adapter_off=off)
+        around_token = self.adapter_switch.off if off else nullcontext
+        tokens_out = decode(self.model, inputs, max_tokens, temperature, top_p, around_token=around_token)
         yield from pieces(self.preprocessor.tokenizer, tokens_out, stop)

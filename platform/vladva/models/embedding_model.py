@@ -9,7 +9,7 @@ B images or texts, T tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from vladva.config import ModelConfig
 from vladva.losses.next_token import next_token
-from vladva.models.backbones import resolve
+from vladva.models.backbones import packaged
 from vladva.models.preprocessor import Preprocessor
 
 
@@ -41,6 +41,9 @@ class EmbeddingModel(nn.Module):
     scalars: their names and values; each becomes a parameter of that name.
     """
 
+    pixel_mean: torch.Tensor
+    pixel_std: torch.Tensor
+
     def __init__(
         self, config: ModelConfig, preprocessor: Preprocessor, *, scalars: Mapping[str, float] | None = None
     ) -> None:
@@ -48,7 +51,7 @@ class EmbeddingModel(nn.Module):
         self.preprocessor = preprocessor
         self.backbone = preprocessor.backbone
         self.layer = config.layer
-        self.lvlm = self.backbone.load(resolve(config.checkpoint), getattr(torch, config.dtype))
+        self.lvlm: Any = self.backbone.load(packaged(config.checkpoint), getattr(torch, config.dtype))
         layers = self.lvlm.config.get_text_config().num_hidden_layers
         if config.layer is not None and config.layer > layers:
             raise ValueError(f"model.layer is {config.layer}, but {config.checkpoint} has {layers} layers")
@@ -63,8 +66,12 @@ class EmbeddingModel(nn.Module):
         self.packed: PackedForward | None = None  # what training runs on, where it can
 
     @property
-    def base(self) -> nn.Module:
-        """The Hugging Face model, with the adapter's layers in place where there is one."""
+    def base(self) -> Any:
+        """The Hugging Face model, with the adapter's layers in place where there is one.
+
+        Of any class that a backbone loads: it has `config`, `generation_config`, `lm_head` and `model`, which has
+        `language_model` and `get_image_features`.
+        """
         from peft import PeftModel
 
         return self.lvlm.get_base_model() if isinstance(self.lvlm, PeftModel) else self.lvlm
@@ -117,10 +124,10 @@ class EmbeddingModel(nn.Module):
 
     def scalars(self) -> torch.Tensor:
         """The scalars of the contrastive loss [S], in float32."""
-        values = [self.get_parameter(name) for name in self.scalar_names]
+        values: list[torch.Tensor] = [self.get_parameter(name) for name in self.scalar_names]
         return torch.cat(values).float() if values else self.pixel_mean.new_zeros(0)
 
-    def see(self, pixels: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+    def vision_features(self, pixels: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
         """The images as the vision tower, which is frozen, gives them; unchanged where training is not packed."""
         if pixels is None or self.packed is None:
             return pixels

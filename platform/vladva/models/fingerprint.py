@@ -7,8 +7,29 @@ import json
 from pathlib import Path
 
 from vladva.config import ModelConfig
-from vladva.models.backbones import resolve
+from vladva.core.model_description import ModelDescription
+from vladva.models.backbones import packaged
 from vladva.models.preprocessor import Preprocessor
+
+
+def describe_lvlm(
+    config: ModelConfig, adapter: Path | None, layer: int | None, preprocessor: Preprocessor
+) -> ModelDescription:
+    """What tables, indexes and scores say about an LVLM that embeds from `layer` (None: the configuration's)."""
+    language_model = preprocessor.config.get_text_config()
+    layer = layer or config.layer or language_model.num_hidden_layers
+    dimension = language_model.hidden_size
+    return {
+        "base_model": config.checkpoint,
+        "adapter": str(adapter) if adapter else None,
+        "image_prompt": config.image_prompt,
+        "text_prompt": config.text_prompt,
+        "soft_prompts": config.soft_prompts,
+        "layer": layer,
+        "dimension": dimension,
+        "dtype": config.dtype,
+        "fingerprint": fingerprint_of(config, adapter, layer, dimension, preprocessor),
+    }
 
 
 def fingerprint_of(
@@ -16,7 +37,7 @@ def fingerprint_of(
 ) -> str:
     """16 hex digits that change with base model, adapter, prompts, layer, dimension or preprocessing."""
     parts = {
-        "base": base_revision(resolve(config.checkpoint)),
+        "base": base_revision(packaged(config.checkpoint)),
         "adapter": hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
         if adapter
         else None,

@@ -13,7 +13,7 @@ from vladva.config import IMAGE_PROMPT, TEXT_PROMPT
 from vladva.core.hashing import key_of
 from vladva.core.text import clean_characters, clean_text
 from vladva.data.examples import Example
-from vladva.models.backbones import backbone_of, resolve
+from vladva.models.backbones import backbone_of, packaged
 from vladva.models.batch import MicroBatch, Pixels, Tokens
 from vladva.models.literal_tokenizer import MARK, LiteralTokenizer
 
@@ -47,7 +47,7 @@ class Preprocessor:
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
         from transformers.utils import cached_file
 
-        folder = resolve(checkpoint)
+        folder = packaged(checkpoint)
         self.backbone = backbone_of(checkpoint)
         self.config = AutoConfig.from_pretrained(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)

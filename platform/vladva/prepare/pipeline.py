@@ -43,6 +43,7 @@ class Prepared:
     merged: int  # rows that gave further captions to a sample
     left_out: dict[str, int]
     quarantined: dict[str, int]  # by reason
+    notes: dict[str, int]  # what was done to images and captions, or passed over, and how often
     quarantine_uri: str
     shards: int
     written: int  # of the shards, in this run
@@ -58,6 +59,8 @@ class Prepared:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.quarantined.items())
         refused = f", {quarantined:,} quarantined ({reasons}), see {self.quarantine_uri}" if quarantined else ""
         lines = [f"{self.found:,} found: {self.samples:,} samples{merged}{left_out}{refused or ', none quarantined'}"]
+        if self.notes:
+            lines.append(", ".join(f"{count:,} {note}" for note, count in self.notes.items()))
         if self.joined:
             lines.append(
                 "captions joined: {rows:,} rows for {samples:,} samples; {rows_without:,} rows without a sample, "
@@ -82,6 +85,7 @@ def scan_in_place(source: Source, count_tokens: CountTokens, *, verify: bool, ma
         merged=0,
         left_out=dict(left_out.most_common()),
         quarantined=summary.reasons,
+        notes=summary.notes,
         quarantine_uri=summary.quarantine_uri,
         shards=summary.num_shards,
         written=0,
@@ -134,6 +138,7 @@ def prepare(
     refused += verify_shards(out_uri, full)
     write_rejected(out_uri, "quarantine", refused)
     check_fraction(refused, plan, max_bad_fraction, out_uri)
+    notes = sum((Counter(result["notes"]) for result in results), Counter(summary.notes))
     prepared = Prepared(
         uri=out_uri,
         format=source.format,
@@ -142,6 +147,7 @@ def prepare(
         merged=plan["merged"],
         left_out=plan["left_out"],
         quarantined=dict(Counter(row.reason for row in refused).most_common()),
+        notes=dict(notes.most_common()),
         quarantine_uri=table_uri(out_uri, "quarantine"),
         shards=summary.num_shards,
         written=sum(result["written"] for result in results if result["bytes"]),

@@ -12,6 +12,7 @@ import io
 import json
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
@@ -23,8 +24,8 @@ from vladva.core import storage
 from vladva.core.errors import InvalidSampleError
 from vladva.core.images import MAX_PIXELS, check_image, image_suffix
 from vladva.core.storage import RangedFile
+from vladva.core.text import clean_captions
 from vladva.data.caption_files import read_caption_files
-from vladva.data.columns import unique_captions
 from vladva.data.image_refs import fetch_images
 from vladva.data.sidecar import parquet_bytes, sidecar_uri
 from vladva.data.source import Entry
@@ -70,6 +71,7 @@ class ShardResult(TypedDict):
     bytes: int  # of the shard; 0 where none of the samples is good, and there is no shard
     samples: int
     rejected: list[list[str]]  # fields of `Rejected`
+    notes: dict[str, int]  # what was done to captions, and how often
     written: bool  # in this run
 
 
@@ -156,7 +158,8 @@ class ShardTask:
         samples = read_task(self.out_uri, number)
         refs = [sample.entry.image_ref(self.images_uri) for sample in samples]
         images = fetch_images(refs, folder_uri=self.images_uri)
-        content, rows = build_shard(samples, images, self.images_uri)
+        notes: Counter[str] = Counter()
+        content, rows = build_shard(samples, images, self.images_uri, notes)
         shard_uri = storage.join(self.out_uri, shard_name(number))
         if content:
             storage.write_bytes_atomically(shard_uri, content)
@@ -165,9 +168,9 @@ class ShardTask:
         rejected = [[row["id"], row["place"], row["reason"], row["detail"]] for row in rows if row["reason"]]
         facts = {"stamp": self.config_hash, "bytes": len(content), "lot": number, "samples": len(rows)}
         table = pa.Table.from_pylist(list(map(dict, rows)), RESULT_SCHEMA)
-        content = parquet_bytes(table, {**facts, "rejected": rejected})
-        storage.write_bytes_atomically(result_uri(self.out_uri, number), content)
-        return {**facts, "rejected": rejected, "written": True}  # type: ignore[typeddict-item]
+        told = {**facts, "rejected": rejected, "notes": dict(notes)}
+        storage.write_bytes_atomically(result_uri(self.out_uri, number), parquet_bytes(table, told))
+        return {**told, "written": True}  # type: ignore[typeddict-item]
 
     def _known(self, number: int) -> ShardResult | None:
         """What the result says, if it is one of this plan and the shard is what it says."""
@@ -179,15 +182,19 @@ class ShardTask:
             return None
         if (facts["stamp"], facts["bytes"]) != (self.config_hash, size):
             return None
-        return {**facts, "written": False}
+        return {**facts, "notes": facts.get("notes", {}), "written": False}  # earlier versions noted nothing
 
 
 def build_shard(
-    samples: Sequence[TaskSample], images: Sequence[bytes | InvalidSampleError], images_uri: str
+    samples: Sequence[TaskSample],
+    images: Sequence[bytes | InvalidSampleError],
+    images_uri: str,
+    notes: Counter[str],
 ) -> tuple[bytes, list[ResultRow]]:
     """The tar of a task (no bytes where nothing of it is good) and the rows of its result, one a sample.
 
-    Images go into it as they are. Of an image the header is read here; the scan that follows decodes it.
+    Images go into it as they are. Of an image the header is read here; the scan that follows decodes it. What is
+    done to captions is added to `notes`.
     """
     body = io.BytesIO()
     rows = []
@@ -196,7 +203,7 @@ def build_shard(
             key, entry = f"{sample.number:09d}", sample.entry
             row = ResultRow(key=key, id=entry.id, place=entry.source_location, crc32=None, reason=None, detail=None)
             try:
-                captions = unique_captions([*read_caption_files(images_uri, entry), *entry.captions])
+                captions = clean_captions([*read_caption_files(images_uri, entry), *entry.captions], notes)
                 if isinstance(image, InvalidSampleError):
                     raise image
                 check_image(image, verify=False, max_pixels=MAX_PIXELS)

@@ -2,7 +2,8 @@
 
 Two checks that share nothing but the record. The ids are looked up in the index that the scan made and counted there:
 within an epoch none may come twice, and none may be missing but the remainder that the plan leaves to other epochs. And
-every chunk is compared with the plan, sample by sample.
+every chunk is compared with the plan, sample by sample. A sample that could not be used is counted by itself, and what
+stood in for it must be what the plan draws in its place.
 
 In memory are some 100,000 ids at a time; on disk, for a while, all of them, and a byte per sample and epoch.
 """
@@ -13,7 +14,7 @@ import pickle
 import tempfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,7 +24,8 @@ import numpy as np
 from vladva.config import RunConfig
 from vladva.core import storage
 from vladva.models import checkpoint
-from vladva.train.audit_log import counted_spans, find_audit_files, read_chunks
+from vladva.train.audit_log import ChunkRecord, counted_spans, find_audit_files, read_chunks
+from vladva.train.data_loader import STAND_INS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,13 +39,17 @@ PIECE = 1 << 24  # samples counted at once
 
 @dataclass
 class DataSetAudit:
-    """What was found of one data set; `epochs` are those that are finished."""
+    """What was found of one data set; `epochs` are those that are finished.
+
+    Planned samples are delivered, or replaced by others because they could not be used.
+    """
 
     uri: str
     samples: int
     quarantined: int
     epochs: int
     delivered: int = 0
+    replaced: int = 0
     duplicated: int = 0
     missing: int = 0
     left_out: int = 0
@@ -74,7 +80,7 @@ class AuditReport:
 
     def figures(self) -> dict[str, int]:
         """Sums over the data sets."""
-        names = ("epochs", "delivered", "duplicated", "missing", "left_out", "quarantined")
+        names = ("epochs", "delivered", "replaced", "duplicated", "missing", "left_out", "quarantined")
         sums = {name: sum(getattr(each, name) for each in self.data_sets) for name in names}
         return {"steps": self.steps, **sums, "unknown": self.unknown, "wrong_steps": len(self.wrong_steps)}
 
@@ -82,7 +88,7 @@ class AuditReport:
         """A row a data set."""
         from rich.table import Table
 
-        columns = ("samples", "quarantined", "epochs", "delivered", "duplicated", "missing", "left_out")
+        columns = ("samples", "quarantined", "epochs", "delivered", "replaced", "duplicated", "missing", "left_out")
         table = Table("data set", *(column.replace("_", " ") for column in columns))
         for each in self.data_sets:
             table.add_row(each.uri, *(f"{getattr(each, column):,}" for column in columns))
@@ -105,10 +111,8 @@ def audit(run_uri: str) -> AuditReport:
     return check_chunks(read_chunks(files, spans), find, state["step"], attempts=len(spans))
 
 
-def check_chunks(
-    chunks: Iterable[tuple[int, int, Sequence[str]]], find: SampleFinder, steps: int, attempts: int = 1
-) -> AuditReport:
-    """Check the (step, chunk, ids) of the first `steps` steps of a run, which may come in any order."""
+def check_chunks(chunks: Iterable[ChunkRecord], find: SampleFinder, steps: int, attempts: int = 1) -> AuditReport:
+    """Check the chunks of the first `steps` steps of a run, which may come in any order."""
     schedule, indexes = find.schedule, find.indexes
     num_chunks = steps * schedule.chunks_per_batch
     used = [schedule.used(source, num_chunks) for source in range(len(indexes))]
@@ -128,6 +132,7 @@ def check_chunks(
         for deliveries in buckets:
             _look_up(deliveries, find, counts, report)
         for source, found in enumerate(data_sets):
+            found.delivered -= found.replaced
             for epoch, counts_N in enumerate(counts[source]):
                 expected = min(per_epoch[source], used[source] - epoch * per_epoch[source])
                 left_out = schedule.plan(source, epoch).left_out() if epoch < found.epochs else None
@@ -136,13 +141,17 @@ def check_chunks(
 
 
 class _Delivery(NamedTuple):
-    """A sample as the record has it; `planned` is the data set and number of the one that the plan has in its place."""
+    """A sample as the record has it; `planned` is the data set and number of the one that the plan has in its place.
+
+    stand_in: the id of the sample that was used in its stead; "" for its own.
+    """
 
     step: int
     source: int
     epoch: int
     sample_id: str
     planned: tuple[int, int]
+    stand_in: str = ""
 
 
 class _Buckets:
@@ -178,7 +187,7 @@ def _shard_of(sample_id: str) -> str:
 
 
 def _check_order(
-    chunks: Iterable[tuple[int, int, Sequence[str]]],
+    chunks: Iterable[ChunkRecord],
     find: SampleFinder,
     num_chunks: int,
     buckets: _Buckets,
@@ -187,7 +196,7 @@ def _check_order(
     """Put every sample into its bucket, beside the planned one; note the steps that have not the planned chunks."""
     schedule = find.schedule
     seen = bytearray(num_chunks)
-    for step, number, ids in chunks:
+    for step, number, ids, replaced in chunks:
         if not 0 <= number < num_chunks:
             report.wrong_steps.add(step)
             continue
@@ -196,13 +205,15 @@ def _check_order(
             report.wrong_steps.add(step)
         seen[number] = True
         deliveries = []
+        unusable = {each.position: each.id for each in replaced}
         for position, name in enumerate(ids):
             run, sample = planned[min(position, len(planned) - 1)]
-            source, sample_id = find.parse(name)
+            source, sample_id = find.parse(unusable.get(position, name))
+            stand_in = name if position in unusable else ""
             if source < len(find.indexes):
                 own = source == run.source
                 epoch = run.epoch if own else schedule.used(source, number) // schedule.epoch_size(source)
-                deliveries.append(_Delivery(step, source, epoch, sample_id, (run.source, sample)))
+                deliveries.append(_Delivery(step, source, epoch, sample_id, (run.source, sample), stand_in))
             else:
                 report.unknown += 1
         buckets.add(deliveries)
@@ -216,14 +227,26 @@ def _look_up(deliveries: list[_Delivery], find: SampleFinder, counts: list[np.me
         parts[delivery.source, _shard_of(delivery.sample_id)].append(delivery)
     for (source, shard), part in parts.items():
         numbers = find.indexes[source].numbers_of(shard)
-        for step, _, epoch, sample_id, planned in part:
+        for step, _, epoch, sample_id, planned, stand_in in part:
             number = numbers.get(sample_id)
+            if stand_in:
+                report.data_sets[source].replaced += 1
+                if not _is_drawn(stand_in, source, epoch, planned[1], find):
+                    report.wrong_steps.add(step)
             if number is None:
                 report.unknown += 1
             else:
                 counts[source][epoch, number] += 1
             if (source, number) != planned:
                 report.wrong_steps.add(step)
+
+
+def _is_drawn(stand_in: str, source: int, epoch: int, sample: int, find: SampleFinder) -> bool:
+    """Whether the sample that stands in for another is one that the plan draws for it."""
+    own_source, sample_id = find.parse(stand_in)
+    number = find.indexes[source].numbers_of(_shard_of(sample_id)).get(sample_id) if own_source == source else None
+    drawn = (find.schedule.stand_in(source, epoch, sample, attempt) for attempt in range(STAND_INS))
+    return number is not None and number in drawn
 
 
 def _count(counts_N: np.ndarray, expected: int, left_out: list[tuple[int, int]] | None, found: DataSetAudit) -> None:

@@ -1,6 +1,6 @@
 """Audit log: what a run trained on, written down by its workers.
 
-    RUN/audit/attempt-0002/steps-00000004-00000008.rank-1-of-2.parquet      rows of (step, chunk, ids)
+    RUN/audit/attempt-0002/steps-00000004-00000008.rank-1-of-2.parquet      rows of (step, chunk, ids, replaced)
 
 A worker keeps the ids of the samples it trains on and writes them before a checkpoint that rests on them is published,
 so a checkpoint without its record does not exist, whenever a process is killed. An attempt begins at a checkpoint; what
@@ -9,20 +9,24 @@ earlier attempts did from there on is not in the weights and does not count, nor
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vladva.core import storage
+from vladva.models.batch import Replacement
 
 if TYPE_CHECKING:
     from vladva.models.batch import MicroBatch
 
 FOLDER = "audit"
-AUDIT_SCHEMA = pa.schema({"step": pa.int64(), "chunk": pa.int64(), "ids": pa.list_(pa.string())})
+AUDIT_SCHEMA = pa.schema(
+    {"step": pa.int64(), "chunk": pa.int64(), "ids": pa.list_(pa.string()), "replaced": pa.string()}
+)
 FILE_NAME = re.compile(r"attempt-(\d+)/steps-(\d+)-(\d+)\.rank-(\d+)-of-(\d+)\.parquet")
 
 
@@ -41,7 +45,13 @@ class AuditLog:
     def step(self, step: int, batch: list[MicroBatch]) -> None:
         """Keep the ids of this worker's chunks of a step."""
         self.rows += [
-            {"step": step, "chunk": int(chunk.number), "ids": [str(name) for name in chunk.ids]} for chunk in batch
+            {
+                "step": step,
+                "chunk": int(chunk.number),
+                "ids": [str(name) for name in chunk.ids],
+                "replaced": chunk.replaced,
+            }
+            for chunk in batch
         ]
 
     def write(self, steps: int) -> None:
@@ -91,13 +101,22 @@ def counted_spans(files: list[AuditFile], finished: int) -> dict[int, tuple[int,
     return spans
 
 
-def read_chunks(files: list[AuditFile], spans: dict[int, tuple[int, int]]) -> Iterator[tuple[int, int, list[str]]]:
-    """(step, chunk, ids) of every chunk that counts."""
+class ChunkRecord(NamedTuple):
+    """A chunk as it was trained on: the ids of its samples, and which planned ones they stand in for."""
+
+    step: int
+    chunk: int
+    ids: Sequence[str]
+    replaced: tuple[Replacement, ...] = ()
+
+
+def read_chunks(files: list[AuditFile], spans: dict[int, tuple[int, int]]) -> Iterator[ChunkRecord]:
+    """Every chunk that counts."""
     for file in files:
         first, end = spans[file.attempt]
         if file.first >= end:
             continue
         table = pq.read_table(pa.BufferReader(storage.read_bytes(file.uri)), schema=AUDIT_SCHEMA)
-        for step, chunk, ids in zip(*(column.to_pylist() for column in table.columns), strict=True):
-            if first <= step < end:
-                yield step, chunk, ids
+        for step, chunk, ids, replaced in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            if first <= step < end:  # records of older versions have no `replaced`
+                yield ChunkRecord(step, chunk, ids, tuple(Replacement(*each) for each in json.loads(replaced or "[]")))

@@ -1,56 +1,200 @@
-"""Chunks: the run's batches in plan order, as a Ray data set of one row a chunk.
+"""Chunks: the run's batches in plan order, as Ray data sets of one row a chunk.
 
 Chunk g of a run belongs to optimizer step g // M. A task makes a few chunks after one another: it reads their samples
 with ranged reads, those of the next chunk while it decodes and collates this one. Each chunk is one row and one block,
 handed on as soon as it is made; it crosses the object store once, to the worker that trains on it.
+
+Ray Data lays out every task of a data set before the first one starts, and keeps statistics of all blocks to its end.
+So a run is read as windows of a bounded number of tasks, a data set each, one after the other: the first chunk comes as
+fast, and takes as much memory, in a run of a million steps as in one of sixty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from queue import Full, Queue
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from vladva.config import RunConfig
+from vladva.core.errors import InvalidSampleError
+from vladva.core.object_store import TransientStorageError
 from vladva.data.sampler import SampleFinder
 
 if TYPE_CHECKING:
     import ray.data
+    from ray.actor import ActorHandle
 
     from vladva.data.examples import Example
     from vladva.data.sampler import SampleRange
     from vladva.data.sidecar import SampleRef
-    from vladva.models.batch import MicroBatch
+    from vladva.models.batch import MicroBatch, Replacement
     from vladva.models.preprocessor import Preprocessor
 
+T = TypeVar("T")
+
+STAND_INS = 16  # samples that are tried in the place of one that cannot be used
 CHUNKS_PER_TASK = 4  # starting a task costs as much as decoding a few images
+LOOK_AGAIN_S = 0.5  # how often a thread that waits for room looks whether anybody still wants its rows
 
 
-def chunk_stream(config: RunConfig, first_step: int) -> ray.data.Dataset:
-    """The chunks from step `first_step` on, one row and one block each, so that block i goes to worker i % W.
+# --- the stream ------------------------------------------------------------------------------------------------------
 
-    Ray Data leaves out what is over when all workers have as many: a run whose W may not divide its chunks gets a few
-    more than it has steps for.
+
+@dataclass(frozen=True)
+class ChunkStream:
+    """The chunks of a run from optimizer step `first_step` on, for `workers` workers.
+
+    Worker r gets chunks first + r, first + r + W, ... in order: block i of a window goes to worker i % W. After the
+    last step come as many chunks as make their number a multiple of W, which nobody uses.
     """
+
+    config: RunConfig
+    first_step: int
+    workers: int
+    tasks_per_window: int = 256
+
+    @property
+    def first(self) -> int:
+        """Number of the first chunk."""
+        return self.first_step * self.config.chunks_per_batch
+
+    @property
+    def last(self) -> int:
+        """Number after that of the last chunk."""
+        count = (self.config.train.steps - self.first_step) * self.config.chunks_per_batch
+        return self.first + -(-count // self.workers) * self.workers
+
+    @property
+    def window_size(self) -> int:
+        """Chunks of a window: as many for each worker."""
+        return -(-self.tasks_per_window * CHUNKS_PER_TASK // self.workers) * self.workers
+
+    @property
+    def num_windows(self) -> int:
+        """Windows from the first to the last chunk."""
+        return -(-(self.last - self.first) // self.window_size)
+
+    def window(self, number: int) -> ray.data.Dataset:
+        """The chunks of one window, one row and one block each, in order."""
+        import ray
+
+        first = self.first + number * self.window_size
+        last = min(first + self.window_size, self.last)
+        num_tasks = -(-(last - first) // CHUNKS_PER_TASK)
+        tasks = ray.data.range(num_tasks, override_num_blocks=num_tasks)
+        arguments = {"first": first, "last": last, "config": ray.put(self.config.to_json())}
+        chunks = tasks.flat_map(read_chunks_of_task, fn_kwargs=arguments)  # type: ignore[arg-type]  # not in its types
+        chunks.context.target_max_block_size = 1  # byte: a block is full with its first row
+        chunks.context.execution_options.preserve_order = True
+        return chunks
+
+    def start(self) -> tuple[str, ActorHandle]:
+        """Start what deals the windows, on this node; returns its name, for `share`, and the handle it lives by."""
+        import uuid
+
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        name = f"chunks-{uuid.uuid4()}"
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        windows: Any = ray.remote(_Windows).options(name=name, num_cpus=0, scheduling_strategy=here).remote(self)
+        ray.get(windows.shape.remote())  # or a worker would look for a name that is not there yet
+        return name, windows
+
+
+class _Windows:
+    """The windows of a stream, dealt to its workers. An actor."""
+
+    def __init__(self, stream: ChunkStream) -> None:
+        self.stream = stream
+        self.splits: dict[int, list[ray.data.DataIterator]] = {}
+
+    def shape(self) -> tuple[int, int]:
+        """Windows, and the most chunks that a worker gets of one."""
+        return self.stream.num_windows, self.stream.window_size // self.stream.workers
+
+    def split(self, window: int, rank: int) -> ray.data.DataIterator:
+        """The rows of a worker. No worker begins a window before all have come to its start."""
+        if window not in self.splits:
+            self.splits[window] = self.stream.window(window).streaming_split(self.stream.workers, equal=True)
+        self.splits = {number: split for number, split in self.splits.items() if number >= window - 1}
+        return self.splits[window][rank]
+
+
+def share(name: str, rank: int, ahead: int) -> Iterator[MicroBatch]:
+    """The chunks of one worker, of the stream that was started under this name.
+
+    ahead: chunks that are fetched before they are asked for; they bridge the start of the next window.
+    """
+    return fetch_ahead(_share(name, rank), ahead)
+
+
+def _share(name: str, rank: int) -> Iterator[MicroBatch]:
     import ray
 
-    first, last = (step * config.chunks_per_batch for step in (first_step, config.train.steps))
-    if config.cluster.min_workers is not None:
-        last += config.cluster.workers
-    content = ray.put(config.to_json())
-    num_tasks = max(1, -(-(last - first) // CHUNKS_PER_TASK))
-    tasks = ray.data.range(num_tasks, override_num_blocks=num_tasks)
-    arguments = {"first": first, "last": last, "config": content}
-    stream = tasks.flat_map(read_chunks_of_task, fn_kwargs=arguments)  # type: ignore[arg-type]  # no fn_kwargs in it
-    stream.context.target_max_block_size = 1  # byte: a block is full with its first row
-    return stream
+    from vladva.core.ray_tasks import cause_of
+    from vladva.models.batch import MicroBatch
+
+    windows: Any = ray.get_actor(name)
+    num_windows, size = ray.get(windows.shape.remote())
+    following = windows.split.remote(0, rank)
+    try:
+        for window in range(1, num_windows + 1):
+            split: ray.data.DataIterator = ray.get(following)
+            for number, row in enumerate(split.iter_rows()):
+                if number == size // 2 and window < num_windows:
+                    following = windows.split.remote(window, rank)  # its processes start meanwhile
+                yield MicroBatch.from_row(row)
+    except ray.exceptions.RayError as error:
+        raise cause_of(error) from error
+
+
+def fetch_ahead(items: Iterator[T], count: int) -> Iterator[T]:
+    """The items, of which a thread fetches up to `count` before they are asked for; an error comes in its place."""
+    queue: Queue[tuple[T, None] | tuple[None, BaseException]] = Queue(max(1, count))
+    unwanted = Event()
+
+    def put(entry: tuple[T, None] | tuple[None, BaseException]) -> bool:
+        while not unwanted.is_set():
+            try:
+                queue.put(entry, timeout=LOOK_AGAIN_S)
+            except Full:
+                continue
+            return True
+        return False
+
+    def fetch() -> None:
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:
+            put((None, error))
+
+    Thread(target=fetch, daemon=True, name="chunks").start()
+    try:
+        while True:
+            item, error = queue.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield cast("T", item)
+    finally:
+        unwanted.set()
+
+
+# --- the tasks -------------------------------------------------------------------------------------------------------
 
 
 def read_chunks_of_task(row: dict[str, Any], *, first: int, last: int, config: Any) -> Iterator[dict[str, Any]]:
     """The task: row `id` of the input stands for the next few chunks from `first` on."""
-    import json
-
     import ray
 
     start = first + int(row["id"]) * CHUNKS_PER_TASK
@@ -62,13 +206,25 @@ def read_chunks_of_task(row: dict[str, Any], *, first: int, last: int, config: A
 @lru_cache(maxsize=2)
 def chunk_reader(config: str) -> ChunkReader:
     """One reader a process: index and tokenizer are loaded once."""
-    import json
-
     return ChunkReader(RunConfig.from_json(json.loads(config)))
 
 
+class PlannedSample(NamedTuple):
+    """A sample in its place in a chunk: the run that it is from, its number in its data set, and its file."""
+
+    run: SampleRange
+    number: int
+    ref: SampleRef
+    content: bytes | InvalidSampleError
+
+
 class ChunkReader:
-    """Chunk number -> Batch."""
+    """Chunk number -> MicroBatch.
+
+    Training does not end for one sample. One that cannot be read, decoded or given to the model is replaced by another
+    of its data set, drawn from seed, epoch and its number: the same one whatever the number of workers, and when a run
+    goes on.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -90,22 +246,90 @@ class ChunkReader:
             if waiting:
                 yield self.collate(waiting[0], waiting[1].result())
 
-    def fetch(self, number: int) -> list[tuple[SampleRange, SampleRef, bytes]]:
-        """The chunk's samples with their files, as they are in the shards."""
-        from vladva.data.shard_index import read_mixed_samples
+    def fetch(self, number: int) -> list[PlannedSample]:
+        """The chunk's samples with their files, as they are in the shards, or with what keeps them from being read."""
+        found = self.find(number)
+        numbers = [run.first + i for run in self.find.schedule.chunk(number) for i in range(run.count)]
+        contents = self.read([(run.source, ref) for run, ref in found])
+        rows = zip(found, numbers, contents, strict=True)
+        return [PlannedSample(run, sample, ref, content) for (run, ref), sample, content in rows]
 
-        samples = self.find(number)
-        contents = read_mixed_samples([(self.find.indexes[run.source].data_uri, ref) for run, ref in samples])
-        return [(run, ref, content) for (run, ref), content in zip(samples, contents, strict=True)]
+    def read(self, samples: Sequence[tuple[int, SampleRef]]) -> list[bytes | InvalidSampleError]:
+        """The files of (data set, sample) pairs. Raises TransientStorageError, which is no fault of a sample."""
+        from vladva.data.image_refs import fetch_images
 
-    def collate(self, number: int, samples: list[tuple[SampleRange, SampleRef, bytes]]) -> MicroBatch:
-        """The chunk from its samples."""
-        return self.preprocessor.collate(number, self.examples(number, samples))
+        return fetch_images([ref.image(self.find.indexes[source].data_uri) for source, ref in samples])
 
-    def examples(self, number: int, samples: list[tuple[SampleRange, SampleRef, bytes]]) -> list[Example]:
+    def collate(self, number: int, samples: Sequence[PlannedSample]) -> MicroBatch:
+        """The chunk from its samples. For those that cannot be used others stand in, which the batch names."""
+        examples, replaced = self.checked(number, samples, alone=False)
+        try:
+            batch = self.preprocessor.collate(number, examples)
+        except Exception as error:  # what the model cannot take shows when the chunk is put together: find out which
+            examples, replaced = self.checked(number, samples, alone=True)
+            if not replaced:
+                raise RuntimeError(f"chunk {number}: each sample can be used, but not all together") from error
+            batch = self.preprocessor.collate(number, examples)
+        return replace(batch, replaced=json.dumps(replaced))
+
+    def examples(self, number: int, samples: Sequence[PlannedSample]) -> list[Example]:
         """The chunk's samples, decoded, with the captions that are used."""
-        with_captions = self.has_captions(number)
-        return [self.example(*sample, with_captions) for sample in samples]
+        return self.checked(number, samples, alone=False)[0]
+
+    def checked(
+        self, number: int, samples: Sequence[PlannedSample], *, alone: bool
+    ) -> tuple[list[Example], list[Replacement]]:
+        """The chunk's examples, and which of them stand in for others.
+
+        alone: each sample is collated by itself, too, which finds those that the model cannot take.
+        """
+        from vladva.models.batch import Replacement
+
+        examples, replaced = [], []
+        for position, sample in enumerate(samples):
+            self.check_kind(sample.ref)
+            example = self.usable(number, sample, alone=alone)
+            if isinstance(example, str):
+                replaced.append(Replacement(position, self.find.name(sample.run.source, sample.ref.id), example))
+                example = self.stand_in(number, sample, example)
+            examples.append(example)
+        return examples, replaced
+
+    def usable(self, number: int, sample: PlannedSample, *, alone: bool) -> Example | str:
+        """The sample, decoded and checked, or the reason why it cannot be used."""
+        try:
+            if isinstance(sample.content, InvalidSampleError):
+                raise sample.content
+            example = self.example(sample.run, sample.ref, sample.content, self.has_captions(number))
+            if alone:
+                self.preprocessor.collate(number, [example])
+        except (TransientStorageError, MemoryError):
+            raise
+        except Exception as error:  # whatever a decoder or a model's preprocessing stumbles over
+            return str(error) if isinstance(error, InvalidSampleError) else f"{type(error).__name__}: {error}"
+        return example
+
+    def stand_in(self, number: int, sample: PlannedSample, reason: str) -> Example:
+        """The first of the samples that the plan draws for this one and that can be used. Raises ValueError."""
+        run = sample.run
+        for attempt in range(STAND_INS):
+            drawn = self.find.schedule.stand_in(run.source, run.epoch, sample.number, attempt)
+            [ref] = self.find.indexes[run.source].samples(drawn, 1)
+            [content] = self.read([(run.source, ref)])
+            example = self.usable(number, PlannedSample(run, drawn, ref, content), alone=True)
+            if not isinstance(example, str):
+                return example
+        raise ValueError(
+            f"{self.find.indexes[run.source].data_uri}: {sample.ref.id} cannot be used ({reason}), nor can any of "
+            f"{STAND_INS} samples drawn to stand in for it (the last is {ref.id}: {example}); is the data still there, "
+            f"and does it suit the model?"
+        )
+
+    def check_kind(self, ref: SampleRef) -> None:
+        """Raise ValueError for an image where the run is of texts, and the other way round."""
+        if (ref.width == 0) != self.config.data.texts_only:
+            found = "has no image" if ref.width == 0 else "has an image"
+            raise ValueError(f"{ref.id} {found}, but data.texts_only is {self.config.data.texts_only}, for all samples")
 
     def example(self, run: SampleRange, ref: SampleRef, content: bytes, with_captions: bool) -> Example:
         """A sample as its data set's epoch uses it; the long caption only where the step takes the caption loss."""
@@ -113,9 +337,6 @@ class ChunkReader:
         from vladva.data.examples import Example, choose_captions, choose_negatives, read_text
 
         data = self.config.data
-        if (ref.width == 0) != data.texts_only:
-            found = "has an image" if data.texts_only else "has no image"
-            raise ValueError(f"{ref.id} {found}, but data.texts_only is {data.texts_only}, for all samples")
         drawn_by = {"seed": self.config.seed, "epoch": run.epoch, "sample_id": ref.id}
         short, long = choose_captions(
             ref.captions,

@@ -20,6 +20,7 @@ from vladva.losses.contrastive import find_loss
 from vladva.models.packed.inference import keep_freed_memory
 from vladva.models.packed.training import pack_training
 from vladva.train.collectives import rank_and_world
+from vladva.train.compile_lock import extensions_folder, wait_for_locks
 
 if TYPE_CHECKING:
     from vladva.models.embedding_model import EmbeddingModel
@@ -56,16 +57,30 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def prepare_to_compile() -> None:
+    """DeepSpeed compiles an operator at its first start: it looks for ninja on PATH, and waits for whoever compiles."""
+    import ninja
+
+    os.environ["PATH"] = f"{ninja.BIN_DIR}{os.pathsep}{os.environ['PATH']}"
+    wait_for_locks(extensions_folder())
+
+
+def compile_operators() -> None:
+    """Compile now what training on CPUs needs of DeepSpeed's operators, where that has not been done."""
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    prepare_to_compile()
+    ShareMemCommBuilder().load(verbose=False)
+
+
 class Engine:
     """One worker's share of the model, its gradients and its optimizer."""
 
     def __init__(self, model: EmbeddingModel, config: RunConfig) -> None:
         import deepspeed
-        import ninja
         from deepspeed.utils import logger
 
-        # DeepSpeed compiles an op at its first start and looks for ninja on PATH.
-        os.environ["PATH"] = f"{ninja.BIN_DIR}{os.pathsep}{os.environ['PATH']}"
+        prepare_to_compile()
         logger.setLevel("WARNING")
         self.config = config
         self.stage = config.train.zero_stage
@@ -104,9 +119,9 @@ class Engine:
         """The model's forward."""
         return self.engine(*args, **kwargs)
 
-    def see(self, pixels: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    def vision_features(self, pixels: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
         """Images as the model's frozen vision tower gives them, where it can go on from those."""
-        return self.model.see(pixels)
+        return self.model.vision_features(pixels)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of `loss`; the step's gradient is the sum over its calls, averaged over the workers."""
@@ -191,6 +206,17 @@ class Engine:
                 if f"{name}.{kind}" in state:
                     self._set_partition(parameter, state[f"{name}.{kind}"].to(self.device), kind)
         self._hold_scalars()
+
+    def load_weights(self, state: dict[str, Tensor]) -> None:
+        """Take the float32 weights of what `optimizer_state` gave, if any; its moments are left."""
+        for name, parameter in self.trainable.items():
+            value = state.get(f"{name}.{WEIGHT}")
+            if value is None or name in self.bounds:
+                continue
+            if self.stage == 0:
+                parameter.data.copy_(value)
+            else:
+                self._set_partition(parameter, value.to(self.device), WEIGHT)
 
     def _set_partition(self, parameter: nn.Parameter, value: Tensor, name: str) -> None:
         """Give this rank its share of a whole moment, or of the float32 weight, by the name of either."""

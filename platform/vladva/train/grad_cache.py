@@ -52,7 +52,7 @@ class Backward(Protocol):
         self, tokens: dict[str, Tensor], pixels: dict[str, Tensor] | None = None, *, caption_tokens: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    def see(self, pixels: dict[str, Tensor] | None) -> dict[str, Tensor] | None: ...
+    def vision_features(self, pixels: dict[str, Tensor] | None) -> dict[str, Tensor] | None: ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
 
@@ -171,7 +171,7 @@ def cached(
     outputs: list[Outputs] = []
     for each in passes:
         with torch.set_grad_enabled(each is newest):
-            pixels = engine.see(pixels_of(each.chunk, device))
+            pixels = engine.vision_features(pixels_of(each.chunk, device))
             each.features = keep_features(pixels, [other.features for other in passes])
             whole = bool(tokens) and (dropout or each is newest)
             found = forward(
@@ -198,7 +198,7 @@ def cached(
             found = newest_outputs
             del newest_outputs
         else:
-            pixels = each.features or engine.see(pixels_of(each.chunk, device))
+            pixels = each.features or engine.vision_features(pixels_of(each.chunk, device))
             found = forward(engine, each, pixels, captions=bool(tokens), caption_tokens=tokens or None)
         surrogate = (found.image * image_gradients[each.index]).sum() + (found.text * text_gradients[each.index]).sum()
         surrogate = each.weight * (surrogate + next_token_weight * found.caption_loss)

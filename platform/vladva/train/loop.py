@@ -16,9 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 from vladva.config import RunConfig
 from vladva.core import storage
+from vladva.data.sampler import SampleFinder
+from vladva.models import checkpoint
+from vladva.models.adapter import save_adapter
+from vladva.train.data_loader import ChunkStream, share
+from vladva.train.engine import learning_rate
+from vladva.train.negatives import NegativesWatch
+from vladva.train.quarantine import TrainingQuarantine
+from vladva.train.setup import build_engine, make_backward
+from vladva.train.training_log import TrainingLog
+from vladva.train.validation import Validation
 
 if TYPE_CHECKING:
-    from vladva.models import checkpoint
     from vladva.models.batch import MicroBatch
     from vladva.train.engine import Engine
 
@@ -28,11 +37,6 @@ def train_worker(settings: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from vladva.train.engine import learning_rate
-    from vladva.train.setup import build_engine, make_backward
-    from vladva.train.training_log import TrainingLog
-    from vladva.train.validation import Validation
-
     config = RunConfig.from_json(settings["config"])
     if not storage.exists(storage.join(config.uri, "config.json")):  # written by the driver: a node that came later
         raise ValueError(f"storage {config.storage!r} is not the same on every node: {platform.node()} has no such run")
@@ -41,14 +45,16 @@ def train_worker(settings: dict[str, Any]) -> None:
     config = replace(config, cluster=replace(config.cluster, workers=world))  # as many as there are
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
 
-    # --- data: the stream starts where the newest checkpoint ends, and says so itself
-    chunks = numbered_chunks(ray.train.get_dataset_shard("train").iter_rows(), config, rank, world)
+    # --- data: the stream starts where the newest checkpoint ends
+    chunks = numbered_chunks(open_share(config, rank, world), config, rank, world)
     start, batch = next(chunks)
 
     # --- model and engine
     engine = build_engine(config, start)
     backward = make_backward(config)
     validation = Validation(config) if config.train.validate_on else None
+    negatives = NegativesWatch(config)
+    quarantine = TrainingQuarantine(config, sum(SampleFinder(config).schedule.sizes), start)
 
     # --- loop
     leaving: list[str] = []  # nodes that are about to be taken away
@@ -60,19 +66,23 @@ def train_worker(settings: dict[str, Any]) -> None:
             waited = time.perf_counter() - began
 
             torch.manual_seed((config.seed * 1_000_003 + step) * 1_000_003 + rank)  # dropout, the same when resumed
+            quarantine.step(step, batch, engine.device)
             losses = backward(engine, batch)
+            last = step + 1 == config.train.steps
+            negatives.step(losses, last=last)
             rate = learning_rate(step, config.train.steps, config.optim)
             norm = engine.step(rate)
 
             seconds = time.perf_counter() - began
-            last = step + 1 == config.train.steps
             scores = {}
             if validation is not None and (last or (step + 1) % config.train.validate_every == 0):
                 scores = validation(engine)
+            scores["quarantined"] = len(quarantine.rows)
             log.step(step, losses, batch, rate=rate, norm=norm, waited=waited, seconds=seconds, scores=scores)
             notice = ray.train.get_preemption_info()  # the same on every rank
             warned = notice is not None and notice.preempted_node_ids != leaving
             if last or warned or (step + 1) % config.train.checkpoint_every == 0:
+                quarantine.write()
                 log.write_audit(step + 1)
                 write_checkpoint(engine, log.saver, config, step + 1, scores)
             if warned:
@@ -80,19 +90,27 @@ def train_worker(settings: dict[str, Any]) -> None:
                 log.flush()  # the node may be gone before the next checkpoint waits for this one
 
 
+def open_share(config: RunConfig, rank: int, world: int) -> Iterator[MicroBatch]:
+    """This worker's chunks, of a stream that rank 0 starts for all where the newest checkpoint ends."""
+    from ray.train.collective import broadcast_from_rank_zero
+
+    name, windows = "", None
+    if rank == 0:
+        name, windows = ChunkStream(config, checkpoint.finished_steps(config.uri), world).start()
+    yield from share(broadcast_from_rank_zero(name), rank, ahead=config.chunks_per_worker)
+    del windows  # the stream ends with its last handle
+
+
 def numbered_chunks(
-    rows: Iterator[dict[str, Any]], config: RunConfig, rank: int, world: int
+    stream: Iterator[MicroBatch], config: RunConfig, rank: int, world: int
 ) -> Iterator[tuple[int, list[MicroBatch]]]:
     """(step, this worker's chunks of its global batch). Chunk i of the stream must be on worker i % W.
 
-    Ray Data deals them so. Where W does not divide the chunks of a batch, some workers have one less than others.
+    It is dealt so. Where W does not divide the chunks of a batch, some workers have one less than others.
     """
-    from vladva.models.batch import MicroBatch
-
     expected = None
     share: list[MicroBatch] = []
-    for row in rows:
-        chunk = MicroBatch.from_row(row)
+    for chunk in stream:
         step = chunk.number // config.chunks_per_batch
         if expected is None:
             expected = step * config.chunks_per_batch + rank
@@ -108,9 +126,6 @@ def write_checkpoint(
     engine: Engine, saver: checkpoint.AsyncSaver | None, config: RunConfig, step: int, scores: dict[str, float]
 ) -> None:
     """Save after `step` steps. Every rank gathers, rank 0 (with the saver) writes; the upload goes on in training."""
-    from vladva.data.sampler import SampleFinder
-    from vladva.models.adapter import save_adapter
-
     optimizer = engine.optimizer_state()
     with engine.gathered(), tempfile.TemporaryDirectory() as folder:
         if saver is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from vladva.config import RunConfig
@@ -81,7 +80,8 @@ def _advice(config: RunConfig, limit: float) -> str:
 
 def plan_memory(config: RunConfig) -> MemoryPlan:
     """Expected sizes of a run, from its configuration alone."""
-    from vladva.models.packed.training import packing_unsupported
+    from vladva.models.backbones import find_backbone
+    from vladva.models.packed.decoder import packing_unsupported
     from vladva.train.grad_cache import KEPT_FEATURES
 
     settings = settings_of(config.model.checkpoint)
@@ -91,7 +91,7 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
     tokens_per_pair = image + text * (1 + config.data.hard_negatives)
     chunks = 1 if config.caches_gradients else config.chunks_per_worker
     kept = tokens_per_pair * config.train.chunk_size * chunks
-    plain = packing_unsupported(import_module(f"vladva.models.backbones.{settings.model_type}"), text_settings, config)
+    plain = packing_unsupported(find_backbone(settings.model_type), text_settings, config)
 
     device, host = states(config, parameters, trainable), {}
     if config.train.offload:
@@ -116,13 +116,13 @@ def settings_of(checkpoint: str) -> PreTrainedConfig:
     """The checkpoint's configuration: the package's copy of the published one, else that of the folder or the hub."""
     from transformers import AutoConfig
 
-    from vladva.models.backbones import backbone_of, real_config, resolve
+    from vladva.models.backbones import backbone_of, packaged, real_config
 
     try:
         return real_config(checkpoint)
     except ValueError:
         backbone_of(checkpoint)  # says what is wrong where there is none
-        return AutoConfig.from_pretrained(resolve(checkpoint))
+        return AutoConfig.from_pretrained(packaged(checkpoint))
 
 
 def count_parameters(settings: PreTrainedConfig, config: RunConfig) -> tuple[int, int]:
@@ -130,9 +130,9 @@ def count_parameters(settings: PreTrainedConfig, config: RunConfig) -> tuple[int
     from torch import nn
 
     from vladva.losses.contrastive import find_loss
-    from vladva.models.backbones import without_weights
+    from vladva.models.backbones import find_backbone, without_weights
 
-    targets = import_module(f"vladva.models.backbones.{settings.model_type}").LORA_TARGETS
+    targets = find_backbone(settings.model_type).lora_targets
     model = without_weights(settings)
     linears = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(targets, name)]
     trainable = sum(config.model.lora_rank * (m.in_features + m.out_features) for m in linears)
@@ -148,11 +148,13 @@ def side_tokens(settings: PreTrainedConfig, config: RunConfig) -> tuple[int, int
     import transformers
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
+    from vladva.models.backbones import find_backbone
+
     data = config.data
     text = PROMPT_TOKENS + min(data.max_text_tokens or data.short_below, data.short_below)
     if data.texts_only:
         return text, text
-    backbone = import_module(f"vladva.models.backbones.{settings.model_type}")
+    backbone = find_backbone(settings.model_type)
     processor = getattr(transformers, IMAGE_PROCESSOR_MAPPING_NAMES[settings.model_type]["pil"])()
     if config.model.max_image_tokens is not None:
         backbone.limit_image_tokens(settings, processor, config.model.max_image_tokens)
@@ -212,14 +214,16 @@ def layer_bytes(text_settings: PreTrainedConfig, config: RunConfig, longest: int
     Frozen linear layers keep nothing; a LoRA keeps its `rank` numbers. Transformers' own layer keeps the norms' input
     in float32 and the gate after SiLU, too; dropout copies each LoRA's input, and its mask.
     """
-    from vladva.models.packed.training import SHORT
+    from vladva.models.packed.training import UNFUSED_TRAINING_TOKENS
 
     s, width, rank = text_settings, element_bytes(config), config.model.lora_rank
     head = getattr(s, "head_dim", None) or s.hidden_size // s.num_attention_heads
     queries, keys = s.num_attention_heads * head, s.num_key_value_heads * head
     if plain is None:
         attention = 2 * queries + 2 * keys + s.num_attention_heads * longest
-        if config.cluster.gpus_per_worker or longest > SHORT:  # a fused kernel: its output, and values beside the rest
+        if (
+            config.cluster.gpus_per_worker or longest > UNFUSED_TRAINING_TOKENS
+        ):  # a fused kernel: its output, and values beside the rest
             attention = 4 * queries + 3 * keys
         return width * (4 * s.hidden_size + attention + 3 * s.intermediate_size + 7 * rank) + 2 * 4
     kept = 2 * 4 * s.hidden_size + width * (2 * s.hidden_size + 2 * queries + 2 * keys + 4 * s.intermediate_size)

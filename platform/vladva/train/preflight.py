@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 
 from vladva.config import RunConfig
 from vladva.core import storage
@@ -17,7 +16,7 @@ def check_data(config: RunConfig, tell: Tell) -> None:
     """Scan the shards (only those that are new or changed), load nothing else; fail now rather than on the cluster."""
     from vladva.data.sampler import SampleFinder
     from vladva.data.scan import scan
-    from vladva.models.packed.training import packing_unsupported
+    from vladva.models.packed.decoder import packing_unsupported
     from vladva.train.data_loader import run_preprocessor
     from vladva.train.memory_plan import check_memory
     from vladva.train.validation import Validation
@@ -26,8 +25,7 @@ def check_data(config: RunConfig, tell: Tell) -> None:
     width = preprocessor.config.get_text_config().hidden_size
     if max(config.loss.matryoshka, default=0) >= width:
         raise ValueError(f"loss.matryoshka {config.loss.matryoshka}: the model's embeddings have {width} dimensions")
-    backbone = import_module(f"vladva.models.backbones.{preprocessor.config.model_type}")
-    if reason := packing_unsupported(backbone, preprocessor.config.get_text_config(), config):
+    if reason := packing_unsupported(preprocessor.backbone, preprocessor.config.get_text_config(), config):
         tell(f"training with padding, which takes longer: {reason}")
     for uri in config.data.uris:
         tell(str(scan(uri, preprocessor.count_tokens, max_bad_fraction=config.data.max_bad_fraction)))

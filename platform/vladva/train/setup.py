@@ -35,6 +35,8 @@ def build_engine(config: RunConfig, start: int) -> Engine:
     if start:
         saved = checkpoint.load(checkpoint_uri(config, start))
         engine.load_optimizer_state(saved.optimizer, start)
+    elif config.init_from:
+        engine.load_weights(checkpoint.load(config.init_from).optimizer)
     return engine
 
 
@@ -44,19 +46,22 @@ def checkpoint_uri(config: RunConfig, step: int) -> str:
 
 
 def build_trained_model(config: RunConfig, start: int) -> EmbeddingModel:
-    """The model with a new adapter, or with the one that was saved after `start` steps."""
+    """The model with a new adapter, with that of `init_from`, or with the one that was saved after `start` steps."""
     torch.manual_seed(config.seed)
     scalars = find_loss(config.loss).scalars()
     values = {name: scalar.start for name, scalar in scalars.items()}
-    if start:
-        state = checkpoint.load(checkpoint_uri(config, start)).state
-        values = {name: state.get(name, value) for name, value in values.items()}
+    saved = checkpoint_uri(config, start) if start else config.init_from
+    if saved:
+        state = checkpoint.load(saved).state
+        # A new run begins with what was learned; a temperature that is fixed is its own.
+        kept = [name for name in values if start or scalars[name].learned]
+        values |= {name: state.get(name, values[name]) for name in kept}
     model = EmbeddingModel(config.model, run_preprocessor(config), scalars=values)
     for name, scalar in scalars.items():
         model.get_parameter(name).requires_grad_(scalar.learned)
     model.lvlm.requires_grad_(False)
-    if start:
-        load_adapter(model, checkpoint.load_adapter(checkpoint_uri(config, start)), trainable=True)
+    if saved:
+        load_adapter(model, checkpoint.fetch_adapter(saved), trainable=True)
     else:
         add_adapter(model, config.model)
     if config.train.activation_checkpointing:

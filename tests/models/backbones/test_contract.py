@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn.functional import normalize
 
 from tests.support import families
 from vladva.config import IMAGE_PROMPT, TEXT_PROMPT, ModelConfig
+from vladva.core.images import MAX_RATIO
 from vladva.data.scenes.captions import captions
 from vladva.data.scenes.corpus import scenes
 from vladva.embed.layers_actor import embed_layers
@@ -32,10 +32,7 @@ SIZES = [(64, 64), (100, 40), (40, 150), (333, 17)]  # (width, height)
 
 
 def test_every_lvlm_has_a_checkpoint_here() -> None:
-    files = {path.stem for path in Path(backbones.__file__).parent.glob("[a-z]*.py")}
-    assert {
-        name for name in files if hasattr(import_module(f"vladva.models.backbones.{name}"), "hidden_states")
-    } == set(families.BUILDERS)
+    assert set(backbones.families()) == set(families.BUILDERS)
 
 
 @pytest.fixture(scope="module", params=list(families.BUILDERS))
@@ -143,6 +140,18 @@ def test_larger_images_are_made_smaller_as_the_processor_does(folder: str) -> No
         Preprocessor(folder, max_image_tokens=1)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 13), (1, 200), (200, 1), (27, 28), (9, 1800), (3400, 17)])
+def test_every_image_that_the_scan_accepts_is_taken(embedder: Embedder, size: tuple[int, int]) -> None:
+    """The scan's limit of an image's shape is that of the families: no accepted image stops training or a batch."""
+    preprocessor = embedder.preprocessor
+    assert max(size) <= MAX_RATIO * min(size)
+    number = len(preprocessor.image_prompt(size))
+    limit = preprocessor.config.get_text_config().max_position_embeddings
+    assert 1 < preprocessor.num_image_tokens(size) < number < limit
+    values = preprocessor.pixels([Image.new("RGB", size)]).values
+    assert values.nbytes < 2**20  # and not the strip that the shorter side's resizing makes of a strip
+
+
 def test_texts_are_those_of_the_processor(embedder: Embedder, folder: str) -> None:
     expected = by_transformers(folder, [], asking(f"a red circle\n{TEXT_PROMPT}", pictures=0))
     assert embedder.preprocessor.text_prompt("a red circle") == expected["input_ids"][0].tolist()
@@ -185,7 +194,7 @@ def test_special_tokens_in_texts_are_text(embedder: Embedder, folder: str) -> No
 
 
 def test_lora_is_on_all_linear_layers_of_the_language_model_and_on_no_other(embedder: Embedder) -> None:
-    base, targets = embedder.model.base, embedder.model.backbone.LORA_TARGETS
+    base, targets = embedder.model.base, embedder.model.backbone.lora_targets
     found = {name for name, _ in base.named_modules() if re.fullmatch(targets, name)}
     language = "model.language_model."
     assert found == {n for n, m in base.named_modules() if isinstance(m, nn.Linear) and n.startswith(language)}

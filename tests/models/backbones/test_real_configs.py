@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import pytest
 
-from vladva.models.backbones import real_config, without_weights
+from vladva.models.backbones import find_backbone, real_config, without_weights
 
 # Table 2 of the paper (and the model cards of those that are not in it), in billions.
 PUBLISHED = {
@@ -50,12 +48,12 @@ def test_an_adapter_trains_lora_and_soft_tokens_only(checkpoint: str) -> None:
     from peft import LoraConfig, get_peft_model
 
     config = real_config(checkpoint)
-    backbone = import_module(f"vladva.models.backbones.{config.model_type}")
+    backbone = find_backbone(config.model_type)
     rows = config.get_text_config().vocab_size
     lora = LoraConfig(
         r=RANK,
-        target_modules=backbone.LORA_TARGETS,
-        trainable_token_indices={backbone.EMBED_TOKENS: list(range(rows - SOFT_TOKENS, rows))},
+        target_modules=backbone.lora_targets,
+        trainable_token_indices={backbone.embed_tokens: list(range(rows - SOFT_TOKENS, rows))},
     )
     adapted = get_peft_model(without_weights(config), lora)
     trainable = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""The fast forward gives what the plain forward gives, whatever it leaves out; and what it leaves out."""
+"""The fast forward gives what the padded forward gives, whatever it leaves out; and what it leaves out."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tests.support import families
 from tests.support.packed_inputs import FAST, TEXTS, inputs, load
 from vladva.models.packed import inference
 from vladva.models.packed.clip_tower import PackedTower
-from vladva.models.packed.cpu_linear import in_threads, linear_residual, product
-from vladva.models.packed.inference import Layer, PackedInference, embedding_forward
-from vladva.models.packed.packing import full, groups, pack
+from vladva.models.packed.cpu_linear import in_threads, joined_linear, linear_residual
+from vladva.models.packed.inference import InferenceLayer, PackedInference, embedding_forward
+from vladva.models.packed.packing import groups, pack, round_up
 
 IMAGE_TOKEN = 9
 
@@ -52,7 +52,7 @@ def test_small_groups_and_fused_attention_change_nothing(
     tokens, pixels = inputs(model, kind)
     plain = model(tokens, pixels)[0]
     monkeypatch.setattr(inference, "CPU_TOKENS", 1)
-    monkeypatch.setattr(inference, "SHORT", 0)
+    monkeypatch.setattr(inference, "UNFUSED_TOKENS", 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # each of which has groups of its own
     found = PackedInference(model)(tokens, pixels)
@@ -143,9 +143,9 @@ def test_a_token_is_packed_once_if_all_before_it_are_the_same() -> None:
     # As a tree: 1 -> 2 -> 3 -> 4; 1 -> 5 -> 3; 2 -> 2 -> 3 -> 4.
     assert packed.ids.tolist() == [1, 2, 3, 4, 5, 3, 2, 2, 3, 4]
     for row, prompt in enumerate(packed.prompts.tolist()):
-        found = packed.ids[packed.index[row, : lengths[prompt]]]
+        found = packed.ids[packed.gather_index[row, : lengths[prompt]]]
         assert found.tolist() == ids[prompt, : lengths[prompt]].tolist()
-    assert packed.index.flatten()[packed.place].tolist() == list(range(10))
+    assert packed.gather_index.flatten()[packed.source_index].tolist() == list(range(10))
 
 
 def test_nothing_is_shared_from_the_image_on() -> None:
@@ -158,21 +158,31 @@ def test_nothing_is_shared_from_the_image_on() -> None:
 
 
 def test_few_sizes_are_met_and_what_fills_them_up_is_of_no_prompt() -> None:
-    sizes = {full(tokens) for tokens in range(1, 1025)}
+    sizes = {round_up(tokens) for tokens in range(1, 1025)}
     octaves = [
         range(1, 17),
         *(range(first + first // 8, 2 * first + 1, first // 8) for first in (16, 32, 64, 128, 256, 512)),
     ]
     assert sorted(sizes) == [size for octave in octaves for size in octave]
-    assert all(tokens <= full(tokens) <= 1.125 * tokens for tokens in range(1, 1025))
+    assert all(tokens <= round_up(tokens) <= 1.125 * tokens for tokens in range(1, 1025))
     rows = [list(range(10 * i + 10, 10 * i + 27)) for i in range(5)]  # 17 tokens each, all different
     ids, lengths = prompts_of(*rows)
     packed = pack(ids, lengths, np.arange(5), IMAGE_TOKEN)
-    assert packed.own == 85
-    assert len(packed.ids) == len(packed.place) == len(packed.is_image) == 88
-    assert packed.index.shape == (5, 18)
-    assert packed.index.max() == 84
-    assert packed.index.flatten()[packed.place[:85]].tolist() == list(range(85))
+    assert packed.num_unique == 85
+    assert len(packed.ids) == len(packed.source_index) == len(packed.is_image) == 88
+    assert packed.gather_index.shape == (5, 18)
+    assert packed.gather_index.max() == 84
+    assert packed.gather_index.flatten()[packed.source_index[:85]].tolist() == list(range(85))
+
+
+def test_a_gpu_is_given_no_filling() -> None:
+    ids, lengths = prompts_of(*[list(range(10 * i + 10, 10 * i + 27)) for i in range(5)])
+    exact, filled = (pack(ids, lengths, np.arange(5), IMAGE_TOKEN, few_sizes=few) for few in (False, True))
+    assert exact.num_unique == filled.num_unique == 85
+    assert len(exact.ids) == len(exact.source_index) == len(exact.is_image) == 85
+    assert exact.gather_index.shape == (5, 17)
+    assert torch.equal(exact.gather_index, filled.gather_index[:, :17])
+    assert torch.equal(exact.source_index // 17 * 18 + exact.source_index % 17, filled.source_index[:85])
 
 
 def test_groups_hold_like_lengths_and_everything_once() -> None:
@@ -201,12 +211,12 @@ def test_packed_products_are_those_of_the_layers(tmp_path: Path) -> None:
     x = torch.randn(70, 32, dtype=torch.bfloat16)
     attention = layer.self_attn
     expected = torch.cat([attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)], dim=-1)
-    found = product(attention.q_proj, attention.k_proj, attention.v_proj)(x)
+    found = joined_linear(attention.q_proj, attention.k_proj, attention.v_proj)(x)
     torch.testing.assert_close(found, expected, atol=0.02, rtol=0.01)
     norm = layer.post_attention_layernorm
     exact = x.float() + deepcopy(layer.mlp).float()(deepcopy(norm).float()(x.float()))
     plain = x + layer.mlp(norm(x))
-    found = Layer(layer).mlp(x)
+    found = InferenceLayer(layer).mlp(x)
     assert (found - exact).square().mean() <= 1.5 * (plain - exact).square().mean()
     assert (found - plain.roll(1, 0)).abs().max() > 0.1
     # With a bias and something to add, both within the product.

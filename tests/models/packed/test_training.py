@@ -1,4 +1,4 @@
-"""The training forward gives the gradients of the plain forward, whatever it leaves out."""
+"""The training forward gives the gradients of the padded forward, whatever it leaves out."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_gradients_are_those_of_the_plain_forward(
     # Images that the vision tower has seen before; activations that are computed again.
     checkpoint_activations(model)
     model.packed = PackedTraining(model)
-    again, recomputed = gradients(model, tokens, model.see(pixels), caption_tokens=captions)
+    again, recomputed = gradients(model, tokens, model.vision_features(pixels), caption_tokens=captions)
     assert torch.equal(again, found)
     for name, gradient in fast.items():
         assert torch.equal(recomputed[name], gradient), name

@@ -18,8 +18,8 @@ from vladva.benchmarks.readers.images import file_version
 from vladva.core import storage
 from vladva.core.errors import InvalidSampleError
 from vladva.core.storage import FileInfo
+from vladva.core.text import clean_captions
 from vladva.data.caption_files import read_caption_files
-from vladva.data.columns import unique_captions
 from vladva.data.image_refs import ImageRef
 from vladva.data.source import Entry, Rejected, Source, SourceOptions, open_source
 
@@ -53,7 +53,7 @@ class OwnRetrieval(Retrieval):
         for image in _images(source, self.title):
             refs.setdefault(image.ref.id, image.ref)
             captions.setdefault(image.ref.id, []).extend(image.captions)
-        captions = {name: unique_captions(texts) for name, texts in captions.items()}
+        captions = {name: clean_captions(texts) for name, texts in captions.items()}
         described = {name: texts for name, texts in captions.items() if texts}
         if not described:
             raise ValueError(f"{self.title}: no image of {data_uri} has a caption")

@@ -20,6 +20,7 @@ from fnmatch import fnmatch
 from hashlib import sha256
 from typing import NamedTuple
 
+from vladva.benchmarks.readers.files import numbered_lines
 from vladva.benchmarks.readers.images import parquet_images
 from vladva.core.storage import absolute, file_info, join, list_files, read_bytes
 from vladva.data.image_refs import ImageRef
@@ -113,9 +114,9 @@ def _usable(source: Source) -> Iterator[Entry]:
 def _clip_benchmark_lines(path: str, data: bytes) -> list[CaptionedImage]:
     """Lines of `name.jpg,caption`, a caption each, after a header."""
     captions: dict[str, list[str]] = {}
-    for number, line in enumerate(data.decode("utf-8-sig").split("\n")[1:], start=2):
+    for number, line in list(numbered_lines(path, data))[1:]:
         if line.strip():
-            name, comma, caption = line.removesuffix("\r").partition(",")
+            name, comma, caption = line.partition(",")
             if not comma or not name.strip():
                 raise ValueError(
                     f"{path}, line {number}: expected an image's name, a comma and a caption, found {line!r}"

@@ -1,11 +1,13 @@
 """Annotation files: find the one that is there, read it, and know it again by its hash."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
 
+from vladva.core.errors import InvalidSampleError
 from vladva.core.storage import exists, join, read_bytes
+from vladva.core.text import text_lines
 
 
 class AnnotationFile(NamedTuple):
@@ -31,6 +33,14 @@ def parse_json(path: str, data: bytes) -> Any:
         return json.loads(data)
     except ValueError as error:
         raise ValueError(f"{path}: not a JSON file ({error})") from error
+
+
+def numbered_lines(path: str, data: bytes) -> Iterator[tuple[int, str]]:
+    """The lines of a text file, from 1 on. Raises ValueError naming file and line where one is no UTF-8."""
+    for number, line in enumerate(text_lines(data), start=1):
+        if isinstance(line, InvalidSampleError):
+            raise ValueError(f"{path}, line {number}: expected UTF-8 ({line.detail})")
+        yield number, line
 
 
 def check_hash(title: str, file: AnnotationFile, expected: str | None) -> None:

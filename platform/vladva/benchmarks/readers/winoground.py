@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from vladva.benchmarks.readers.files import parse_json
+from vladva.benchmarks.readers.files import numbered_lines, parse_json
 
 WINOGROUND_IMAGES = ("image_0", "image_1")
 
@@ -33,7 +33,7 @@ def read_examples(path: str, data: bytes) -> list[WinogroundExample]:
         rows = pq.read_table(io.BytesIO(data), columns=columns).to_pylist()
         return [_to_example(f"{path}, row {number}", row, None) for number, row in enumerate(rows)]
     examples = []
-    for number, line in enumerate(data.decode("utf-8-sig").split("\n"), start=1):
+    for number, line in numbered_lines(path, data):
         if line.strip():
             row = parse_json(f"{path}, line {number}", line.encode())
             examples.append(_to_example(f"{path}, line {number}", row, WINOGROUND_IMAGES))

@@ -5,13 +5,13 @@ Rows of one path are one sample. A JSON document that is a list of objects (BLIP
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from vladva.core import storage
 from vladva.core.errors import InvalidSampleError
+from vladva.core.text import decode_json
 from vladva.data.columns import (
     PATH_COLUMNS,
     choose_caption_columns,
@@ -113,7 +113,7 @@ def read_table_rows(uri: str, file: str) -> Iterator[tuple[int, dict[str, Any] |
         yield from read_rows_of_text(uri, file)
         return
     try:
-        rows = json.loads(storage.read_bytes(uri))
+        rows = decode_json(storage.read_bytes(uri))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}") from None
     if not isinstance(rows, list):

@@ -1,42 +1,139 @@
 """Backbones: one file per LVLM family, named after the `model_type` of its Hugging Face configuration.
 
-A file holds only what differs between families, under agreed names:
+A file defines `BACKBONE`, a `Backbone`: what differs between families, and nothing else. Adding a family is adding a
+file; nothing is registered. One that differs from another in its class alone is a few lines:
 
-    load(checkpoint, dtype)                    the pretrained model
-    LORA_TARGETS                               regular expression of the language model's linear layers
-    EMBED_TOKENS                               name of the token embedding, for PEFT's trainable_token_indices
-    PACKED_DECODERS                              `model_type`s of its language models that fast_forward.py computes
-    num_image_tokens(config, processor, size)  image tokens of an image of (width, height)
-    pixels(processor, image)                   an image as the image processor cuts it up, neither rescaled nor
-                                               normalised [R, 3, h, w], and its (height, width) where that matters
-    limit_image_tokens(config, processor, most)  has the processor make larger images smaller
-    model_inputs(config, inputs, values, sizes)  what the model takes: `inputs` holds input_ids and attention_mask;
-                                               normalised pixels [R, 3, h, w] and sizes [N, 2], or None without images
-    hidden_states(model, inputs, layer)        final-normed hidden states [B, T, D] of layer `layer` (None: the last)
-
-Adding a family is adding a file; nothing is registered.
+    BACKBONE = replace(qwen2_vl.BACKBONE, model_class="Qwen2_5_VLForConditionalGeneration")
 """
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    import numpy as np
+    import torch
+    from PIL.Image import Image
+    from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 CONFIGS = Path(__file__).parent / "configs"
 TINY = Path(__file__).parents[1] / "tiny/weights"  # the packaged checkpoint
+LANGUAGE_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
-def resolve(checkpoint: str) -> str:
+@dataclass(frozen=True)
+class Backbone(ABC):
+    """A family of LVLMs: how it is loaded, and what its images become.
+
+    B samples, T tokens, D width; N images in R rows: tiles, or patches, of [3, h, w].
+    """
+
+    model_class: str  # of transformers
+    packed_decoders: tuple[str, ...] = ()  # `model_type`s of its language models that packed/ computes
+    lora_targets: str = LANGUAGE_LINEARS  # regular expression of the language model's linear layers
+    embed_tokens: str = "embed_tokens"  # name of the token embedding, for PEFT's trainable_token_indices
+
+    def load(self, checkpoint: str, dtype: torch.dtype) -> PreTrainedModel:
+        """The pretrained model."""
+        import transformers
+
+        return getattr(transformers, self.model_class).from_pretrained(checkpoint, dtype=dtype)
+
+    @abstractmethod
+    def num_image_tokens(self, config: PreTrainedConfig, processor: BaseImageProcessor, size: tuple[int, int]) -> int:
+        """Image tokens of an image of (width, height). Raises ValueError for a shape that the family does not take."""
+
+    def limit_image_tokens(self, config: PreTrainedConfig, processor: BaseImageProcessor, most: int) -> None:
+        """Have the processor make larger images smaller. Raises ValueError where the family has no such limit."""
+        raise ValueError(f"model.max_image_tokens: {config.model_type} models have no such limit; leave it out")
+
+    @abstractmethod
+    def pixels(self, processor: BaseImageProcessor, image: Image) -> tuple[np.ndarray, tuple[int, int]]:
+        """An image as the processor cuts it up, neither rescaled nor normalised [R, 3, h, w], and its (height, width).
+
+        In the unit that `model_inputs` needs: pixels before resizing, or patches.
+        """
+
+    @abstractmethod
+    def model_inputs(
+        self,
+        config: PreTrainedConfig,
+        inputs: dict[str, torch.Tensor],
+        values: torch.Tensor | None,
+        sizes: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """What the Hugging Face model takes.
+
+        inputs: input_ids and attention_mask [B, T]. values, sizes: normalised pixels [R, 3, h, w] of all images, and
+        (height, width) of each [N, 2] as `pixels` gave it; None without images.
+        """
+
+    def hidden_states(self, model: Any, inputs: dict[str, torch.Tensor], layer: int | None) -> torch.Tensor:
+        """Hidden states [B, T, D] of layer `layer` (None: the last) after the final norm.
+
+        Neither later layers nor the LM head are computed.
+        """
+        multimodal = model.model if layer is None else first_layers(model.model, layer)
+        return multimodal(**inputs, use_cache=False).last_hidden_state
+
+
+def first_layers(multimodal: Any, layer: int) -> Any:
+    """A view of a model whose language model ends after `layer` layers; it shares every weight with the original."""
+    import copy
+
+    from torch import nn
+
+    short = copy.copy(multimodal)
+    short._modules = dict(multimodal._modules)
+    language = copy.copy(multimodal.language_model)
+    language._modules = dict(multimodal.language_model._modules)
+    language.layers = nn.ModuleList(multimodal.language_model.layers[:layer])
+    language.config = copy.copy(language.config)
+    language.config.num_hidden_layers = layer
+    short.language_model = language
+    return short
+
+
+# ------------------------------------------------------------------------------------------------------------ finding
+
+
+def families() -> list[str]:
+    """The `model_type`s that there are backbones for."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
+
+
+def find_backbone(model_type: str) -> Backbone:
+    """The backbone of a family. Raises ValueError where there is none."""
+    if model_type not in families():
+        raise ValueError(f"there is no backbone for {model_type!r} models; vladva has {', '.join(families())}")
+    return import_module(f"{__name__}.{model_type}").BACKBONE
+
+
+def backbone_of(checkpoint: str) -> Backbone:
+    """The backbone of a checkpoint. Raises ValueError where there is no checkpoint or no such family."""
+    from transformers import AutoConfig
+
+    try:
+        model_type = AutoConfig.from_pretrained(packaged(checkpoint)).model_type
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.checkpoint {checkpoint!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    try:
+        return find_backbone(model_type)
+    except ValueError as error:
+        raise ValueError(f"model.checkpoint {checkpoint!r}: {error}") from None
+
+
+def packaged(checkpoint: str) -> str:
     """The name or folder to load: `tiny` stands for the checkpoint that ships with the package."""
-    if checkpoint == "tiny":
-        return str(TINY)
-    return checkpoint
+    return str(TINY) if checkpoint == "tiny" else checkpoint
+
+
+# ------------------------------------------------------------------------------------------- models that are not loaded
 
 
 def real_config(checkpoint: str) -> PreTrainedConfig:
@@ -61,17 +158,3 @@ def without_weights(config: PreTrainedConfig) -> PreTrainedModel:
 
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
-
-
-def backbone_of(checkpoint: str) -> ModuleType:
-    """The backbone module of a checkpoint. Raises ValueError where there is no checkpoint or no such family."""
-    from transformers import AutoConfig
-
-    try:
-        model_type = AutoConfig.from_pretrained(resolve(checkpoint)).model_type
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.checkpoint {checkpoint!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    known = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
-    if model_type not in known:
-        raise ValueError(f"{checkpoint} is a {model_type!r} model; vladva has backbones for {', '.join(known)}")
-    return import_module(f"vladva.models.backbones.{model_type}")

@@ -2,33 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
+from dataclasses import replace
 
-from vladva.models.backbones.qwen2_vl import (
-    EMBED_TOKENS,
-    LORA_TARGETS,
-    hidden_states,
-    limit_image_tokens,
-    model_inputs,
-    num_image_tokens,
-    pixels,
+from vladva.models.backbones import qwen2_vl
+
+BACKBONE = replace(
+    qwen2_vl.BACKBONE, model_class="Qwen2_5_VLForConditionalGeneration", packed_decoders=("qwen2_5_vl_text",)
 )
-
-__all__ = [
-    "EMBED_TOKENS",
-    "LORA_TARGETS",
-    "hidden_states",
-    "limit_image_tokens",
-    "load",
-    "model_inputs",
-    "num_image_tokens",
-    "pixels",
-]
-
-PACKED_DECODERS = ("qwen2_5_vl_text",)
-
-
-def load(checkpoint: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
-    """The pretrained model."""
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)

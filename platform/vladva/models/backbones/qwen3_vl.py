@@ -1,34 +1,12 @@
-"""Qwen3-VL: as Qwen2-VL, with features of several vision layers added to the first layers of the language model."""
+"""Qwen3-VL: as Qwen2-VL, with features of several vision layers added to the first layers of the language model.
+
+So no packed forward: that adds features to the input of the first layer only.
+"""
 
 from __future__ import annotations
 
-import torch
-from transformers import Qwen3VLForConditionalGeneration
+from dataclasses import replace
 
-from vladva.models.backbones.qwen2_vl import (
-    EMBED_TOKENS,
-    LORA_TARGETS,
-    hidden_states,
-    limit_image_tokens,
-    model_inputs,
-    num_image_tokens,
-    pixels,
-)
+from vladva.models.backbones import qwen2_vl
 
-__all__ = [
-    "EMBED_TOKENS",
-    "LORA_TARGETS",
-    "hidden_states",
-    "limit_image_tokens",
-    "load",
-    "model_inputs",
-    "num_image_tokens",
-    "pixels",
-]
-
-PACKED_DECODERS = ()  # features of the vision tower go into several layers
-
-
-def load(checkpoint: str, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
-    """The pretrained model."""
-    return Qwen3VLForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)
+BACKBONE = replace(qwen2_vl.BACKBONE, model_class="Qwen3VLForConditionalGeneration", packed_decoders=())

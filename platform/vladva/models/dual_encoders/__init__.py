@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vladva.models.backbones import resolve
+from vladva.models.backbones import packaged
 
 OPEN_CLIP = "open_clip:"  # checkpoints `open_clip:MODEL:WEIGHTS`, which Hugging Face's classes cannot load
 OWN_CODE = {"EvaCLIPModel": "eva_clip"}  # architectures that call themselves CLIP and are not
@@ -33,7 +33,7 @@ def family_of(checkpoint: str) -> ModuleType | None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(resolve(checkpoint))
+        config = AutoConfig.from_pretrained(packaged(checkpoint))
     except (OSError, ValueError):
         return None  # `backbone_of` says what is wrong with it
     architecture = (config.architectures or [""])[0]

@@ -1,4 +1,4 @@
-"""Fast tower: a CLIP vision tower as inference wants it, with no layer after those that a model asks for.
+"""CLIP tower: a CLIP vision tower as inference wants it, with no layer after those that a model asks for.
 
 R images or tiles, S patches and the class token, D width.
 """
@@ -6,17 +6,18 @@ R images or tiles, S patches and the class token, D width.
 from __future__ import annotations
 
 import copy
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vladva.models.packed.cpu_linear import CPU_TOKENS, in_threads, linear_residual, mlp_residual, product
+from vladva.models.packed.cpu_linear import CPU_TOKENS, in_threads, joined_linear, linear_residual, mlp_residual
 
 
-def with_packed_tower(model: nn.Module) -> nn.Module:
-    """A view of a LLaVA whose vision tower is fast; a model with another kind of tower as it is."""
+def with_packed_tower(model: Any) -> Any:
+    """A view of a LLaVA of transformers with a packed vision tower; a model with another kind of tower as it is."""
     if model.config.vision_config.model_type != "clip_vision_model":
         return model
     asked = model.config.vision_feature_layer
@@ -29,7 +30,7 @@ def with_packed_tower(model: nn.Module) -> nn.Module:
 class PackedTower(nn.Module):
     """Pixels [R, 3, h, w] -> hidden states [R, S, D] of the layers that are asked for, by their number."""
 
-    def __init__(self, tower: nn.Module, asked: list[int]) -> None:
+    def __init__(self, tower: Any, asked: list[int]) -> None:
         super().__init__()
         self.embeddings, self.norm = tower.embeddings, tower.pre_layrnorm
         every = len(tower.encoder.layers) + 1  # before the first layer and after each
@@ -43,8 +44,9 @@ class PackedTower(nn.Module):
         if not pixel_values.is_cuda:
             rows = max(1, CPU_TOKENS // self.embeddings.num_positions)
         parts = in_threads(self.hidden_states, list(pixel_values.split(rows)), self.threads)
-        states = {layer: torch.cat([part[place] for part in parts]) for layer, place in self.asked.items()}
-        return BaseModelOutputWithPooling(hidden_states=states)
+        states = {layer: torch.cat([part[depth] for part in parts]) for layer, depth in self.asked.items()}
+        # The model looks its layers up by their numbers, which may be negative: a mapping does.
+        return BaseModelOutputWithPooling(hidden_states=cast("Any", states))
 
     def hidden_states(self, pixels: torch.Tensor) -> dict[int, torch.Tensor]:
         """Hidden states by how many layers they have been through."""
@@ -59,10 +61,10 @@ class PackedTower(nn.Module):
 class PackedTowerLayer:
     """A layer of the tower: queries, keys and values by one product; the activation is part of another."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.before, self.after, self.heads = layer.layer_norm1, layer.layer_norm2, attention.num_heads
-        self.project = product(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.project = joined_linear(attention.q_proj, attention.k_proj, attention.v_proj)
         self.output = linear_residual(attention.out_proj)
         self.mlp = mlp_residual(mlp.fc1, mlp.fc2, mlp.config.hidden_act, mlp.activation_fn)
 

@@ -1,4 +1,4 @@
-"""Products: linear layers as inference wants them, and the threads and memory of a CPU that computes them.
+"""Linear layers on a CPU as inference wants them, and the threads and memory that it computes them with.
 
 On a CPU with bfloat16 products, weights are kept once more: in oneDNN's layout, side by side where the input is the
 same, with the weight of the norm before them, and the activation after them is part of the product. Layers with LoRA,
@@ -19,42 +19,44 @@ from typing import Any
 import torch
 from torch import nn
 
+from vladva.models.packed.decoder import GatedMLP, LinearLayer, RMSNorm
+
 CPU_TOKENS = 1024  # in a group: so few that activations stay in the cache, so many that weights are seldom read again
 QUICK_GELU = 1.702  # x * sigmoid(1.702 x)
 FREED_BYTES = 1 << 30  # that a process on a CPU keeps: it asks for the same again at once
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD = -1, -3, 32 << 20  # of glibc's malloc.h
 
-Product = Callable[[torch.Tensor], torch.Tensor]
-Addition = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Linear = Callable[[torch.Tensor], torch.Tensor]
+LinearResidual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def product(*linears: nn.Module) -> Product:
+def joined_linear(*linears: LinearLayer) -> Linear:
     """x [N, D] -> the outputs of linear layers side by side."""
     if can_prepack(*linears):
-        return packed(torch.cat([linear.weight for linear in linears]), bias_of(*linears))
+        return prepacked_linear(torch.cat([linear.weight for linear in linears]), concat_bias(*linears))
     if len(linears) == 1:
         return linears[0]
     return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
 
 
-def rms_norm_linear(norm: nn.Module, *linears: nn.Module) -> Product:
+def rms_norm_linear(norm: RMSNorm, *linears: LinearLayer) -> Linear:
     """x [N, D] -> the outputs, side by side, of linear layers that take x after the root-mean-square norm."""
     if can_prepack(*linears):
         weight = torch.cat([linear.weight for linear in linears]).float() * norm.weight
-        after, epsilon = packed(weight.bfloat16(), bias_of(*linears)), norm.variance_epsilon
-        return lambda x: after(unit(x, epsilon))
-    after = product(*linears)
+        after, epsilon = prepacked_linear(weight.bfloat16(), concat_bias(*linears)), norm.variance_epsilon
+        return lambda x: after(rms_normalize(x, epsilon))
+    after = joined_linear(*linears)
     return lambda x: after(norm(x))
 
 
-def linear_residual(linear: nn.Module) -> Addition:
+def linear_residual(linear: LinearLayer) -> LinearResidual:
     """x [N, D], residual -> linear(x) + residual."""
     if can_prepack(linear):
-        return packed_added(linear.weight, bias_of(linear))
+        return prepacked_linear_residual(linear.weight, concat_bias(linear))
     return lambda x, residual: linear(x).add_(residual)
 
 
-def swiglu(norm: nn.Module, mlp: nn.Module) -> Product:
+def rms_norm_swiglu(norm: RMSNorm, mlp: GatedMLP) -> Linear:
     """x [N, D] -> act(gate(y)) * up(y) of y = norm(x)."""
     gate, up, epsilon = mlp.gate_proj, mlp.up_proj, norm.variance_epsilon
     if not can_prepack(gate, up) or mlp.config.hidden_act != "silu" or gate.bias is not None:
@@ -64,34 +66,39 @@ def swiglu(norm: nn.Module, mlp: nn.Module) -> Product:
             return mlp.act_fn(gate(x)) * up(x)
 
         return plain
-    gate, up = (prepack((linear.weight.float() * norm.weight).bfloat16()) for linear in (gate, up))
+    # The norm's weight is in both products; one has the activation, the other multiplies by what it gave.
+    gate_weight, up_weight = (prepack((each.weight.float() * norm.weight).bfloat16()) for each in (gate, up))
     pointwise = torch.ops.mkldnn._linear_pointwise
 
     def fused(x: torch.Tensor) -> torch.Tensor:
-        x = unit(x, epsilon)
-        return pointwise.binary(x, pointwise(x, gate, None, "swish", [], ""), up, None, "mul")
+        x = rms_normalize(x, epsilon)
+        return pointwise.binary(x, pointwise(x, gate_weight, None, "swish", [], ""), up_weight, None, "mul")
 
     return fused
 
 
-def mlp_residual(first: nn.Module, second: nn.Module, name: str, activation: nn.Module) -> Addition:
+def mlp_residual(
+    first: LinearLayer, second: LinearLayer, name: str, activation: Callable[[torch.Tensor], torch.Tensor]
+) -> LinearResidual:
     """x [N, D], residual -> second(activation(first(x))) + residual."""
     if not can_prepack(first, second) or name != "quick_gelu":
-        first, second = product(first), linear_residual(second)
-        return lambda x, residual: second(activation(first(x)), residual)
+        inner, outer = joined_linear(first), linear_residual(second)
+        return lambda x, residual: outer(activation(inner(x)), residual)
     # oneDNN has no such activation, but swish(a x) / a, with a in the weights before it and 1 / a in those after it.
-    before = packed((first.weight.float() * QUICK_GELU).bfloat16(), bias_of(first, scale=QUICK_GELU), "swish")
-    after = packed_added((second.weight.float() / QUICK_GELU).bfloat16(), bias_of(second))
+    before = prepacked_linear(
+        (first.weight.float() * QUICK_GELU).bfloat16(), concat_bias(first, scale=QUICK_GELU), "swish"
+    )
+    after = prepacked_linear_residual((second.weight.float() / QUICK_GELU).bfloat16(), concat_bias(second))
     return lambda x, residual: after(before(x), residual)
 
 
-def unit(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+def rms_normalize(x: torch.Tensor, epsilon: float) -> torch.Tensor:
     """Rows divided by their root mean square, which is computed in float32 and rounded."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return x * length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_().to(x.dtype)
 
 
-def can_prepack(*linears: nn.Module) -> bool:
+def can_prepack(*linears: LinearLayer) -> bool:
     """Whether oneDNN has a layout of its own for these weights: plain linear layers in bfloat16 on a CPU."""
     return all(
         type(linear) is nn.Linear and linear.weight.dtype == torch.bfloat16 and linear.weight.device.type == "cpu"
@@ -99,13 +106,13 @@ def can_prepack(*linears: nn.Module) -> bool:
     ) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def packed(weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none") -> Product:
+def prepacked_linear(weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none") -> Linear:
     """x [N, D] -> activation(x weight^T + bias)."""
     weight = prepack(weight)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
 
 
-def packed_added(weight: torch.Tensor, bias: torch.Tensor | None) -> Addition:
+def prepacked_linear_residual(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearResidual:
     """x [N, D], residual -> x weight^T + bias + residual."""
     weight = prepack(weight)
     return lambda x, residual: torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
@@ -116,10 +123,11 @@ def prepack(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), CPU_TOKENS)
 
 
-def bias_of(*linears: nn.Module, scale: float = 1.0) -> torch.Tensor | None:
+def concat_bias(*linears: LinearLayer, scale: float = 1.0) -> torch.Tensor | None:
     """The biases side by side."""
-    biases = [linear.bias for linear in linears]
-    return None if biases[0] is None else (torch.cat(biases).detach().float() * scale).to(biases[0].dtype)
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    assert len(biases) in (0, len(linears)), "a bias on some of the layers with the same input only"
+    return (torch.cat(biases).detach().float() * scale).to(biases[0].dtype) if biases else None
 
 
 # --------------------------------------------------------------------------------------------------- threads, memory
@@ -139,15 +147,15 @@ def in_threads(function: Callable[[Any], Any], tasks: list[Any], threads: int) -
         with torch.inference_mode():
             return function(task)
 
-    results = list(pool(threads).map(work, tasks))
+    results = list(linear_threads(threads).map(work, tasks))
     torch.set_num_threads(threads)  # for threads that begin later: they take what was set last
     return results
 
 
 @cache
-def pool(threads: int) -> ThreadPoolExecutor:
+def linear_threads(threads: int) -> ThreadPoolExecutor:
     """The process's threads for `in_threads`."""
-    return ThreadPoolExecutor(threads, "vladva-products")
+    return ThreadPoolExecutor(threads, "vladva-linear")
 
 
 def keep_freed_memory() -> None:

@@ -1,4 +1,4 @@
-"""Fast forward: prompts -> embeddings as the plain forward gives them, without what an embedding does not need.
+"""Packed inference: prompts -> embeddings as the padded forward gives them, without what an embedding does not need.
 
 1. No LM head and no layer after the one that is asked for. In that layer only the last token of a prompt goes on: its
    query, output projection and MLP; of the others, keys and values.
@@ -7,12 +7,12 @@
    any, and no mask is needed.
 3. Tokens that follow the same tokens are computed once: all prompts share what comes before the text or image, and
    many texts begin with the same words.
-4. On a CPU with bfloat16 products the weights are packed for them (products.py), and what is cheap beside float32
-   products is made as cheap as these: a norm's weight is in the product after it, and positions turn heads by one.
+4. On a CPU with bfloat16 products the weights are packed for them (cpu_linear.py): a norm's weight is in the product
+   after it, and shared positions rotate heads by one product.
 5. On a CPU every thread has groups of its own, small enough for its cache: threads need not wait for each other after
    every operation.
 
-The vision tower sees all images of a call at once, whatever the groups are (a CLIP: fast_tower.py).
+The vision tower sees all images of a call at once, whatever the groups are (a CLIP: clip_tower.py).
 
 B prompts, T tokens of the longest, N packed tokens, D width, H heads, K key-value heads, d width of a head.
 """
@@ -20,24 +20,23 @@ B prompts, T tokens of the longest, N packed tokens, D width, H heads, K key-val
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from vladva.models.packed.clip_tower import with_packed_tower
 from vladva.models.packed.cpu_linear import (
     CPU_TOKENS,
-    Product,
     in_threads,
     keep_freed_memory,
     linear_residual,
     rms_norm_linear,
-    swiglu,
+    rms_norm_swiglu,
 )
+from vladva.models.packed.decoder import Decoder, DecoderLayer, decoder_unsupported, image_features
 from vladva.models.packed.packing import Packed, groups, pack
+from vladva.models.packed.rope import RotaryEmbedding, Rotation, SharedRotaryEmbedding
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,15 +44,14 @@ if TYPE_CHECKING:
     from vladva.models.embedding_model import EmbeddingModel
 
 GPU_TOKENS = 32_768  # in a group
-SHORT = 128  # tokens up to which a CPU computes attention as products and softmax, not by a fused kernel
+UNFUSED_TOKENS = 128  # up to which a CPU computes attention as products and softmax, not by a fused kernel
 
 Forward = Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor] | None], torch.Tensor]
 
 
 def embedding_forward(model: EmbeddingModel) -> Forward:
-    """Tokens, pixels -> embeddings [B, D]: fast where the backbone says that its decoder is of a kind known here."""
-    text = model.base.config.get_text_config()
-    if text.model_type in model.backbone.PACKED_DECODERS and text.to_dict().get("sliding_window") is None:
+    """Tokens, pixels -> embeddings [B, D]: on packed tokens where the decoder is of a kind known here."""
+    if decoder_unsupported(model.backbone, model.base.config.get_text_config()) is None:
         return PackedInference(model)
     return lambda tokens, pixels: model(tokens, pixels)[0]
 
@@ -66,25 +64,27 @@ class PackedInference:
 
     def __init__(self, model: EmbeddingModel) -> None:
         self.model = model
-        self.language = model.base.model.language_model
+        self.language: Decoder = model.base.model.language_model
         self.vision = with_packed_tower(model.base.model)
         self.threads = torch.get_num_threads()  # now: it is each thread's own, and that of a new one may be any
         if model.pixel_mean.device.type == "cpu":
             keep_freed_memory()
         self.num_key_value_groups = self.language.config.num_attention_heads // self.language.config.num_key_value_heads
         *layers, last = self.language.layers[: model.layer]
-        self.layers = [Layer(layer) for layer in layers]
-        self.last = LastLayer(last)
+        self.layers = [InferenceLayer(layer) for layer in layers]
+        self.last = LastInferenceLayer(last)
 
     def __call__(self, tokens: dict[str, torch.Tensor], pixels: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """Embeddings [B, D] (float32, unit norm) of the prompts; captions after them are left out."""
+        """Embeddings [B, D] (float32, unit norm) of the prompts; captions after them are not read."""
         inputs = self.model.inputs(tokens, pixels)
-        features_KD = None if pixels is None else self.image_features(inputs)
+        features_KD = None if pixels is None else image_features(self.vision, inputs)
         ids_BT, lengths_B = (tokens[name].cpu().numpy() for name in ("ids", "prompt_lengths"))
+        image_token = self.model.base.config.image_token_id
         embeddings_BD = torch.empty(len(ids_BT), self.language.config.hidden_size, device=tokens["ids"].device)
 
         def embed(rows: np.ndarray) -> None:
-            packed = pack(ids_BT, lengths_B, rows, self.model.base.config.image_token_id).to(embeddings_BD.device)
+            packed = pack(ids_BT, lengths_B, rows, image_token, few_sizes=not embeddings_BD.is_cuda)
+            packed = packed.to(embeddings_BD.device)
             embeddings_BD[packed.prompts] = self.embed(packed, inputs, features_KD)
 
         if embeddings_BD.is_cuda:
@@ -94,152 +94,97 @@ class PackedInference:
             in_threads(embed, list(groups(lengths_B, CPU_TOKENS, self.threads)), self.threads)
         return embeddings_BD
 
-    def image_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Features [K, D] of the K image tokens of all images."""
-        of_text = ("input_ids", "attention_mask", "position_ids")
-        of_images = {name: value for name, value in inputs.items() if name not in of_text}
-        return torch.cat(list(self.vision.get_image_features(**of_images).pooler_output))
-
     def embed(self, packed: Packed, inputs: dict[str, torch.Tensor], features_KD: torch.Tensor | None) -> torch.Tensor:
         """Embeddings [B, D] of a group."""
-        tokens = packed.index.shape[1]
+        tokens = packed.gather_index.shape[1]
         hidden_ND = self.language.embed_tokens(packed.ids)
         if features_KD is not None:
             hidden_ND[packed.is_image] = features_KD[packed.feature].to(hidden_ND.dtype)
+        rotation: Rotation
         if "position_ids" in inputs:  # [3, B, T]: where the images are, they differ
-            turn = RotaryEmbedding.by(*self.language.rotary_emb(hidden_ND, packed.positions(inputs["position_ids"])))
+            cos, sin = self.language.rotary_emb(hidden_ND, packed.positions(inputs["position_ids"]))
+            rotation = RotaryEmbedding.from_cos_sin(cos, sin, tokens_first=True)
         else:
-            turn = SharedRotaryEmbedding.by(
-                *self.language.rotary_emb(hidden_ND, torch.arange(tokens, device=hidden_ND.device)[None])
-            )
+            cos, sin = self.language.rotary_emb(hidden_ND, torch.arange(tokens, device=hidden_ND.device)[None])
+            rotation = SharedRotaryEmbedding.from_cos_sin(cos, sin)
         mask = None
-        if not hidden_ND.is_cuda and tokens <= SHORT:
-            mask = (
-                torch.full((tokens, tokens), -torch.inf, dtype=hidden_ND.dtype)
-                .triu_(1)
-                .repeat(self.num_key_value_groups, 1)
-            )
+        if not hidden_ND.is_cuda and tokens <= UNFUSED_TOKENS:
+            after_diagonal = torch.full((tokens, tokens), -torch.inf, dtype=hidden_ND.dtype).triu_(1)
+            mask = after_diagonal.repeat(self.num_key_value_groups, 1)
         for layer in self.layers:
-            hidden_ND = layer(hidden_ND, packed, turn, mask)
-        hidden_BD = self.last(hidden_ND, packed, turn)
+            hidden_ND = layer(hidden_ND, packed, rotation, mask)
+        hidden_BD = self.last(hidden_ND, packed, rotation)
         return normalize(self.language.norm(hidden_BD).float(), dim=-1)
 
 
 # ----------------------------------------------------------------------------------------------------------- layers
 
 
-@dataclass(frozen=True)
-class RotaryEmbedding:
-    """Rotary positions: cosine and sine [T, B, 1, d]; the first half of the sine is negative."""
+class _Parts:
+    """What both kinds of layer do: padded rows of heads, and what comes after attention."""
 
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-    @classmethod
-    def by(cls, cos_BTd: torch.Tensor, sin_BTd: torch.Tensor) -> RotaryEmbedding:
-        """The turn by angles whose second half repeats the first."""
-        return cls(cos_BTd.transpose(0, 1)[:, :, None], signed(sin_BTd).transpose(0, 1)[:, :, None])
-
-    def __call__(self, heads_TBHd: torch.Tensor) -> torch.Tensor:
-        """Heads turned by their positions."""
-        half = heads_TBHd.shape[-1] // 2
-        swapped = torch.cat([heads_TBHd[..., half:], heads_TBHd[..., :half]], dim=-1)
-        return (heads_TBHd * self.cos).addcmul_(swapped, self.sin)
-
-    def at(self, places_B: torch.Tensor) -> RotaryEmbedding:
-        """For one token of each prompt, [B, 1, 1, d]."""
-        rows = torch.arange(len(places_B), device=places_B.device)
-        return RotaryEmbedding(self.cos[places_B, rows][:, None], self.sin[places_B, rows][:, None])
-
-
-@dataclass(frozen=True)
-class SharedRotaryEmbedding:
-    """Rotary positions that are the same for all prompts, as matrices [T, d, d]: one product turns all heads."""
-
-    matrix: torch.Tensor
-
-    @classmethod
-    def by(cls, cos_1Td: torch.Tensor, sin_1Td: torch.Tensor) -> SharedRotaryEmbedding:
-        """The turn by angles whose second half repeats the first."""
-        same = torch.eye(cos_1Td.shape[-1], dtype=cos_1Td.dtype, device=cos_1Td.device)
-        other = same.roll(len(same) // 2, dims=0)
-        return cls(cos_1Td[0, :, None] * same + signed(sin_1Td)[0, :, None] * other)
-
-    def __call__(self, heads_TBHd: torch.Tensor) -> torch.Tensor:
-        """Heads turned by their positions."""
-        return torch.bmm(heads_TBHd.flatten(1, 2), self.matrix).view(heads_TBHd.shape)
-
-    def at(self, places_B: torch.Tensor) -> SharedRotaryEmbedding:
-        """For one token of each prompt, [B, d, d]."""
-        return SharedRotaryEmbedding(self.matrix[places_B])
-
-
-def signed(sin: torch.Tensor) -> torch.Tensor:
-    """The sine with which the other half of a head is added: negative in the first half."""
-    half = sin.shape[-1] // 2
-    return torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-
-
-class Layer:
-    """A decoder layer on packed tokens."""
-
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: DecoderLayer) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.width = attention.head_dim
         self.kv_heads = attention.k_proj.out_features // self.width
-        self.project = self.projections(layer.input_layernorm, attention)
         self.output, self.down = linear_residual(attention.o_proj), linear_residual(mlp.down_proj)
-        self.swiglu = swiglu(layer.post_attention_layernorm, mlp)
-
-    def projections(self, norm: nn.Module, attention: nn.Module) -> Product:
-        """Queries, keys and values side by side."""
-        return rms_norm_linear(norm, attention.q_proj, attention.k_proj, attention.v_proj)
-
-    def __call__(
-        self,
-        hidden_ND: torch.Tensor,
-        packed: Packed,
-        turn: RotaryEmbedding | SharedRotaryEmbedding,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Hidden states [N, D] after the layer."""
-        turned_TBHd, value_BTKd = self.heads(hidden_ND, packed, turn)
-        query_TBHd, key_TBKd = turned_TBHd.tensor_split([-self.kv_heads], dim=2)
-        attended_BTD = causal_attention(query_TBHd, key_TBKd, value_BTKd, mask)
-        return self.mlp(self.output(attended_BTD.flatten(0, 1).index_select(0, packed.place), hidden_ND))
+        self.swiglu = rms_norm_swiglu(layer.post_attention_layernorm, mlp)
 
     def heads(
-        self, hidden_ND: torch.Tensor, packed: Packed, turn: RotaryEmbedding | SharedRotaryEmbedding
+        self, projected_NE: torch.Tensor, packed: Packed, rotation: Rotation
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries (in a layer that has all) and keys [T, B, heads, d], turned, and values [B, T, K, d]; padded."""
-        turned_NE, value_NE = self.project(hidden_ND).tensor_split([-self.kv_heads * self.width], dim=1)
-        prompts, tokens = packed.index.shape
-        heads_TBHd = turned_NE.index_select(0, packed.index.t().flatten()).view(tokens, prompts, -1, self.width)
-        value_BTKd = value_NE.index_select(0, packed.index.flatten()).view(prompts, tokens, -1, self.width)
-        return turn(heads_TBHd), value_BTKd
+        """Queries (in a layer that has all) and keys [T, B, heads, d], rotated, and values [B, T, K, d]; padded."""
+        rotated_NE, value_NE = projected_NE.tensor_split([-self.kv_heads * self.width], dim=1)
+        prompts, tokens = packed.gather_index.shape
+        # What is rotated has the tokens first: then one product rotates the heads of a token in all prompts.
+        by_token, by_prompt = packed.gather_index.t().flatten(), packed.gather_index.flatten()
+        heads_TBHd = rotated_NE.index_select(0, by_token).view(tokens, prompts, -1, self.width)
+        value_BTKd = value_NE.index_select(0, by_prompt).view(prompts, tokens, -1, self.width)
+        return rotation(heads_TBHd), value_BTKd
 
     def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states after the MLP."""
         return self.down(self.swiglu(hidden), hidden)
 
 
-class LastLayer(Layer):
-    """The layer that is embedded from: packed tokens -> the last token of each prompt."""
+class InferenceLayer(_Parts):
+    """A decoder layer on packed tokens."""
 
-    def projections(self, norm: nn.Module, attention: nn.Module) -> Product:
-        """Keys and values side by side; few queries are needed."""
-        self.query = rms_norm_linear(norm, attention.q_proj)
-        return rms_norm_linear(norm, attention.k_proj, attention.v_proj)
+    def __init__(self, layer: DecoderLayer) -> None:
+        super().__init__(layer)
+        attention = layer.self_attn
+        self.query_key_value = rms_norm_linear(
+            layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj
+        )
 
     def __call__(
-        self, hidden_ND: torch.Tensor, packed: Packed, turn: RotaryEmbedding | SharedRotaryEmbedding
+        self, hidden_ND: torch.Tensor, packed: Packed, rotation: Rotation, mask: torch.Tensor | None
     ) -> torch.Tensor:
+        """Hidden states [N, D] after the layer."""
+        rotated_TBHd, value_BTKd = self.heads(self.query_key_value(hidden_ND), packed, rotation)
+        query_TBHd, key_TBKd = rotated_TBHd.tensor_split([-self.kv_heads], dim=2)
+        attended_BTD = tokens_first_attention(query_TBHd, key_TBKd, value_BTKd, mask)
+        # Back to packed tokens.
+        attended_ND = attended_BTD.flatten(0, 1).index_select(0, packed.source_index)
+        return self.mlp(self.output(attended_ND, hidden_ND))
+
+
+class LastInferenceLayer(_Parts):
+    """The layer that is embedded from: packed tokens -> the last token of each prompt, whose query alone is needed."""
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        super().__init__(layer)
+        attention = layer.self_attn
+        self.query = rms_norm_linear(layer.input_layernorm, attention.q_proj)
+        self.key_value = rms_norm_linear(layer.input_layernorm, attention.k_proj, attention.v_proj)
+
+    def __call__(self, hidden_ND: torch.Tensor, packed: Packed, rotation: Rotation) -> torch.Tensor:
         """Hidden states [B, D] of the last tokens after the layer."""
         ends = packed.lengths - 1
-        hidden_BD = hidden_ND[packed.index.gather(1, ends[:, None])[:, 0]]
-        key_TBKd, value_BTKd = self.heads(hidden_ND, packed, turn)
-        query_B1Hd = turn.at(ends)(self.query(hidden_BD).view(len(ends), 1, -1, self.width))
-        inside_BT = torch.arange(packed.index.shape[1], device=ends.device) < packed.lengths[:, None]
+        hidden_BD = hidden_ND[packed.gather_index.gather(1, ends[:, None])[:, 0]]
+        key_TBKd, value_BTKd = self.heads(self.key_value(hidden_ND), packed, rotation)
+        query_B1Hd = rotation.at(ends)(self.query(hidden_BD).view(len(ends), 1, -1, self.width))
+        inside_BT = torch.arange(packed.gather_index.shape[1], device=ends.device) < packed.lengths[:, None]
         attended_BH1d = scaled_dot_product_attention(
             query_B1Hd.transpose(1, 2),
             key_TBKd.permute(1, 2, 0, 3),
@@ -250,7 +195,7 @@ class LastLayer(Layer):
         return self.mlp(self.output(attended_BH1d.flatten(1), hidden_BD))
 
 
-def causal_attention(
+def tokens_first_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
     """Causal attention [B, T, H * d] of query [T, B, H, d], key [T, B, K, d] and value [B, T, K, d].
@@ -264,7 +209,7 @@ def causal_attention(
             query, key, value.transpose(1, 2), is_causal=True, enable_gqa=heads > kv_heads
         )
         return attended.transpose(1, 2).flatten(2)
-    # The query heads of a key-value head are more rows of the same product.
+    # The query heads of a key-value head are more rows of the same product: [B * K, H / K * T, d] x [B * K, d, T].
     group = heads // kv_heads
     query = query.view(tokens, rows, kv_heads, group, width).permute(1, 2, 3, 0, 4).reshape(-1, group * tokens, width)
     key, value = key.permute(1, 2, 0, 3).reshape(-1, tokens, width), value.transpose(1, 2).reshape(-1, tokens, width)

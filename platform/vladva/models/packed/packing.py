@@ -1,10 +1,13 @@
 """Packing: a padded batch of prompts -> groups of like length, in which every token is there once and none is padding.
 
 A token is the same as another if it and all before it are. Prompts are sorted, and each takes what it begins with from
-the prompt before it, up to its first image. A few tokens that nothing looks at fill a group, and its prompts, up to
-one of few sizes: a CPU's products are compiled, and kept, for every size that they meet (2 ms, as long as many run).
+the prompt before it, up to its first image. So the tokens of a group are the nodes of a tree of prompts: `gather_index`
+leads from a prompt's token to the node, `source_index` from a node to the first prompt that has it.
 
-B prompts, T tokens of the longest (and a few more), N different tokens.
+On a CPU a few tokens that nothing reads fill a group, and its prompts, up to one of few sizes: oneDNN compiles, and
+keeps, a product for every size that it meets (2 ms, as long as many run). A GPU's kernels take any size.
+
+B prompts, T tokens of the longest (and a few more), N different tokens (and a few more).
 """
 
 from __future__ import annotations
@@ -22,21 +25,21 @@ class Packed:
 
     prompts: torch.Tensor  # [B] their rows in the batch
     ids: torch.Tensor  # [N]
-    index: torch.Tensor  # [B, T] the place of each token among the N; of padding, any
-    place: torch.Tensor  # [N] the place of each token among the B * T; 0 for those of no prompt
-    own: int  # tokens of prompts among the N
+    gather_index: torch.Tensor  # [B, T] which of the N each token is; of padding, any
+    source_index: torch.Tensor  # [N] a position among the B * T where each token is; 0 for those of no prompt
+    num_unique: int  # tokens of prompts among the N
     lengths: torch.Tensor  # [B]
     is_image: torch.Tensor  # bool [N]
-    feature: torch.Tensor  # the image features, by number, of those
+    feature: torch.Tensor  # [K] which image feature of the batch each of the K image tokens takes
 
     def to(self, device: torch.device) -> Packed:
         """The same on a device."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if name != "own"}
-        return Packed(**tensors, own=self.own)
+        tensors = {name: value.to(device) for name, value in vars(self).items() if name != "num_unique"}
+        return Packed(**tensors, num_unique=self.num_unique)
 
     def positions(self, positions: torch.Tensor) -> torch.Tensor:
         """Those of the group's prompts [3, B, T], of positions [3, rows, tokens] of the batch."""
-        steps = torch.arange(self.index.shape[1], device=positions.device).clamp_(max=positions.shape[2] - 1)
+        steps = torch.arange(self.gather_index.shape[1], device=positions.device).clamp_(max=positions.shape[2] - 1)
         return positions[:, self.prompts[:, None], steps]
 
 
@@ -56,37 +59,49 @@ def groups(lengths: np.ndarray, limit: int, threads: int = 1) -> Iterator[np.nda
             yield rows
 
 
-def pack(ids_BT: np.ndarray, lengths: np.ndarray, rows: np.ndarray, image_token: int) -> Packed:
-    """Pack some rows of a batch; a prompt takes the tokens that it begins with from the prompt before it, if it can."""
+def pack(
+    ids_BT: np.ndarray, lengths: np.ndarray, rows: np.ndarray, image_token: int, *, few_sizes: bool = True
+) -> Packed:
+    """Pack some rows of a batch; a prompt takes the tokens that it begins with from the prompt before it, if it can.
+
+    few_sizes: fill B * T and N up to `round_up`, as a CPU wants it.
+    """
     longest = int(lengths[rows].max())
+    # Sorted, prompts that begin alike are neighbours.
     rows = rows[np.lexsort(ids_BT[rows, :longest].T[::-1])]
-    width = full(longest)
+    width = round_up(longest) if few_sizes else longest
     ids = np.pad(ids_BT[rows, :longest], ((0, 0), (0, width - longest)))
     is_image, lengths = ids == image_token, lengths[rows]
     inside = np.arange(width) < lengths[:, None]
+
+    # A token is shared if it, and all before it, are those of the prompt before; no image token is.
     same = (ids[1:] == ids[:-1]) & ~is_image[1:] & inside[1:] & inside[:-1]
     shared = np.zeros_like(inside)
     shared[1:] = np.logical_and.accumulate(same, axis=1)
-    own = inside & ~shared
-    index = own.ravel().cumsum().reshape(own.shape) - 1
-    index = np.maximum.accumulate(np.where(own, index, 0), axis=0)  # the nearest prompt before it that has it itself
-    number_BT = (ids_BT == image_token).ravel().cumsum().reshape(ids_BT.shape) - 1  # of the image feature
-    count = int(own.sum())
-    filling = (0, full(count) - count)
+    unique = inside & ~shared
+
+    # Unique tokens are numbered in order; a shared one has the number of the nearest prompt before it that has its own.
+    gather_index = unique.ravel().cumsum().reshape(unique.shape) - 1
+    gather_index = np.maximum.accumulate(np.where(unique, gather_index, 0), axis=0)
+
+    # Image features are numbered over the whole batch, which the vision tower has seen at once.
+    feature_BT = (ids_BT == image_token).ravel().cumsum().reshape(ids_BT.shape) - 1
+    num_unique = int(unique.sum())
+    filling = (0, round_up(num_unique) - num_unique if few_sizes else 0)
     arrays = {
         "prompts": rows,
-        "ids": np.pad(ids[own], filling),
-        "index": index,
-        "place": np.pad(np.flatnonzero(own), filling),
+        "ids": np.pad(ids[unique], filling),
+        "gather_index": gather_index,
+        "source_index": np.pad(np.flatnonzero(unique), filling),
         "lengths": lengths,
-        "is_image": np.pad(is_image[own], filling),
-        "feature": number_BT[rows, :longest][(own & is_image)[:, :longest]],
+        "is_image": np.pad(is_image[unique], filling),
+        "feature": feature_BT[rows, :longest][(unique & is_image)[:, :longest]],
     }
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-    return Packed(**tensors, own=count)
+    return Packed(**tensors, num_unique=num_unique)
 
 
-def full(tokens: int) -> int:
+def round_up(tokens: int) -> int:
     """The least size that is not below: there are eight between a power of two and the next."""
     step = 2 ** max(0, tokens.bit_length() - 4)
     return -(-tokens // step) * step

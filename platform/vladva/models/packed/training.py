@@ -1,9 +1,9 @@
-"""Training forward: a chunk -> embeddings and what predicts its captions, with gradients, and no more than they need.
+"""Packed training: a micro-batch -> embeddings and what predicts its captions, with gradients, no more than they need.
 
-As the fast forward of embedding (fast_forward.py): tokens are packed, those that follow the same tokens are computed
-once, the last layer's output projection and MLP run only on the ends of prompts, and on captions where there is a
-caption loss. But weights are used where they are, with LoRA, and every operation has a gradient (operations.py). The
-frozen vision tower runs without; what it gave for an image can be handed in again.
+As packed inference (inference.py): tokens are packed, those that follow the same tokens are computed once, the last
+layer's output projection and MLP run only on the ends of prompts, and on captions where there is a caption loss. But
+weights are used as they are, with LoRA, and every operation has a gradient (autograd_ops.py). The frozen vision tower
+runs without; the features that it gave for an image can be handed in again.
 
 B prompts, T tokens of the longest, N packed tokens, K tokens of captions, D width, H heads, K key-value heads of d.
 """
@@ -15,49 +15,32 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from vladva.losses.next_token import cross_entropy_sum, mean_share
 from vladva.models.packed.autograd_ops import (
-    RotaryEmbedding,
     SharedPrefix,
     TokenEmbedding,
     causal_attention,
     embedded,
     lora_linear,
-    norm,
     padded,
+    rms_norm,
     swiglu,
 )
 from vladva.models.packed.clip_tower import with_packed_tower
-from vladva.models.packed.packing import Packed, full, groups, pack
+from vladva.models.packed.decoder import Decoder, DecoderLayer, LinearLayer, image_features, packing_unsupported
+from vladva.models.packed.packing import Packed, groups, pack, round_up
+from vladva.models.packed.rope import RotaryEmbedding
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
-    from transformers import PreTrainedConfig
-
     from vladva.config import RunConfig
     from vladva.models.embedding_model import EmbeddingModel
 
 GROUP_TOKENS = {"cpu": 1024, "cuda": 32_768}
-SHORT = 256  # tokens up to which a CPU computes attention as products and softmax, not by a fused kernel
-
-
-def packing_unsupported(backbone: ModuleType, text: PreTrainedConfig, config: RunConfig) -> str | None:
-    """Why a run must train the plain forward; None where it can do with this one.
-
-    Dropout draws a mask for padded tokens, ZeRO-3 partitions the weights.
-    """
-    if config.model.lora_dropout:
-        return "LoRA dropout"
-    if config.train.zero_stage == 3:
-        return "ZeRO-3"
-    if text.model_type not in backbone.PACKED_DECODERS:
-        return f"no packed forward for {text.model_type}"
-    return "attention in a sliding window" if text.to_dict().get("sliding_window") is not None else None
+UNFUSED_TRAINING_TOKENS = 256  # up to which a CPU computes attention as products and softmax, not by a fused kernel
 
 
 @dataclass(frozen=True)
@@ -76,15 +59,17 @@ class Group:
     def of(cls, ids_BT: np.ndarray, prompts_B: np.ndarray, packed: Packed, device: torch.device) -> Group:
         """The group of packed prompts, on the device."""
         rows, longest = packed.prompts.numpy(), int(packed.lengths.max())
-        index, ends, steps = packed.index.numpy()[:, :longest], prompts_B[rows] - 1, np.arange(longest)
+        index, ends, steps = packed.gather_index.numpy()[:, :longest], prompts_B[rows] - 1, np.arange(longest)
+        # A caption's tokens are predicted from its prompt's last token to its own last but one.
         predicts = (steps >= ends[:, None]) & (steps < packed.lengths.numpy()[:, None] - 1)
         needed = np.concatenate([index[np.arange(len(rows)), ends], index[predicts]])
         wanted, order = np.unique(needed, return_inverse=True)
-        wanted = np.pad(wanted, (0, full(len(wanted)) - len(wanted)))
+        if device.type == "cpu":
+            wanted = np.pad(wanted, (0, round_up(len(wanted)) - len(wanted)))
         targets = ids_BT[rows, 1:longest][predicts[:, :-1]]
         arrays = ends, wanted, order[: len(rows)], order[len(rows) :], targets
-        shared = SharedPrefix(**{name: places.to(device) for name, places in vars(SharedPrefix.of(packed)).items()})
-        return cls(packed.to(device), shared, *(torch.from_numpy(array).to(device) for array in arrays))
+        tensors = (torch.from_numpy(array).to(device) for array in arrays)
+        return cls(packed.to(device), SharedPrefix.of(packed).to(device), *tensors)
 
 
 class PackedTraining:
@@ -92,11 +77,11 @@ class PackedTraining:
 
     def __init__(self, model: EmbeddingModel) -> None:
         self.model = model
-        self.language = model.base.model.language_model
+        self.language: Decoder = model.base.model.language_model
         self.vision = with_packed_tower(model.base.model)
         self.depth = model.layer or len(self.language.layers)
-        self.layers = [Layer(layer) for layer in self.language.layers]
-        self.last = LastLayer(self.language.layers[self.depth - 1])
+        self.layers = [TrainingLayer(layer) for layer in self.language.layers]
+        self.last = LastTrainingLayer(self.language.layers[self.depth - 1])
 
     def __call__(
         self, tokens: dict[str, Tensor], pixels: dict[str, Tensor] | None = None, caption_tokens: int | None = None
@@ -111,8 +96,9 @@ class PackedTraining:
             embeddings_BD = self.run(prompts, pixels, captions=False)[0]
             return embeddings_BD, embeddings_BD.new_zeros(())
         embeddings_BD, before_KD, targets_K = self.with_captions(tokens, pixels)
+        # With trained rows of a tied head, the loss is told them: no copy of the whole head is made.
         head = TokenEmbedding.of(self.model.base.lm_head)
-        replaced = None if head.rows is None else (head.soft, head.rows)
+        replaced = None if head.soft is None or head.rows is None else (head.soft, head.rows)
         total = cross_entropy_sum(before_KD, head.base.weight, targets_K, replaced=replaced)
         return embeddings_BD, mean_share(total, caption_tokens)
 
@@ -125,9 +111,10 @@ class PackedTraining:
     def run(
         self, tokens: dict[str, Tensor], pixels: dict[str, Tensor] | None, *, captions: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Both of the above. ZeRO adds up gradients in the order in which they come, which must be that of all ranks.
+        """What `with_captions` gives; without captions, the last two are empty.
 
-        So the way through the layers depends on `captions`, not on whether there is one in this chunk.
+        ZeRO adds up gradients in the order in which they come, which must be that of all ranks: so the way through the
+        layers depends on `captions`, not on whether this micro-batch has one.
         """
         inputs = self.model.inputs(tokens, pixels)
         features_KD = None
@@ -137,7 +124,8 @@ class PackedTraining:
         device, image_token = tokens["ids"].device, self.model.base.config.image_token_id
         order, parts = [], []
         for rows in groups(lengths_B, GROUP_TOKENS[device.type]):
-            group = Group.of(ids_BT, prompts_B, pack(ids_BT, lengths_B, rows, image_token), device)
+            packed = pack(ids_BT, lengths_B, rows, image_token, few_sizes=device.type == "cpu")
+            group = Group.of(ids_BT, prompts_B, packed, device)
             order.append(group.packed.prompts)
             parts.append((*self.states(group, inputs, features_KD, captions), group.targets))
         summaries_BD, before_KD, targets_K = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -146,104 +134,112 @@ class PackedTraining:
     @torch.no_grad()
     def image_features(self, inputs: dict[str, Tensor]) -> Tensor:
         """Features [K, D] of the K image tokens of all images."""
-        of_text = ("input_ids", "attention_mask", "position_ids")
-        of_images = {name: value for name, value in inputs.items() if name not in of_text}
-        return torch.cat(list(self.vision.get_image_features(**of_images).pooler_output))
+        return image_features(self.vision, inputs)
 
     def states(
         self, group: Group, inputs: dict[str, Tensor], features_KD: Tensor | None, captions: bool
     ) -> tuple[Tensor, Tensor]:
         """Final-normed hidden states of a group: of prompts' ends [B, D], and before the tokens of captions [K, D]."""
         packed = group.packed
-        tokens = packed.index.shape[1]
+        tokens = packed.gather_index.shape[1]
         features = None if features_KD is None else features_KD[packed.feature]
         hidden = embedded(self.language.embed_tokens, packed.ids, packed.is_image, features)
         positions = torch.arange(tokens, device=hidden.device)[None]
         if "position_ids" in inputs:  # [3, B, T]
             positions = packed.positions(inputs["position_ids"])
-        turn = RotaryEmbedding.by(*self.language.rotary_emb(hidden, positions))
+        rotary = RotaryEmbedding.from_cos_sin(*self.language.rotary_emb(hidden, positions))
         mask_TT = None
-        if not hidden.is_cuda and tokens <= SHORT:
+        if not hidden.is_cuda and tokens <= UNFUSED_TRAINING_TOKENS:
             mask_TT = torch.full((tokens, tokens), -torch.inf, dtype=hidden.dtype).triu_(1)
         for layer in self.layers[: self.depth - 1]:
-            hidden = layer(hidden, group, turn, mask_TT)
+            hidden = layer(hidden, group, rotary, mask_TT)
+        # Prompts are embedded after `depth` layers, captions predicted after all.
         ends_BD = None
         if not captions or self.depth < len(self.layers):
-            ends_BD = norm(self.language.norm, self.last(hidden, group, turn))
+            ends_BD = rms_norm(self.language.norm, self.last(hidden, group, rotary))
             if not captions:
                 return ends_BD, hidden[:0]
         for layer in self.layers[self.depth - 1 : -1]:
-            hidden = layer(hidden, group, turn, mask_TT)
-        hidden = norm(self.language.norm, self.layers[-1](hidden, group, turn, mask_TT, group.wanted))
+            hidden = layer(hidden, group, rotary, mask_TT)
+        hidden = rms_norm(self.language.norm, self.layers[-1](hidden, group, rotary, mask_TT, group.wanted))
         return hidden[group.summary] if ends_BD is None else ends_BD, hidden[group.before]
 
 
-class Layer:
-    """A decoder layer on packed tokens."""
+class _Parts:
+    """What both kinds of layer do: projections to heads, and what comes after attention."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer, self.attention, self.feed = layer, layer.self_attn, layer.mlp
+    def __init__(self, layer: DecoderLayer) -> None:
+        self.layer, self.attention = layer, layer.self_attn
         self.width = self.attention.head_dim
         self.kv_heads = self.attention.k_proj.out_features // self.width
 
-    def __call__(
-        self,
-        hidden_ND: Tensor,
-        group: Group,
-        turn: RotaryEmbedding,
-        mask_TT: Tensor | None,
-        wanted_U: Tensor | None = None,
-    ) -> Tensor:
-        """Hidden states after the layer [N, D], or of the wanted tokens only [U, D]."""
-        arguments = (hidden_ND, group, turn, mask_TT, wanted_U)
-        if self.layer.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.compute, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return self.compute(*arguments)
-
-    def compute(
-        self, hidden: Tensor, group: Group, turn: RotaryEmbedding, mask_TT: Tensor | None, wanted_U: Tensor | None
-    ) -> Tensor:
-        """The layer itself."""
-        normed_ND = norm(self.layer.input_layernorm, hidden)
-        heads_BTHd = self.heads(group, normed_ND, self.attention.q_proj, self.attention.k_proj, self.attention.v_proj)
-        rest = heads_BTHd.shape[2] - self.kv_heads
-        turned_BTHd, value_BTKd = heads_BTHd.split([rest, self.kv_heads], dim=2)
-        query_BTHd, key_BTKd = turn(turned_BTHd).split([rest - self.kv_heads, self.kv_heads], dim=2)
-        attended_BTD = causal_attention(query_BTHd, key_BTKd, value_BTKd, mask_TT)
-        place = group.packed.place
-        if wanted_U is not None:
-            hidden, place = hidden.index_select(0, wanted_U), place[wanted_U]
-        return self.output(hidden, attended_BTD.flatten(0, 1).index_select(0, place))
-
-    def heads(self, group: Group, normed_ND: Tensor, *projections: nn.Module) -> Tensor:
+    def heads(self, group: Group, normed_ND: Tensor, *projections: LinearLayer) -> Tensor:
         """Projections side by side, as padded rows of heads [B, T, heads, d]."""
         return padded(lora_linear(normed_ND, *projections), group.packed, group.shared).unflatten(2, (-1, self.width))
 
     def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Hidden states after attention's output projection, and the MLP."""
         hidden = hidden + lora_linear(attended, self.attention.o_proj)
-        rms_norm_linear, mlp = norm(self.layer.post_attention_layernorm, hidden), self.feed
+        normed, mlp = rms_norm(self.layer.post_attention_layernorm, hidden), self.layer.mlp
         if mlp.config.hidden_act == "silu":
-            inner = swiglu(lora_linear(rms_norm_linear, mlp.gate_proj, mlp.up_proj))
+            inner = swiglu(lora_linear(normed, mlp.gate_proj, mlp.up_proj))
         else:
-            inner = mlp.act_fn(lora_linear(rms_norm_linear, mlp.gate_proj)) * lora_linear(rms_norm_linear, mlp.up_proj)
+            inner = mlp.act_fn(lora_linear(normed, mlp.gate_proj)) * lora_linear(normed, mlp.up_proj)
         return hidden + lora_linear(inner, mlp.down_proj)
 
 
-class LastLayer(Layer):
+class TrainingLayer(_Parts):
+    """A decoder layer on packed tokens."""
+
+    def __call__(
+        self,
+        hidden_ND: Tensor,
+        group: Group,
+        rotary: RotaryEmbedding,
+        mask_TT: Tensor | None,
+        wanted_U: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states after the layer [N, D], or of the wanted tokens only [U, D]."""
+        arguments = (hidden_ND, group, rotary, mask_TT, wanted_U)
+        if self.layer.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.compute, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return self.compute(*arguments)
+
+    def compute(
+        self, hidden: Tensor, group: Group, rotary: RotaryEmbedding, mask_TT: Tensor | None, wanted_U: Tensor | None
+    ) -> Tensor:
+        """The layer itself."""
+        # Packed tokens -> padded rows of query, key and value heads.
+        normed_ND = rms_norm(self.layer.input_layernorm, hidden)
+        heads_BTHd = self.heads(group, normed_ND, self.attention.q_proj, self.attention.k_proj, self.attention.v_proj)
+        # Queries and keys, which lie side by side, are rotated together.
+        rest = heads_BTHd.shape[2] - self.kv_heads
+        both_BTHd, value_BTKd = heads_BTHd.split([rest, self.kv_heads], dim=2)
+        query_BTHd, key_BTKd = rotary(both_BTHd).split([rest - self.kv_heads, self.kv_heads], dim=2)
+        attended_BTD = causal_attention(query_BTHd, key_BTKd, value_BTKd, mask_TT)
+        # Back to packed tokens, or to the wanted ones of these.
+        source_index = group.packed.source_index
+        if wanted_U is not None:
+            hidden, source_index = hidden.index_select(0, wanted_U), source_index[wanted_U]
+        return self.output(hidden, attended_BTD.flatten(0, 1).index_select(0, source_index))
+
+
+class LastTrainingLayer(_Parts):
     """The layer that is embedded from: packed tokens -> the last token of each prompt, whose query alone is needed."""
 
-    def __call__(self, hidden_ND: Tensor, group: Group, turn: RotaryEmbedding) -> Tensor:
+    def __call__(self, hidden_ND: Tensor, group: Group, rotary: RotaryEmbedding) -> Tensor:
         """Hidden states [B, D] of the prompts' last tokens after the layer."""
-        last_B = group.packed.index.gather(1, group.ends[:, None])[:, 0]
-        normed_ND = norm(self.layer.input_layernorm, hidden_ND)
+        last_B = group.packed.gather_index.gather(1, group.ends[:, None])[:, 0]
+        # Keys and values of all tokens, queries of the last ones.
+        normed_ND = rms_norm(self.layer.input_layernorm, hidden_ND)
         pairs_BTHd = self.heads(group, normed_ND, self.attention.k_proj, self.attention.v_proj)
         key_BTKd, value_BTKd = pairs_BTHd.chunk(2, dim=2)
         query_B1Hd = lora_linear(normed_ND[last_B], self.attention.q_proj).view(len(last_B), 1, -1, self.width)
+        # A prompt's last token sees that prompt, not the caption or the padding after it.
         seen_BT = torch.arange(key_BTKd.shape[1], device=last_B.device) <= group.ends[:, None]
         attended_BH1d = scaled_dot_product_attention(
-            turn.at(group.ends)(query_B1Hd).transpose(1, 2),
-            turn(key_BTKd).transpose(1, 2),
+            rotary.at(group.ends)(query_B1Hd).transpose(1, 2),
+            rotary(key_BTKd).transpose(1, 2),
             value_BTKd.transpose(1, 2),
             attn_mask=seen_BT[:, None, None],
             enable_gqa=True,

@@ -78,7 +78,7 @@ def next_token_sum(model: LlavaForConditionalGeneration, batch: dict[str, torch.
     return cross_entropy(model.lm_head(hidden[answered]), labels[answered], reduction="sum")
 
 
-def learning_rate(step: int, steps: int, peak: float = 6e-4, warmup: int = 300) -> float:
+def pretraining_rate(step: int, steps: int, peak: float = 6e-4, warmup: int = 300) -> float:
     """Linear warm-up, then cosine to a twentieth of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -144,7 +144,7 @@ def pretrain_tower(
         value = average_gradients(labeller, loss.detach())
         torch.nn.utils.clip_grad_norm_(labeller.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak=1e-3, warmup=100)
+            group["lr"] = pretraining_rate(step, steps, peak=1e-3, warmup=100)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         running = value.item() if step == 0 else 0.95 * running + 0.05 * value.item()
@@ -206,7 +206,7 @@ def pretrain(
         loss = average_gradients(model, loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
+            group["lr"] = pretraining_rate(step, steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
