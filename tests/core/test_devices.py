@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from vladva.core.devices import HIDDEN, assigned_device
+from vladva.core.devices import NO_GPU, assigned_device
 from vladva.models.resolve import dtype_for
 from vladva.recipes import llava_1_5_7b
 from vladva.recipes import tiny as tiny_recipe
@@ -76,10 +76,10 @@ def test_defaults_take_the_gpus_there_are(seen: dict[str, Any]) -> None:
 
 
 def test_without_ray_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in HIDDEN:
+    for name in NO_GPU:
         monkeypatch.setenv(name, "1")  # put back afterwards
     assert assigned_device() == "cpu"
-    assert {name: os.environ[name] for name in HIDDEN} == HIDDEN
+    assert {name: os.environ[name] for name in NO_GPU} == NO_GPU
 
 
 def test_on_gpus_the_dtype_is_the_runs_own(tmp_path: Path) -> None:
@@ -99,6 +99,6 @@ def test_workers_of_a_run_without_gpus_start_with_all_of_them_hidden(tmp_path: P
     from vladva.train.launch import make_trainer
 
     recipe = replace(tiny_recipe(), storage=str(tmp_path))
-    assert make_trainer(recipe).run_config.worker_runtime_env == {"env_vars": HIDDEN}
+    assert make_trainer(recipe).run_config.worker_runtime_env == {"env_vars": NO_GPU}
     on_gpus = replace(recipe, cluster=replace(recipe.cluster, gpus_per_worker=1))
     assert make_trainer(on_gpus).run_config.worker_runtime_env == {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 """Environment of a process that must find no GPU: neither torch nor DeepSpeed, which looks for one by itself."""
 
 
@@ -21,7 +21,7 @@ def assigned_device() -> str:
     import ray
 
     if not (ray.is_initialized() and ray.get_gpu_ids()):
-        os.environ |= HIDDEN
+        os.environ |= NO_GPU
         return "cpu"
 
     import torch

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import ray.data
 
 # What Ray Data adds to the text of whatever a task of its raises.
-ADVICE = re.compile(r"\n?Failed to [^\n]* after \d+/\d+ attempts \(total backoff .*", re.DOTALL)
+RAY_ADVICE = re.compile(r"\n?Failed to [^\n]* after \d+/\d+ attempts \(total backoff .*", re.DOTALL)
 
 
 def connect() -> None:
@@ -87,8 +87,8 @@ def cause_of(error: BaseException) -> BaseException:
         if isinstance(error, UserCodeException) and inner is None:
             inner = error.__cause__
         if not isinstance(inner, BaseException) or inner is error:
-            error.args = tuple(ADVICE.sub("", each) if isinstance(each, str) else each for each in error.args)
-            if isinstance(error, OSError) and ADVICE.search(str(error.filename)):
+            error.args = tuple(RAY_ADVICE.sub("", each) if isinstance(each, str) else each for each in error.args)
+            if isinstance(error, OSError) and RAY_ADVICE.search(str(error.filename)):
                 error.filename = None
             return error
         error = inner

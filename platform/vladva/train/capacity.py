@@ -73,7 +73,7 @@ def wait_for_room(cluster: ClusterConfig, tell: Tell, *, look: Callable[[], Node
     Raises ValueError at once where the cluster can never have the room, and after `cluster.wait_s` where it has not got
     it by then.
     """
-    look = look or (lambda: cluster_nodes(worker, wanted))
+    look = look or (lambda: look_at_cluster(worker, wanted))
     worker, wanted = worker_resources(cluster), cluster.min_workers or cluster.workers
     began = time.monotonic()
     said = began - SAY_S
@@ -120,7 +120,7 @@ def _sums(nodes: Sequence[Resources]) -> str:
     return " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in ("CPU", "GPU"))
 
 
-def cluster_nodes(worker: Resources, wanted: int) -> Nodes:
+def look_at_cluster(worker: Resources, wanted: int) -> Nodes:
     """The nodes of the Ray cluster; an autoscaler is asked for those that the run needs."""
     import ray
     from ray._private.state import state  # Ray Train finds there, too, how far a cluster may grow

@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 YOUNG_S = 120.0  # compiling DeepSpeed's op takes 40 s
 LIMIT_S = 900.0
-LOOK_S = 1.0
-SAY_S = 15.0
+_LOOK_S = 1.0
+_SAY_S = 15.0
 NETWORK = {"nfs", "nfs4", "lustre", "cifs", "smb3", "ceph", "glusterfs", "gpfs", "beegfs", "fuse.sshfs"}
 
 
@@ -49,10 +49,10 @@ def wait_for_locks(folder: Path, *, young_s: float = YOUNG_S, limit_s: float = L
                 f"{locks[0]} has been there for {now - began:.0f} s: another process compiles DeepSpeed's operators, "
                 f"or was killed while it did ({_who(locks[0])}). Delete that file if nothing compiles, and run again"
             )
-        if now - said > SAY_S:
+        if now - said > _SAY_S:
             logger.warning("waiting for %s (%s)", locks[0], _who(locks[0]))
             said = now
-        time.sleep(min(LOOK_S, young_s / 4, limit_s / 4))
+        time.sleep(min(_LOOK_S, young_s / 4, limit_s / 4))
 
 
 def owners(lock: Path) -> list[int]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vladva.config import RunConfig
 from vladva.core import storage
-from vladva.core.devices import HIDDEN
+from vladva.core.devices import NO_GPU
 from vladva.core.errors import refusal
 from vladva.core.ray_tasks import cause_of
 from vladva.models import checkpoint
@@ -112,7 +112,7 @@ def make_trainer(config: RunConfig) -> TorchTrainer:
     filesystem, path = storage.open_storage(storage.join(config.uri, "ray"))
     cluster = config.cluster
     # Ray Train asks torch for devices before the loop can hide them.
-    hidden = {} if cluster.gpus_per_worker else {"env_vars": HIDDEN}
+    hidden = {} if cluster.gpus_per_worker else {"env_vars": NO_GPU}
     workers = (cluster.min_workers, cluster.workers) if cluster.min_workers else cluster.workers
     resources = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     return TorchTrainer(
