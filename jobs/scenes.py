@@ -39,8 +39,10 @@ def main() -> None:
         raise ValueError(f"--train is {options.train}; it must be at least 1")
 
     from vladva.core.progress import Progress
+    from vladva.core.shared_path import refuse_temporary
     from vladva.data.scenes.corpus import write_scenes, write_triplets
 
+    refuse_temporary("--out", options.out or SCENES)
     if options.triplets:
         out = options.out or TRIPLETS
         write_triplets(out, count=options.train, seed=options.seed)

@@ -147,6 +147,9 @@ class ClusterConfig:
     gpus_per_worker: int = 0
     device_memory_gib: float | None = None
     """Memory of the device of each worker; a run that does not fit is refused."""
+    placement: Literal["PACK", "SPREAD"] = "PACK"
+    """PACK: as many workers on a node as it holds, which keeps their traffic off the network. SPREAD: on as many nodes
+    as there are, where one node's memory, disk or network would be too little."""
     max_failures: int = 3
     """Failures with no new checkpoint between them after which the run gives up; announced preemptions do not count."""
     wait_s: float = 600.0

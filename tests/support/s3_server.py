@@ -27,8 +27,8 @@ READY_WITHIN = 60.0  # seconds
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[dict[str, str]]:
-    """Run SeaweedFS on 127.0.0.1 with its data below `folder`; gives the environment variables that lead to it."""
+def s3_server(folder: Path, address: str = "127.0.0.1") -> Iterator[dict[str, str]]:
+    """Run SeaweedFS on `address` with its data below `folder`; gives the environment variables that lead to it."""
     config, data, log = folder / "s3.json", folder / "data", folder / "server.log"
     data.mkdir(parents=True)
     credentials = [{"accessKey": KEYS["AWS_ACCESS_KEY_ID"], "secretKey": KEYS["AWS_SECRET_ACCESS_KEY"]}]
@@ -37,7 +37,7 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
     ports = free_ports(2 * len(services))
     command = [
         os.path.join(os.path.dirname(sys.executable), "weed"),
-        *("server", "-filer", "-s3", f"-dir={data}", f"-s3.config={config}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+        *("server", "-filer", "-s3", f"-dir={data}", f"-s3.config={config}", f"-ip={address}", f"-ip.bind={address}"),
         *(f"-{name}={port}" for name, port in zip(services, ports, strict=False)),
         *(f"-{name}.grpc={port}" for name, port in zip(services, ports[len(services) :], strict=True)),
         *("-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false", "-master.telemetry=false"),
@@ -45,7 +45,7 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
     ]
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as server:
         try:
-            variables = KEYS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports[3]}"}
+            variables = KEYS | {"AWS_ENDPOINT_URL": f"http://{address}:{ports[3]}"}
             _create_bucket(variables, server, log)
             yield variables
         finally:

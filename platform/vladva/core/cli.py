@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Callable
 
 from vladva.core.errors import refusal
+from vladva.core.quiet import be_quiet, is_verbose
 
 
 def user_errors(main: Callable[[], None]) -> Callable[[], None]:
     """Decorate a job's `main`: what the user can mend is told in one line with exit status 2.
 
     That is a ValueError, a missing file, and a storage that refuses (a full disk, rights), raised here or in a task of
-    Ray's. VLADVA_TRACEBACK=1 shows where it was raised.
+    Ray's. VLADVA_TRACEBACK=1 shows where it was raised, and all that the libraries say.
     """
 
     @functools.wraps(main)
     def run() -> None:
-        os.environ.setdefault("LANCE_LOG", "error")  # read when Lance is imported, here and in the processes started
+        be_quiet()
         try:
             main()
         except KeyboardInterrupt:
@@ -27,7 +27,7 @@ def user_errors(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(130)
         except Exception as error:
             line = _line_of(error)
-            if line is None or os.environ.get("VLADVA_TRACEBACK"):
+            if line is None or is_verbose():
                 raise
             print(f"error: {line}", file=sys.stderr)
             sys.exit(2)

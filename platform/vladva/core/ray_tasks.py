@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from vladva.core.quiet import be_quiet, is_verbose, worker_variables
+
 if TYPE_CHECKING:
     import ray.data
 
@@ -23,18 +25,15 @@ def connect() -> None:
     """
     import ray
 
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # it announces every data set it runs
+    be_quiet()
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="WARNING")
-        return
     # Jobs show progress and raise errors themselves; what workers print besides goes to the screen on request only.
-    chatty = bool(os.environ.get("VLADVA_TRACEBACK"))
-    cpus = max(4, os.cpu_count() or 1)
-    ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level="WARNING", log_to_driver=chatty)
+    shown = {"logging_level": "WARNING", "log_to_driver": is_verbose()}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(runtime_env={"env_vars": worker_variables()}, **shown)
+        return
+    ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **shown)
 
 
 def each(function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:

@@ -165,13 +165,14 @@ class Embedder:
             raise ValueError(f"messages hold {parts} image parts, but {len(images)} images came with them")
         if self.merged and not adapter:
             raise ValueError("this model's adapter is merged into its weights; load it with merge=False to turn it off")
-        if seed is not None:
-            torch.manual_seed(seed)
+        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         ids = self.preprocessor.render(messages, [image.size for image in images])
         tokens = as_tensors(self.preprocessor.pad([(ids, [])]), self.device)
         pixels = as_tensors(self.preprocessor.pixels(images), self.device) if images else None
         inputs = self.model.inputs(tokens, pixels)
         off = self.adapter is not None and not adapter and not self.merged
         around_token = self.adapter_switch.off if off else nullcontext
-        tokens_out = decode(self.model, inputs, max_tokens, temperature, top_p, around_token=around_token)
+        tokens_out = decode(
+            self.model, inputs, max_tokens, temperature, top_p, generator=generator, around_token=around_token
+        )
         yield from pieces(self.preprocessor.tokenizer, tokens_out, stop)

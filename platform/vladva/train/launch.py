@@ -108,6 +108,7 @@ def make_trainer(config: RunConfig) -> TorchTrainer:
     from ray.train.torch import TorchTrainer
 
     from vladva.train.loop import train_worker
+    from vladva.train.process_group import RayNetworkConfig
 
     filesystem, path = storage.open_storage(storage.join(config.uri, "ray"))
     cluster = config.cluster
@@ -124,7 +125,9 @@ def make_trainer(config: RunConfig) -> TorchTrainer:
             use_gpu=cluster.gpus_per_worker > 0,
             resources_per_worker={name: amount for name, amount in resources.items() if amount},
             elastic_resize_monitor_interval_s=cluster.resize_every_s,
+            placement_strategy=cluster.placement,
         ),
+        torch_config=RayNetworkConfig(run_uri=config.uri),
         run_config=ray.train.RunConfig(
             # A name of its own each time: where to go on is told by our checkpoints, not by Ray's bookkeeping.
             name=f"attempt-{time.time_ns()}",

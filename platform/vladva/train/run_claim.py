@@ -21,6 +21,7 @@ MAY_CHANGE = {
     "cluster.gpus_per_worker",
     "cluster.device_memory_gib",
     "cluster.max_failures",
+    "cluster.placement",
     "cluster.wait_s",
     "cluster.resize_every_s",
     "tracking.mlflow",

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from vladva.core import storage
 from vladva.core.errors import StorageRefusedError
 from vladva.core.progress import Progress
+from vladva.train.worker_places import WORKERS, WorkerPlace, describe_places, read_places
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -160,12 +161,15 @@ def follow(
     """
     pause = every_s or (5.0 if run_uri.startswith("s3://") else 1.0)
     newest = _NewestLine(storage.join(run_uri, METRICS))
+    group = _NewestGroup(run_uri)
     stop = threading.Event()
 
     def show() -> None:
         last = False
         while not last:
             last = stop.wait(pause)
+            if places := group.read():
+                progress.console.print(describe_places(places), highlight=False, soft_wrap=True)
             if (line := newest.read()) is not None:
                 known = {name: line.get(name) for name in SHOWN}
                 figures = "  ".join(SHOWN[name].format(value) for name, value in known.items() if value is not None)
@@ -181,6 +185,30 @@ def follow(
         finally:
             stop.set()
             thread.join()
+
+
+class _NewestGroup:
+    """Where the workers are, whenever a new group of them has started."""
+
+    def __init__(self, run_uri: str) -> None:
+        self._run_uri = run_uri
+        self._changed = self._look()  # of an earlier start: not news
+
+    def _look(self) -> int:
+        try:
+            return storage.file_info(storage.join(self._run_uri, WORKERS)).changed
+        except OSError:  # not there yet, or storage is out of reach
+            return 0
+
+    def read(self) -> list[WorkerPlace]:
+        """The places; empty if there is no new group."""
+        if (changed := self._look()) in (0, self._changed):
+            return []
+        self._changed = changed
+        try:
+            return read_places(self._run_uri)
+        except OSError:
+            return []
 
 
 class _NewestLine:

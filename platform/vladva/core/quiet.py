@@ -1,0 +1,52 @@
+"""Quiet: what libraries say besides our own progress and errors stays off the screen; VLADVA_TRACEBACK=1 shows it.
+
+Bars, banners and notes of Ray, Ray Data, transformers, DeepSpeed and Lance come from every process that a job starts,
+on every node, and bury the few lines that a job has to say. Their log files keep them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+
+VARIABLES = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_LOG_LEVEL": "ERROR",  # it announces every data set it runs
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # "Loading weights", too
+    "TRANSFORMERS_VERBOSITY": "error",
+    "LANCE_LOG": "error",
+}
+"""Read by the libraries when they are imported: to be set before, in the driver and in what it starts."""
+
+DRIVER_VARIABLES = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "error",  # "core_worker.cc ... max_restarts > 0"
+}
+
+LOGGERS = ("ray._private.authentication.authentication_token_setup",)
+"""Announces at every start that its default is on."""
+
+
+def is_verbose() -> bool:
+    """Whether everything is to be shown."""
+    return bool(os.environ.get("VLADVA_TRACEBACK"))
+
+
+def be_quiet() -> None:
+    """Set what this process and those it starts here read. What the environment says already is kept."""
+    if is_verbose():
+        return
+    for name, value in (VARIABLES | DRIVER_VARIABLES).items():
+        os.environ.setdefault(name, value)
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def worker_variables() -> dict[str, str]:
+    """What a job's processes on other nodes get in their environment, besides what it was submitted with."""
+    if is_verbose():
+        return {}
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
+    given = submitted.get("env_vars") or {}  # Ray refuses a variable that is set twice
+    return {name: os.environ.get(name, value) for name, value in VARIABLES.items() if name not in given}
