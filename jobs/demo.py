@@ -27,7 +27,6 @@ from vladva.core.cli import user_errors
 
 if TYPE_CHECKING:
     from vladva.evaluate.scores import Scores
-    from vladva.models.embedder import Embedder
 
 PROMPTS = ("Give a detailed description of the image.", "Describe the image briefly.")
 SCORES = {"scenes_retrieval": ("t2i_r1", "t2i_r10", "i2t_r1", "i2t_r10"), "scenes_compositionality": ()}
@@ -140,6 +139,7 @@ def check_adapter(run: str) -> dict[str, Any]:
     from vladva.data.scenes.corpus import held_out_scenes
     from vladva.data.scenes.scene import render
     from vladva.models.batch import as_tensors
+    from vladva.models.embedder import load_lvlm
 
     held_out = list(held_out_scenes(64))
     images, texts = [render(scene) for scene, _, _ in held_out], [worded[0] for _, worded, _ in held_out]
@@ -156,15 +156,6 @@ def check_adapter(run: str) -> dict[str, Any]:
     return {"adapter_off_max_diff": off, "merged_max_diff": float(max(differences))}
 
 
-def load_lvlm(model: str, *, merge: bool = False) -> Embedder:
-    """A model that embeds and generates."""
-    from vladva.models.embedder import Embedder, load_embedder
-
-    embedder = load_embedder(model, merge=merge)
-    assert isinstance(embedder, Embedder)
-    return embedder
-
-
 def serve_and_call(run: str, options: argparse.Namespace) -> dict[str, Any]:
     """Serve both modes, call the endpoints over HTTP, compare with the library."""
     import numpy as np
@@ -173,7 +164,7 @@ def serve_and_call(run: str, options: argparse.Namespace) -> dict[str, Any]:
     from serve.config import ServeArgs
     from vladva.data.scenes.corpus import held_out_scenes
     from vladva.data.scenes.scene import png, render
-    from vladva.models.embedder import load_embedder
+    from vladva.models.embedder import load_embedder, load_lvlm
 
     url = start(ServeArgs(model=run, index=f"{run}/index", num_cpus=0.5), port=options.port)
     held_out = list(held_out_scenes(CAPTIONED))

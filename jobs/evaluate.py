@@ -102,12 +102,13 @@ def labelled(argument: str) -> tuple[str, str]:
 def check_models(options: argparse.Namespace) -> None:
     """A mistake in a name or number is told before a cluster is started."""
     from vladva.models.backbones import backbone_of
-    from vladva.models.dual_encoders import family_of
+    from vladva.models.dual_encoders import is_dual_encoder
     from vladva.models.resolve import describe, find_model, pin
 
     for model in options.models.values():
         checkpoint = find_model(model).checkpoint
-        family_of(checkpoint) or backbone_of(checkpoint)
+        if not is_dual_encoder(checkpoint):
+            backbone_of(checkpoint)
         for layer in options.layers:
             describe(pin(model), adapter=True, dtype=options.dtype or "float32", layer=layer)
 

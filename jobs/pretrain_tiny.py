@@ -59,10 +59,10 @@ def caption_accuracy(model: str, count: int, *, seed: int = 0) -> float:
     """Share of held-out scenes whose generated long caption names every object, and no other, with colour and shape."""
     from vladva.data.scenes.corpus import held_out_scenes
     from vladva.data.scenes.scene import render
-    from vladva.models.embedder import load_embedder
+    from vladva.models.embedder import load_lvlm
     from vladva.models.tiny.dialogues import DETAILED
 
-    embedder = load_embedder(model)
+    embedder = load_lvlm(model)
     content = [{"type": "image"}, {"type": "text", "text": DETAILED[0]}]
     right = 0
     for scene, _, _ in held_out_scenes(count, seed):

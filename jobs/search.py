@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vladva.index.store import Hit
-    from vladva.models.dual_encoder_embedder import DualEncoder
-    from vladva.models.embedder import Embedder
+    from vladva.models.interface import Embeds
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -40,7 +39,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def embed_query(embedder: Embedder | DualEncoder, options: argparse.Namespace) -> np.ndarray:
+def embed_query(embedder: Embeds, options: argparse.Namespace) -> np.ndarray:
     """The query's vector [D]."""
     from vladva.core import storage
     from vladva.core.images import decode_image

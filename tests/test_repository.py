@@ -136,7 +136,6 @@ def is_contract(name: str, files: list[Path]) -> bool:
 
 # To be renamed. It may only get shorter.
 STILL_TWICE: set[str] = {
-    "load",
     "read_json",
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,10 @@ from tests.support.checkpoints import build_blip, build_blip_2, build_clip
 from vladva.embed.actor import EmbeddingActor
 from vladva.embed.batching import PreparedBatch
 from vladva.models.dual_encoder_embedder import DualEncoder, describe_dual_encoder
-from vladva.models.dual_encoders import family_of
+from vladva.models.dual_encoders import clip, families, find_family, is_dual_encoder
 from vladva.models.dual_encoders.blip import clean
-from vladva.models.embedder import load_embedder
+from vladva.models.embedder import load_embedder, load_lvlm
+from vladva.models.interface import Generates
 
 BUILD = {"clip": build_clip, "blip": build_blip, "blip_2": build_blip_2}
 TEXTS = ["a dog, 2 cats", " A Dog! ", "x", "one caption that is much longer than twenty tokens in all"]
@@ -69,7 +72,7 @@ def test_cosines_are_those_of_transformers(name: str, checkpoints: dict[str, str
     assert images.shape == ((3, 4, 24) if name == "blip_2" else (3, 24))
     assert np.allclose(np.linalg.norm(images, axis=-1), 1, atol=1e-6)
     cosines = np.einsum("td,ipd->tip", texts, images.reshape(3, -1, 24)).max(axis=2)
-    read = [clean(text) for text in TEXTS] if name != "clip" else TEXTS
+    read = [clean(text, 30) for text in TEXTS] if name != "clip" else TEXTS
     expected = theirs(name, checkpoints[name], read)
     assert np.abs(cosines - expected).max() < 1e-4  # pixels are rounded to whole numbers on the way
     assert np.abs(cosines - expected[::-1]).max() > 1e-2  # negative control
@@ -80,7 +83,7 @@ def test_a_image_of_blip_2_is_as_near_as_its_nearest_query_token(checkpoints: di
     """Negative control of the comparison above: any one token, as in SugarCrepe++'s script, is another score."""
     embedder = DualEncoder(checkpoints["blip_2"])
     texts, images = embedder.embed_texts(TEXTS), embedder.embed_images(pictures())
-    expected = theirs("blip_2", checkpoints["blip_2"], [clean(text) for text in TEXTS])
+    expected = theirs("blip_2", checkpoints["blip_2"], [clean(text, 50) for text in TEXTS])
     assert np.abs(texts @ images[:, 1].T - expected).max() > 1e-2
 
 
@@ -103,8 +106,8 @@ def test_the_batch_job_embeds_as_the_embedder(name: str, checkpoints: dict[str, 
 
 
 def test_blip_reads_a_cleaned_caption() -> None:
-    assert clean(' A "Dog" (two*), and #1;  a cat... ~ now!\n') == "a dog two , and 1 a cat now"
-    assert len(clean("word " * 40).split()) == 30
+    assert clean(' A "Dog" (two*), and #1;  a cat... ~ now!\n', 30) == "a dog two , and 1 a cat now"
+    assert len(clean("word " * 40, 30).split()) == 30
     assert len(clean("word " * 60, 50).split()) == 50
 
 
@@ -119,8 +122,35 @@ def test_descriptions_know_models_apart(checkpoints: dict[str, str], tmp_path: P
     settings = tmp_path / "preprocessor_config.json"
     settings.write_text(settings.read_text().replace("0.48", "0.5"))
     assert describe_dual_encoder(again, "float32")["fingerprint"] != described["clip"]["fingerprint"]
-    assert family_of(tiny) is None
-    assert family_of("/no/such/model") is None
+    assert not is_dual_encoder(tiny)
+    assert not is_dual_encoder("/no/such/model")
+
+
+def test_a_fingerprint_follows_the_version_of_the_family_and_not_its_source(
+    checkpoints: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = describe_dual_encoder(checkpoints["clip"], "float32")["fingerprint"]
+    source = Path(clip.__file__).read_text()
+    reworded = ModuleType("clip")
+    exec(source.replace("One vector an image", "An image has one vector"), vars(reworded))  # another comment
+    monkeypatch.setattr(clip, "FAMILY", reworded.FAMILY)
+    assert describe_dual_encoder(checkpoints["clip"], "float32")["fingerprint"] == before
+    monkeypatch.setattr(clip, "FAMILY", replace(clip.FAMILY, version=clip.FAMILY.version + 1))
+    assert describe_dual_encoder(checkpoints["clip"], "float32")["fingerprint"] != before
+    assert all(find_family(name).version >= 1 for name in families())
+
+
+def test_a_dual_encoder_embeds_and_does_not_generate(checkpoints: dict[str, str], tiny: str) -> None:
+    embedder = load_embedder(checkpoints["clip"])
+    assert not isinstance(embedder, Generates)
+    assert isinstance(load_embedder(tiny), Generates)
+    with pytest.raises(ValueError, match="is a dual encoder: it embeds, and generates nothing"):
+        load_lvlm(checkpoints["clip"])
+    assert embedder.count_text_tokens(TEXTS) == [len(embedder.preprocessor.text_prompt(text)) for text in TEXTS]
+    vision = embedder.preprocessor.config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    positions = embedder.model.towers.vision_model.embeddings.num_positions
+    assert embedder.num_image_tokens(640, 480) == patches + 1 == positions
 
 
 def test_open_clip_says_what_it_needs() -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     from vladva.models.batch import Pixels
-    from vladva.models.preprocessor import Preprocessor
+    from vladva.models.interface import InputPreprocessor
 
 WINDOW = 2048  # items that are sorted by length together
 IMAGES_AT_ONCE = 256  # of them, images that are in memory together
@@ -194,7 +194,7 @@ def _size(image: bytes) -> tuple[int, int]:
     return facts.width, facts.height
 
 
-def _fitting(preprocessor: Preprocessor, what: str, prompt: list[int]) -> list[int]:
+def _fitting(preprocessor: InputPreprocessor, what: str, prompt: list[int]) -> list[int]:
     """The prompt. Raises ValueError where the model's context is too short for it."""
     limit = preprocessor.config.get_text_config().max_position_embeddings
     if len(prompt) > limit:
@@ -202,7 +202,7 @@ def _fitting(preprocessor: Preprocessor, what: str, prompt: list[int]) -> list[i
     return prompt
 
 
-def _pixels(preprocessor: Preprocessor, image: bytes) -> Pixels:
+def _pixels(preprocessor: InputPreprocessor, image: bytes) -> Pixels:
     from vladva.core.images import decode_image
 
     return preprocessor.pixels([decode_image(image)])

@@ -25,11 +25,9 @@ class CaptionActor:
     def __init__(self, load: dict[str, Any], max_tokens: int) -> None:
         device = assigned_device()
 
-        from vladva.models.embedder import Embedder, load_embedder
+        from vladva.models.embedder import load_lvlm
 
-        embedder = load_embedder(**load, device=device)
-        assert isinstance(embedder, Embedder), "write_captions leaves dual encoders out"
-        self.embedder = embedder
+        self.embedder = load_lvlm(**load, device=device)
         self.max_tokens = max_tokens
 
     def __call__(self, rows: pa.Table) -> pa.Table:

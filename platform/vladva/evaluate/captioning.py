@@ -139,11 +139,11 @@ def writers(models: Mapping[str, str]) -> dict[str, str]:
 
     Raises ValueError where none can: dual encoders only embed.
     """
-    from vladva.models.dual_encoders import family_of
+    from vladva.models.dual_encoders import is_dual_encoder
     from vladva.models.resolve import find_model
 
     references = {label: find_model(model) for label, model in models.items()}
-    references = {label: reference for label, reference in references.items() if not family_of(reference.checkpoint)}
+    references = {label: each for label, each in references.items() if not is_dual_encoder(each.checkpoint)}
     if not references:
         raise ValueError(f"captions: {', '.join(models)} only embed; name a model that can write")
     given = {reference.checkpoint for reference in references.values() if not reference.adapter}

@@ -132,6 +132,26 @@ def cut(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
         yield batch
 
 
+def pad_right(rows: Sequence[tuple[list[int], list[int]]], padding: int | None) -> Tokens:
+    """(prompt, caption) pairs of token ids, filled up to the longest with the padding id, or 0 where there is none."""
+    lengths = np.array([len(prompt) + len(caption) for prompt, caption in rows], np.int64)
+    ids = np.full((len(rows), int(lengths.max())), 0 if padding is None else padding, np.int64)
+    for i, (prompt, caption) in enumerate(rows):
+        ids[i, : lengths[i]] = prompt + caption
+    return Tokens(ids, np.array([len(prompt) for prompt, _ in rows], np.int64), lengths)
+
+
+def to_uint8(values: np.ndarray) -> np.ndarray:
+    """Pixels on the scale of 0 to 255, rounded: some image processors give them as floats."""
+    return values if values.dtype == np.uint8 else np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+
+def pixel_statistics(image_processor: Any) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation that an image processor normalises with, per channel, on the scale of 0 to 255."""
+    factor = image_processor.rescale_factor
+    return [m / factor for m in image_processor.image_mean], [s / factor for s in image_processor.image_std]
+
+
 def as_tensors(record: Tokens | Pixels, device: torch.device | str) -> dict[str, torch.Tensor]:
     """The record's fields, on the device."""
     return {f.name: torch.tensor(getattr(record, f.name), device=device) for f in fields(record)}

@@ -9,11 +9,9 @@ B images or texts, T tokens, D width, Q vectors of one image (1; BLIP-2 has one 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Sequence
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,21 +20,22 @@ from torch.nn.functional import normalize
 
 from vladva.core.model_description import ModelDescription
 from vladva.core.text import clean_text
-from vladva.models.batch import Pixels, as_tensors
-from vladva.models.dual_encoders import family_of
+from vladva.models.batch import Pixels, Tokens, as_tensors, pad_right, pixel_statistics, to_uint8
+from vladva.models.dual_encoders import family_name, find_family
 from vladva.models.fingerprint import base_revision
 from vladva.models.literal_tokenizer import LiteralTokenizer
-from vladva.models.preprocessor import Preprocessor
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-class DualPreprocessor(Preprocessor):
+class DualPreprocessor:
     """Makes the inputs of one dual encoder. An image needs no prompt, so its row of token ids is empty."""
 
     def __init__(self, checkpoint: str) -> None:
-        self.family = _family(checkpoint)
+        name = family_name(checkpoint)
+        assert name is not None, f"{checkpoint} is no dual encoder"
+        self.family_name, self.family = name, find_family(name)
         self.config, self.tokenizer, self.image_processor = self.family.tools(checkpoint)
         self.vectors, self.dimension = self.family.shape(self.config)
         self.literal = LiteralTokenizer(self.tokenizer)
@@ -56,20 +55,29 @@ class DualPreprocessor(Preprocessor):
     def pixels(self, images: Sequence[Image.Image]) -> Pixels:
         """Images resized and cropped as the model wants them, uint8 [B, 3, H, W]."""
         processed = self.image_processor(images=list(images), do_rescale=False, do_normalize=False, return_tensors="np")
-        pixels = np.asarray(processed["pixel_values"])
-        if pixels.dtype != np.uint8:
-            pixels = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
-        return Pixels(pixels, np.array([(image.height, image.width) for image in images], np.int64))
+        values = to_uint8(np.asarray(processed["pixel_values"]))
+        return Pixels(values, np.array([(image.height, image.width) for image in images], np.int64))
+
+    def pad(self, rows: Sequence[tuple[list[int], list[int]]]) -> Tokens:
+        """Right-pad (text, nothing) pairs of token ids to the longest."""
+        return pad_right(rows, self.tokenizer.pad_token_id)
+
+    def texts(self, texts: Sequence[str]) -> Tokens:
+        """Texts, padded together."""
+        return self.pad([(self.text_prompt(text), []) for text in texts])
 
 
 class DualEncoderModel(nn.Module):
     """Both towers."""
 
+    pixel_mean: torch.Tensor
+    pixel_std: torch.Tensor
+
     def __init__(self, checkpoint: str, preprocessor: DualPreprocessor, dtype: str) -> None:
         super().__init__()
         self.family, self.dtype = preprocessor.family, getattr(torch, dtype)
-        self.towers = self.family.load(checkpoint, self.dtype)
-        mean, std = preprocessor.pixel_statistics()
+        self.towers: Any = self.family.load(checkpoint, self.dtype)
+        mean, std = pixel_statistics(preprocessor.image_processor)
         self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -100,6 +108,14 @@ class DualEncoder:
         """Unit vectors of texts [B, D], or of images [B, Q * D]."""
         return self.model(tokens, pixels)
 
+    def count_text_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, its beginning and end included."""
+        return self.preprocessor.count_tokens(texts)
+
+    def num_image_tokens(self, width: int, height: int) -> int:
+        """Tokens that the vision tower makes of an image, whatever its size."""
+        return self.preprocessor.family.num_image_tokens(self.preprocessor.config)
+
     def description(self) -> ModelDescription:
         """What tables made with this model carry."""
         return self._description
@@ -128,9 +144,10 @@ class DualEncoder:
 def describe_dual_encoder(checkpoint: str, dtype: str) -> ModelDescription:
     """`DualEncoder.description`, without loading weights."""
     preprocessor = DualPreprocessor(checkpoint)
+    family = preprocessor.family
     parts = {
-        "base": getattr(preprocessor.family, "revision", base_revision)(checkpoint),
-        "family": inspect.getsource(preprocessor.family),  # caption cleaning and context length are written there
+        "base": family.revision(checkpoint) or base_revision(checkpoint),
+        "family": [preprocessor.family_name, family.version],
         "pixels": json.loads(preprocessor.image_processor.to_json_string()),
     }
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
@@ -146,9 +163,3 @@ def describe_dual_encoder(checkpoint: str, dtype: str) -> ModelDescription:
         "dtype": dtype,
         "fingerprint": digest.hexdigest()[:16],
     }
-
-
-def _family(checkpoint: str) -> ModuleType:
-    family = family_of(checkpoint)
-    assert family is not None, f"{checkpoint} is no dual encoder"
-    return family

@@ -20,18 +20,18 @@ from vladva.core.hashing import key_of
 from vladva.core.model_description import ModelDescription
 from vladva.models.adapter import AdapterSwitch, load_adapter
 from vladva.models.batch import as_tensors, cut
-from vladva.models.dual_encoders import family_of
+from vladva.models.dual_encoder_embedder import DualEncoder
+from vladva.models.dual_encoders import is_dual_encoder
 from vladva.models.embedding_model import EmbeddingModel
 from vladva.models.fingerprint import describe_lvlm
 from vladva.models.generation import decode, pieces
+from vladva.models.interface import Embeds
 from vladva.models.packed.inference import Forward, embedding_forward
 from vladva.models.preprocessor import Preprocessor
 from vladva.models.resolve import config_of, find_model
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from vladva.models.dual_encoder_embedder import DualEncoder
 
 
 def load_embedder(
@@ -42,36 +42,38 @@ def load_embedder(
     dtype: str = "float32",
     device: str = "cpu",
     layer: int | None = None,
-) -> Embedder | DualEncoder:
+) -> Embeds:
     """Load what `find_model` resolves. `adapter=False` is the base model, zero-shot; `merge` folds the adapter in.
 
-    `layer` embeds from another layer than the model's own.
+    `layer` embeds from another layer than the model's own. What only LVLMs can do, `load_lvlm` gives, or
+    `isinstance(found, Generates)` tells.
     """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of reading weights from the disk; downloads keep theirs
     reference = find_model(model)
-    if family_of(reference.checkpoint):
-        from vladva.models.dual_encoder_embedder import DualEncoder
-
+    if is_dual_encoder(reference.checkpoint):
         return DualEncoder(reference.checkpoint, dtype=dtype, device=device)
     folder = reference.adapter if adapter else None
     config = config_of(reference, folder, dtype)
     if layer is not None:
         config = replace(config, layer=layer)
-    preprocessor = Preprocessor(
-        config.checkpoint,
-        image_prompt=config.image_prompt,
-        text_prompt=config.text_prompt,
-        soft_prompts=config.soft_prompts,
-        max_image_tokens=config.max_image_tokens,
-    )
-    embedding_model = EmbeddingModel(config, preprocessor)
+    embedding_model = EmbeddingModel(config, Preprocessor.of(config))
     if folder:
         load_adapter(embedding_model, folder)
         if merge:
             embedding_model.lvlm = embedding_model.lvlm.merge_and_unload()
     return Embedder(embedding_model.to(device).eval(), config, folder, merged=merge)
+
+
+def load_lvlm(
+    model: str, *, adapter: bool = True, merge: bool = False, dtype: str = "float32", device: str = "cpu"
+) -> Embedder:
+    """As `load_embedder`, of a model that also generates. Raises ValueError for a dual encoder, which does not."""
+    found = load_embedder(model, adapter=adapter, merge=merge, dtype=dtype, device=device)
+    if not isinstance(found, Embedder):
+        raise ValueError(f"{model} is a dual encoder: it embeds, and generates nothing; name an LVLM")
+    return found
 
 
 class Embedder:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from vladva.config import IMAGE_PROMPT, TEXT_PROMPT
+from vladva.config import IMAGE_PROMPT, TEXT_PROMPT, ModelConfig
 from vladva.core.hashing import key_of
 from vladva.core.text import clean_characters, clean_text
 from vladva.data.examples import Example
 from vladva.models.backbones import backbone_of, packaged
-from vladva.models.batch import MicroBatch, Pixels, Tokens
+from vladva.models.batch import MicroBatch, Pixels, Tokens, pad_right, pixel_statistics, to_uint8
 from vladva.models.literal_tokenizer import MARK, LiteralTokenizer
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ class Preprocessor:
         folder = packaged(checkpoint)
         self.backbone = backbone_of(checkpoint)
         self.config = AutoConfig.from_pretrained(folder)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = tokenizer  # any of transformers' classes
         template = cached_file(folder, "chat_template.json", _raise_exceptions_for_missing_entries=False)
         if template:  # where older checkpoints keep the template with images; the tokenizer's own has none
             self.tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]
@@ -71,6 +72,17 @@ class Preprocessor:
                 self.soft_ids[side] = self.tokenizer.convert_tokens_to_ids(names)
                 self.prompts[side] = "".join(names)
             self.literal = LiteralTokenizer(self.tokenizer)
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Preprocessor:
+        """The preprocessor that a configuration asks for."""
+        return cls(
+            config.checkpoint,
+            image_prompt=config.image_prompt,
+            text_prompt=config.text_prompt,
+            soft_prompts=config.soft_prompts,
+            max_image_tokens=config.max_image_tokens,
+        )
 
     def _prompt_in_context(self, side: Side) -> list[int]:
         """Token ids of the hand-written prompt in its place in the conversation, where no space may precede it."""
@@ -136,17 +148,12 @@ class Preprocessor:
         parts = []
         for image in images:
             values, size = self.backbone.pixels(self.image_processor, image)
-            if values.dtype != np.uint8:
-                values = np.clip(np.rint(values), 0, 255).astype(np.uint8)
-            parts.append(Pixels(values, np.array([size], np.int64)))
+            parts.append(Pixels(to_uint8(values), np.array([size], np.int64)))
         return parts
 
     def pixel_statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation per channel, on the scale of 0 to 255."""
-        factor = self.image_processor.rescale_factor
-        return [m / factor for m in self.image_processor.image_mean], [
-            s / factor for s in self.image_processor.image_std
-        ]
+        return pixel_statistics(self.image_processor)
 
     def texts(self, texts: Sequence[str]) -> Tokens:
         """Texts with their prompt, padded together."""
@@ -162,12 +169,7 @@ class Preprocessor:
 
     def pad(self, rows: Sequence[tuple[list[int], list[int]]]) -> Tokens:
         """Right-pad (prompt, caption) pairs of token ids to the longest."""
-        lengths = np.array([len(prompt) + len(caption) for prompt, caption in rows], np.int64)
-        padding = self.tokenizer.pad_token_id
-        ids = np.full((len(rows), int(lengths.max())), 0 if padding is None else padding, np.int64)
-        for i, (prompt, caption) in enumerate(rows):
-            ids[i, : lengths[i]] = prompt + caption
-        return Tokens(ids, np.array([len(prompt) for prompt, _ in rows], np.int64), lengths)
+        return pad_right(rows, self.tokenizer.pad_token_id)
 
     def first_tokens(self, text: str, count: int) -> str:
         """The text of the first `count` tokens."""
@@ -182,15 +184,15 @@ class Preprocessor:
         return [len(self.literal(text, add_special_tokens=False) if MARK in text else next(ids)) for text in marked]
 
     def collate(self, number: int, examples: Sequence[Example]) -> MicroBatch:
-        """The chunk `number` from its examples, which all have an image, or all a text in its stead."""
-        anchors = [example.image for example in examples]
-        texts = [anchor for anchor in anchors if isinstance(anchor, str)]
-        assert len(texts) in (0, len(anchors)), examples[0].id
-        parts = [] if texts else self.pixel_parts(anchors)
+        """The chunk `number` from its examples, which all have an image, or all a text instead."""
+        texts = [example.image for example in examples if isinstance(example.image, str)]
+        images = [example.image for example in examples if not isinstance(example.image, str)]
+        assert not texts or not images, examples[0].id
+        parts = self.pixel_parts(images)
         if texts:
             image = self.texts(texts)
         else:
-            image = self.images([picture.size for picture in anchors], [example.long for example in examples])
+            image = self.images([image.size for image in images], [example.long for example in examples])
         negatives = [(owner, text) for owner, example in enumerate(examples) for text in example.negatives]
         captions = [example.short or "" for example in examples] + [text for _, text in negatives]
         named = [example.short or example.id for example in examples] + [text for _, text in negatives]

@@ -6,16 +6,18 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal, cast
 
 from vladva.config import IMAGE_PROMPT, TEXT_PROMPT, ModelConfig
 from vladva.core import storage
 from vladva.core.model_description import ModelDescription
+from vladva.models import checkpoint, model_zoo
 from vladva.models.adapter import ADAPTER_NOTE
+from vladva.models.dual_encoder_embedder import DualPreprocessor, describe_dual_encoder
+from vladva.models.dual_encoders import is_dual_encoder
+from vladva.models.fingerprint import describe_lvlm
+from vladva.models.interface import InputPreprocessor
 from vladva.models.preprocessor import Preprocessor
-
-if TYPE_CHECKING:
-    from vladva.models.preprocessor import Preprocessor
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,10 @@ class ModelReference:
 
 def find_model(model: str) -> ModelReference:
     """Resolve a run folder, a checkpoint `.../step-N`, an adapter folder, `tiny`, a name or path of Hugging Face's, or
-    one of `systems.py`.
+    one of `model_zoo.py`.
 
     Raises ValueError where a run has no checkpoint yet.
     """
-    from vladva.core import storage
-    from vladva.models import checkpoint, model_zoo
-
     if storage.exists(storage.join(model, "config.json")) and storage.exists(storage.join(model, "checkpoints")):
         newest = checkpoint.latest(model)
         if newest is None:
@@ -54,12 +53,13 @@ def find_model(model: str) -> ModelReference:
 
 def config_of(reference: ModelReference, adapter: Path | None, dtype: str) -> ModelConfig:
     """The configuration to embed with: what the adapter was trained with, or the base model's, zero-shot."""
+    number = cast("Literal['float32', 'bfloat16']", dtype)  # an unknown one fails where weights are loaded
     if adapter:
-        return ModelConfig(dtype=dtype, **json.loads((adapter / ADAPTER_NOTE).read_text()))
+        return ModelConfig(dtype=number, **json.loads((adapter / ADAPTER_NOTE).read_text()))
     image_prompt, text_prompt = reference.prompts
     return ModelConfig(
         reference.checkpoint,
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=number,
         image_prompt=image_prompt,
         text_prompt=text_prompt,
         soft_prompts=False,
@@ -79,8 +79,6 @@ def dtype_for(model: str, gpus: float) -> str:
 
 def pin(model: str) -> str:
     """The model as every process finds it: a path that is absolute, and of a run the newest checkpoint there is now."""
-    from vladva.models import checkpoint
-
     model = storage.absolute(model) if storage.exists(model) else model
     if storage.exists(storage.join(model, "checkpoints")):
         return checkpoint.latest(model) or model
@@ -94,35 +92,23 @@ def describe(
 
     `layer`: as if it embedded from there. Raises ValueError where the model has no such layer.
     """
-    from vladva.models.dual_encoders import family_of
-    from vladva.models.fingerprint import describe_lvlm
-
     reference = find_model(model)
     folder = reference.adapter if adapter else None
     config = config_of(reference, folder, dtype)
-    if family_of(config.checkpoint):
-        from vladva.models.dual_encoder_embedder import describe_dual_encoder
-
+    if is_dual_encoder(config.checkpoint):
         if layer is not None:
             raise ValueError(f"layers: {model} is a dual encoder, which embeds from its last layer only")
         return config, describe_dual_encoder(config.checkpoint, dtype)
-    preprocessor = preprocessor_of(config)
-    language_model = preprocessor.config.get_text_config()
-    layers = language_model.num_hidden_layers
+    preprocessor = Preprocessor.of(config)
+    layers = preprocessor.config.get_text_config().num_hidden_layers
     if layer is not None and not 1 <= layer <= layers:
         raise ValueError(f"layers: there is no layer {layer} in {model}; its language model has layers 1 to {layers}")
     return config, describe_lvlm(config, folder, layer, preprocessor)
 
 
 @lru_cache(maxsize=2)
-def preprocessor_of(config: ModelConfig) -> Preprocessor:
+def preprocessor_of(config: ModelConfig) -> InputPreprocessor:
     """The model's preprocessor: one a process."""
-    from vladva.models.dual_encoders import family_of
-    from vladva.models.preprocessor import Preprocessor
-
-    if family_of(config.checkpoint):
-        from vladva.models.dual_encoder_embedder import DualPreprocessor
-
+    if is_dual_encoder(config.checkpoint):
         return DualPreprocessor(config.checkpoint)
-    names = ("image_prompt", "text_prompt", "soft_prompts", "max_image_tokens")
-    return Preprocessor(config.checkpoint, **{name: getattr(config, name) for name in names})
+    return Preprocessor.of(config)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
-
-def rank_and_world() -> tuple[int, int]:
-    """(rank, W); (0, 1) outside a process group."""
-    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+from vladva.core.ranks import rank_and_world
 
 
 def gather(local: Tensor) -> Tensor:

@@ -366,11 +366,4 @@ def run_preprocessor(config: RunConfig) -> Preprocessor:
     """The preprocessing that a run trains with."""
     from vladva.models.preprocessor import Preprocessor
 
-    model = config.model
-    return Preprocessor(
-        model.checkpoint,
-        image_prompt=model.image_prompt,
-        text_prompt=model.text_prompt,
-        soft_prompts=model.soft_prompts,
-        max_image_tokens=model.max_image_tokens,
-    )
+    return Preprocessor.of(config.model)

@@ -5,44 +5,44 @@ That code is BAAI's, not transformers': it is run because the checkpoint was ask
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from vladva.models.dual_encoders import Tools
+from vladva.models.dual_encoders.clip import Clip
 
-from vladva.models.dual_encoders.clip import token_ids
-
-__all__ = ["image_vectors", "load", "shape", "text_vectors", "token_ids", "tools"]
+if TYPE_CHECKING:
+    import torch
 
 SIDE = 224  # no image processor lies with the checkpoints
 
 
-def tools(checkpoint: str) -> tuple[Any, Any, Any]:
-    """Configuration, CLIP's tokenizer, and CLIP's image processor at 224 pixels."""
-    from transformers import AutoConfig, CLIPImageProcessor, CLIPTokenizer
+@dataclass(frozen=True)
+class EvaClip(Clip):
+    """Reads texts and images as CLIP does."""
 
-    crop, size = {"height": SIDE, "width": SIDE}, {"shortest_edge": SIDE}
-    config = AutoConfig.from_pretrained(checkpoint)
-    return config, CLIPTokenizer.from_pretrained(checkpoint), CLIPImageProcessor(size=size, crop_size=crop)
+    def tools(self, checkpoint: str) -> Tools:
+        """Configuration, CLIP's tokenizer, and CLIP's image processor at 224 pixels."""
+        from transformers import AutoConfig, CLIPImageProcessor, CLIPTokenizer
+
+        crop, size = {"height": SIDE, "width": SIDE}, {"shortest_edge": SIDE}
+        config = AutoConfig.from_pretrained(checkpoint)
+        processor = CLIPImageProcessor(size=size, crop_size=crop)
+        return Tools(config, CLIPTokenizer.from_pretrained(checkpoint), processor)
+
+    def load(self, checkpoint: str, dtype: torch.dtype) -> Any:
+        """The pretrained model."""
+        from transformers import AutoModel
+
+        return AutoModel.from_pretrained(checkpoint, dtype=dtype, trust_remote_code=True)
+
+    def text_vectors(self, model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The text tower's vectors [B, D]."""
+        return model.encode_text(ids)
+
+    def image_vectors(self, model: Any, pixels: torch.Tensor) -> torch.Tensor:
+        """The vision tower's vectors [B, D]."""
+        return model.encode_image(pixels)
 
 
-def load(checkpoint: str, dtype: torch.dtype) -> nn.Module:
-    """The pretrained model."""
-    from transformers import AutoModel
-
-    return AutoModel.from_pretrained(checkpoint, dtype=dtype, trust_remote_code=True)
-
-
-def shape(config: Any) -> tuple[int, int]:
-    """One vector an image."""
-    return 1, config.projection_dim
-
-
-def text_vectors(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The text tower's vectors [B, D]."""
-    return model.encode_text(ids)
-
-
-def image_vectors(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """The vision tower's vectors [B, D]."""
-    return model.encode_image(pixels)
+FAMILY = EvaClip(version=1)

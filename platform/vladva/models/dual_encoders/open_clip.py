@@ -7,14 +7,71 @@ by transformers' CLIPImageProcessor, with the sizes and statistics that open_cli
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from vladva.models.dual_encoders import DualEncoderFamily, Tools
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class OpenClip(DualEncoderFamily):
+    """One vector an image, one a text."""
+
+    def tools(self, checkpoint: str) -> Tools:
+        """Configuration (widths and context length), open_clip's tokenizer, an image processor with its settings."""
+        from transformers import CLIPImageProcessor
+
+        name, weights = parts(checkpoint)
+        open_clip = library()
+        settings = open_clip.get_model_config(name)
+        pretrained = open_clip.get_pretrained_cfg(name, weights) or {}
+        side = settings["vision_cfg"]["image_size"]
+        processor = CLIPImageProcessor(
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            image_mean=pretrained.get("mean") or open_clip.OPENAI_DATASET_MEAN,
+            image_std=pretrained.get("std") or open_clip.OPENAI_DATASET_STD,
+        )
+        text = SimpleNamespace(max_position_embeddings=settings["text_cfg"].get("context_length", MAX_TOKENS))
+        # A ResNet has no patches; it ends on a 32nd of the image's side.
+        vision = SimpleNamespace(image_size=side, patch_size=settings["vision_cfg"].get("patch_size", 32))
+        config = SimpleNamespace(
+            embed_dim=settings["embed_dim"], vision_config=vision, text_config=text, get_text_config=lambda: text
+        )
+        return Tools(config, open_clip.get_tokenizer(name), processor)
+
+    def revision(self, checkpoint: str) -> str:
+        """Model and weights by name; of weights in a file, their size and time too."""
+        file = Path(parts(checkpoint)[1])
+        return f"{checkpoint} {file.stat().st_size} {file.stat().st_mtime_ns}" if file.is_file() else checkpoint
+
+    def load(self, checkpoint: str, dtype: torch.dtype) -> torch.nn.Module:
+        """The pretrained model."""
+        name, weights = parts(checkpoint)
+        return library().create_model(name, pretrained=weights).to(dtype)
+
+    def shape(self, config: Any) -> tuple[int, int]:
+        """One vector an image."""
+        return 1, config.embed_dim
+
+    def token_ids(self, config: Any, tokenizer: Any, text: str) -> list[int]:
+        """Token ids, padded with zeros to the whole context as open_clip's models want them."""
+        return tokenizer([text], context_length=config.text_config.max_position_embeddings)[0].tolist()
+
+    def text_vectors(self, model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The text tower's vectors [B, D]; it finds the end of a text by itself."""
+        return model.encode_text(ids)
+
+    def image_vectors(self, model: Any, pixels: torch.Tensor) -> torch.Tensor:
+        """The vision tower's vectors [B, D]."""
+        return model.encode_image(pixels)
 
 
 def library() -> ModuleType:
@@ -37,54 +94,4 @@ def parts(checkpoint: str) -> tuple[str, str]:
     return model, weights
 
 
-def tools(checkpoint: str) -> tuple[Any, Any, Any]:
-    """Configuration (width and context length), open_clip's tokenizer, and an image processor with its settings."""
-    from transformers import CLIPImageProcessor
-
-    name, weights = parts(checkpoint)
-    open_clip = library()
-    settings = open_clip.get_model_config(name)
-    pretrained = open_clip.get_pretrained_cfg(name, weights) or {}
-    side = settings["vision_cfg"]["image_size"]
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_mean=pretrained.get("mean") or open_clip.OPENAI_DATASET_MEAN,
-        image_std=pretrained.get("std") or open_clip.OPENAI_DATASET_STD,
-    )
-    length = settings["text_cfg"].get("context_length", MAX_TOKENS)
-    text = SimpleNamespace(max_position_embeddings=length)
-    config = SimpleNamespace(embed_dim=settings["embed_dim"], get_text_config=lambda: text)
-    return config, open_clip.get_tokenizer(name), processor
-
-
-def revision(checkpoint: str) -> str:
-    """Model and weights by name; of weights in a file, their size and time too."""
-    file = Path(parts(checkpoint)[1])
-    return f"{checkpoint} {file.stat().st_size} {file.stat().st_mtime_ns}" if file.is_file() else checkpoint
-
-
-def load(checkpoint: str, dtype: torch.dtype) -> nn.Module:
-    """The pretrained model."""
-    name, weights = parts(checkpoint)
-    return library().create_model(name, pretrained=weights).to(dtype)
-
-
-def shape(config: SimpleNamespace) -> tuple[int, int]:
-    """One vector an image."""
-    return 1, config.embed_dim
-
-
-def token_ids(config: SimpleNamespace, tokenizer: Any, text: str) -> list[int]:
-    """Token ids, padded with zeros to the whole context as open_clip's models want them."""
-    return tokenizer([text], context_length=config.get_text_config().max_position_embeddings)[0].tolist()
-
-
-def text_vectors(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The text tower's vectors [B, D]; it finds the end of a text by itself."""
-    return model.encode_text(ids)
-
-
-def image_vectors(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """The vision tower's vectors [B, D]."""
-    return model.encode_image(pixels)
+FAMILY = OpenClip(version=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vladva.data.scenes.captions import long_caption
 from vladva.data.scenes.corpus import scenes
@@ -97,6 +97,8 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
         bos_token_id=1,
         eos_token_id=2,
     )
+    # Those of every configuration, which transformers' signatures leave out.
+    ends: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
@@ -104,9 +106,7 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
         image_seq_length=16,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
+        **ends,
     )
     torch.manual_seed(seed)
     return LlavaForConditionalGeneration(config)
@@ -118,7 +118,8 @@ def save_checkpoint(model: LlavaForConditionalGeneration, tokenizer: PreTrainedT
 
     folder.mkdir(parents=True, exist_ok=True)
     kept = {name: value.clone() for name, value in model.state_dict().items()}
-    model.to(torch.float16).save_pretrained(folder)
+    module: Any = model  # transformers' `to` takes a type for the model
+    module.to(torch.float16).save_pretrained(folder)
     model.float().load_state_dict(kept)
     tokenizer.save_pretrained(folder)
     size = IMAGE_SIZE

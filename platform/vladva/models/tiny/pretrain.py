@@ -21,6 +21,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
+from vladva.core.ranks import rank_and_world
 from vladva.data.scenes.scene import COLOURS, IMAGE_SIZE, RADII, SHAPES, Scene, random_scene, render
 from vladva.models.tiny.dialogues import MIXTURE, Dialogue
 from vladva.models.tiny.model import build_model, build_tokenizer, save_checkpoint
@@ -30,25 +31,16 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 
-# ---------------------------------------------------------------------------------------------------------- dialogues
-
-
-# -------------------------------------------------------------------------------------------------------------- model
-
-
-# ----------------------------------------------------------------------------------------------------------- training
-
-
 def collate(dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:
     """Right-padded `input_ids`, `attention_mask`, `labels` [B, T] (answers, else -100), `pixel_values` [B, 3, H, W]."""
     import numpy as np
     import torch
 
     encoded = []
-    for picture, turns in dialogues:
+    for shown, turns in dialogues:
         ids, labels = [tokenizer.bos_token_id], [-100]
         for number, (asked, answer) in enumerate(turns):
-            image = "<image>" * 16 if picture is not None and number == 0 else ""
+            image = "<image>" * 16 if shown is not None and number == 0 else ""
             prompt = tokenizer(f"<|user|>{image}{asked}<|assistant|>", add_special_tokens=False).input_ids
             reply = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
             ids += prompt + reply
@@ -60,7 +52,7 @@ def collate(dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerFast) -> di
         "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in encoded]),
         "labels": torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in encoded]),
     }
-    images = [np.asarray(picture) for picture, _ in dialogues if picture is not None]
+    images = [np.asarray(shown) for shown, _ in dialogues if shown is not None]
     if images:
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
         batch["pixel_values"] = pixels / 127.5 - 1
@@ -119,10 +111,9 @@ def pretrain_tower(
     """Stage 1: the vision tower learns to label its patches, `steps` steps of 128 images. The head is thrown away."""
     import numpy as np
     import torch
-    from torch import distributed
     from torch.nn.functional import cross_entropy
 
-    rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     tower = model.model.vision_tower
     classes = [1 + len(COLOURS), 1 + len(SHAPES), 1 + len(RADII)]
     torch.manual_seed(seed)
@@ -139,7 +130,8 @@ def pretrain_tower(
         # Four patches in five are empty: they count less, not to drown the others.
         weights = [torch.tensor([0.2] + [1.0] * (n - 1)) for n in classes]
         parts = zip(logits, labels.unbind(1), weights, strict=True)
-        loss = sum(cross_entropy(logit, label, weight) for logit, label, weight in parts) / world
+        losses = [cross_entropy(logit, label, weight) for logit, label, weight in parts]
+        loss = torch.stack(losses).sum() / world
         loss.backward()
         value = average_gradients(labeller, loss.detach())
         torch.nn.utils.clip_grad_norm_(labeller.parameters(), 1.0)
@@ -177,9 +169,8 @@ def pretrain(
     same (up to rounding) for one, two or four processes.
     """
     import torch
-    from torch import distributed
 
-    rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(seed)
     model = build_model(seed)
@@ -199,7 +190,9 @@ def pretrain(
         tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         loss = torch.zeros(())
         for number, batch in enumerate(batches):
-            if min(number % (2 * world), 2 * world - 1 - number % (2 * world)) == rank:  # dealt to and fro: 0 1 1 0
+            # Batches grow longer: dealt 0 1 1 0 0 1 1 0, every process has about as many tokens.
+            turn = number % (2 * world)
+            if min(turn, 2 * world - 1 - turn) == rank:
                 part = next_token_sum(model, batch) / tokens
                 part.backward()
                 loss += part.detach()
