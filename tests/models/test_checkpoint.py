@@ -65,7 +65,7 @@ def test_what_was_saved_comes_back(run: str, adapter: Path) -> None:
     state = {"epoch": 2, "seed": 0, "temperature": 14.285714285714286, "config": {"a": [1, None, "ü"]}}
     uri = save(run, 50, adapter, **state)
     assert uri == storage.join(run, "checkpoints", "step-50")
-    loaded = checkpoint.load(uri + "/")
+    loaded = checkpoint.read_checkpoint(uri + "/")
     assert loaded.state == state | {"step": 50}
     assert set(loaded.optimizer) == set(OPTIMIZER)
     for name, tensor in OPTIMIZER.items():
@@ -99,7 +99,7 @@ def test_saving_again_replaces(run: str, adapter: Path) -> None:
     save(run, 5, adapter, note="old")
     (adapter / "nested" / "note").rename(adapter / "another")
     uri = save(run, 5, adapter, note="new")
-    assert checkpoint.load(uri).state == {"note": "new", "step": 5}
+    assert checkpoint.read_checkpoint(uri).state == {"note": "new", "step": 5}
     assert not storage.exists(storage.join(uri, "adapter/nested/note"))
     assert storage.exists(storage.join(uri, "adapter/another"))
 
@@ -120,7 +120,7 @@ def test_half_written_is_never_picked_up(damage: str, run: str, adapter: Path) -
         storage.delete_file(f"{bad}/adapter/adapter_config.json")
     assert checkpoint.latest(run) == good
     with pytest.raises(ValueError, match=r"step-20 is not complete .* beside it: step-10$"):
-        checkpoint.load(bad)
+        checkpoint.read_checkpoint(bad)
     save(run, 20, adapter)
     assert checkpoint.latest(run) == bad
 
@@ -158,20 +158,20 @@ def test_changed_bytes_of_the_same_length_are_noticed(run: str, adapter: Path) -
     uri = save(run, 10, adapter)
     model = f"{uri}/adapter/adapter_model.safetensors"
     storage.write_bytes_atomically(model, b"!" + storage.read_bytes(model)[1:])
-    for load in (checkpoint.load, checkpoint.fetch_adapter):
+    for load in (checkpoint.read_checkpoint, checkpoint.fetch_adapter):
         with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged"):
             load(uri)
 
 
 def test_missing_checkpoint_says_what_there_is(run: str, adapter: Path) -> None:
     with pytest.raises(ValueError, match=r"run/checkpoints/step-30 does not exist; complete ones beside it: none$"):
-        checkpoint.load(f"{run}/checkpoints/step-30")
+        checkpoint.read_checkpoint(f"{run}/checkpoints/step-30")
     for step in (20, 10):
         save(run, step, adapter)
     with pytest.raises(ValueError, match=r"step-30 does not exist; complete ones beside it: step-10, step-20$"):
         checkpoint.fetch_adapter(f"{run}/checkpoints/step-30")
     with pytest.raises(ValueError, match=r"elsewhere does not exist"):
-        checkpoint.load(f"{run}/elsewhere")
+        checkpoint.read_checkpoint(f"{run}/elsewhere")
 
 
 def test_prune_keeps_the_last_and_the_best(run: str, adapter: Path) -> None:
@@ -201,7 +201,7 @@ def test_async_saver_saves_what_was_given(run: str, adapter: Path) -> None:
             (adapter / "adapter_config.json").write_text("changed")
     assert names(run) == {"step-2", "step-3"}
     for step in (2, 3):
-        loaded = checkpoint.load(storage.join(run, "checkpoints", f"step-{step}"))
+        loaded = checkpoint.read_checkpoint(storage.join(run, "checkpoints", f"step-{step}"))
         assert loaded.state == {"step": step, "next_chunk": step}
         assert bool((loaded.optimizer["moment"] == step).all())
         assert (loaded.adapter / "adapter_config.json").read_text() == str(step)

@@ -17,7 +17,7 @@ from tests.support.checkpoints import build_blip, build_blip_2, build_clip
 from vladva.embed.actor import EmbeddingActor
 from vladva.embed.batching import PreparedBatch
 from vladva.models.dual_encoder_embedder import DualEncoder, describe_dual_encoder
-from vladva.models.dual_encoders import clip, families, find_family, is_dual_encoder
+from vladva.models.dual_encoders import clip, dual_encoder_families, find_family, is_dual_encoder
 from vladva.models.dual_encoders.blip import clean
 from vladva.models.embedder import load_embedder, load_lvlm
 from vladva.models.interface import Generates
@@ -137,7 +137,7 @@ def test_a_fingerprint_follows_the_version_of_the_family_and_not_its_source(
     assert describe_dual_encoder(checkpoints["clip"], "float32")["fingerprint"] == before
     monkeypatch.setattr(clip, "FAMILY", replace(clip.FAMILY, version=clip.FAMILY.version + 1))
     assert describe_dual_encoder(checkpoints["clip"], "float32")["fingerprint"] != before
-    assert all(find_family(name).version >= 1 for name in families())
+    assert all(find_family(name).version >= 1 for name in dual_encoder_families())
 
 
 def test_a_dual_encoder_embeds_and_does_not_generate(checkpoints: dict[str, str], tiny: str) -> None:

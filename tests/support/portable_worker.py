@@ -50,7 +50,7 @@ def half(rank: int, config: RunConfig, start: int) -> None:
     engine = build_engine(config, start)
     for group in engine.optimizer.param_groups:
         group["eps"] = EPSILON
-    saved = checkpoint.load(f"{config.uri}/checkpoints/step-{start}") if start else None
+    saved = checkpoint.read_checkpoint(f"{config.uri}/checkpoints/step-{start}") if start else None
     if saved:
         moments = engine.optimizer_state()
         assert moments.keys() == saved.optimizer.keys()

@@ -32,7 +32,7 @@ def end_of(storage: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str,
     """Adapter, optimizer and state after the last step."""
     from safetensors.torch import load_file
 
-    saved = checkpoint.load(str(storage / name / "checkpoints" / f"step-{worker.STEPS}"))
+    saved = checkpoint.read_checkpoint(str(storage / name / "checkpoints" / f"step-{worker.STEPS}"))
     return load_file(saved.adapter / "adapter_model.safetensors"), saved.optimizer, saved.state
 
 
@@ -63,6 +63,6 @@ def test_a_bfloat16_run_keeps_its_float32_weights(storage: Path) -> None:
 
 def test_the_comparison_tells_runs_apart(storage: Path) -> None:
     """Negative control: had the second half begun without the moments, the optimizer's state would differ as here."""
-    half = checkpoint.load(str(storage / "plain" / "checkpoints" / f"step-{worker.HALF}")).optimizer
+    half = checkpoint.read_checkpoint(str(storage / "plain" / "checkpoints" / f"step-{worker.HALF}")).optimizer
     whole = end_of(storage, "plain")[1]
     assert max(((half[key] - value).abs().max() / value.abs().max()).item() for key, value in whole.items()) > 0.1

@@ -13,13 +13,15 @@ The size is checked before any pixel is decoded. README's table says which forma
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import re
 import warnings
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vladva.core.errors import InvalidSampleError
 from vladva.core.image_repair import complete_jpeg, without_text_chunks
@@ -103,6 +105,33 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise _problem(error, data) from None
 
 
+def to_upright_rgb(image: Image.Image) -> Image.Image:
+    """An image that Pillow has opened, or made, as `decode_image` gives it. Raises InvalidSampleError.
+
+    One that was opened from a file gives the pixels of that file's bytes, whether or not they are loaded already.
+    """
+    _check_shape(image)
+    try:
+        depth = _depth(image)
+        upright = ImageOps.exif_transpose(image)
+        upright.info.update(image.info)
+        return _to_rgb(upright, depth)
+    except Exception as error:
+        raise _problem(error, b"") from None
+
+
+def from_data_uri(uri: str) -> bytes:
+    """The bytes of `data:image/...;base64,...`. Raises ValueError for any other form."""
+    header, comma, payload = uri.partition(",")
+    kind = header.lower()
+    if not comma or not kind.startswith("data:image/") or not kind.endswith(";base64"):
+        raise ValueError("an image is a base64 data: URI of an image type, data:image/png;base64,...")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("the image is not valid base64") from None
+
+
 def check_image(data: bytes, *, verify: bool, max_pixels: int = MAX_PIXELS) -> ImageFacts:
     """Upright size of an encoded image. Raises InvalidSampleError; `verify` decodes it, else the header is read."""
     with warnings.catch_warnings():
@@ -145,7 +174,14 @@ def _opened(data: bytes, max_pixels: int) -> tuple[Image.Image, bytes]:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as error:
         raise _problem(error, data) from None
+    _check_shape(image, max_pixels)
+    return image, data
+
+
+def _check_shape(image: Image.Image, max_pixels: int = MAX_PIXELS) -> None:
     width, height = image.size
+    if not width * height:
+        raise InvalidSampleError("zero pixels", f"the image has {width} x {height} pixels")
     if width * height > max_pixels:
         raise InvalidSampleError(
             "too many pixels", f"the image has {width} x {height} pixels; at most {max_pixels:,} are accepted"
@@ -154,7 +190,6 @@ def _opened(data: bytes, max_pixels: int) -> tuple[Image.Image, bytes]:
         raise InvalidSampleError(
             "extreme shape", f"the image has {width} x {height} pixels; a side is at most {MAX_RATIO} times the other"
         )
-    return image, data
 
 
 def _problem(error: Exception, data: bytes) -> InvalidSampleError:

@@ -216,7 +216,7 @@ def _delete(uri: str) -> None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def load(checkpoint_uri: str) -> Checkpoint:
+def read_checkpoint(checkpoint_uri: str) -> Checkpoint:
     """Read a checkpoint. The adapter of one that is not on a local disk is in a new temporary folder.
 
     Raises ValueError if the checkpoint is missing, half-written or damaged.
@@ -228,7 +228,7 @@ def load(checkpoint_uri: str) -> Checkpoint:
 
 
 def fetch_adapter(checkpoint_uri: str) -> Path:
-    """Local folder with the adapter of a checkpoint, without fetching its optimizer; errors as in `load`."""
+    """Local folder with the adapter of a checkpoint, without fetching its optimizer; errors as in `read_checkpoint`."""
     return _fetch(checkpoint_uri, (ADAPTER,))[1] / ADAPTER
 
 

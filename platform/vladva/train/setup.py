@@ -33,10 +33,10 @@ def build_engine(config: RunConfig, start: int) -> Engine:
     """The engine of a run after `start` steps, with all that its checkpoint holds, from whatever W and ZeRO stage."""
     engine = Engine(build_trained_model(config, start), config)
     if start:
-        saved = checkpoint.load(checkpoint_uri(config, start))
+        saved = checkpoint.read_checkpoint(checkpoint_uri(config, start))
         engine.load_optimizer_state(saved.optimizer, start)
     elif config.init_from:
-        engine.load_weights(checkpoint.load(config.init_from).optimizer)
+        engine.load_weights(checkpoint.read_checkpoint(config.init_from).optimizer)
     return engine
 
 
@@ -52,7 +52,7 @@ def build_trained_model(config: RunConfig, start: int) -> EmbeddingModel:
     values = {name: scalar.start for name, scalar in scalars.items()}
     saved = checkpoint_uri(config, start) if start else config.init_from
     if saved:
-        state = checkpoint.load(saved).state
+        state = checkpoint.read_checkpoint(saved).state
         # A new run begins with what was learned; a temperature that is fixed is its own.
         kept = [name for name in values if start or scalars[name].learned]
         values |= {name: state.get(name, values[name]) for name in kept}

@@ -32,7 +32,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaConfig, VipLlava
 from tests.support.families import CLIP, CLIP_IMAGES, LLAVA_CHAT, TEXT, tokenizer_of, write
 from vladva.config import ModelConfig
 from vladva.models.adapter import add_adapter
-from vladva.models.backbones import families, find_backbone
+from vladva.models.backbones import backbone_families, find_backbone
 from vladva.models.embedder import load_lvlm
 from vladva.models.embedding_model import EmbeddingModel
 from vladva.models.preprocessor import Preprocessor
@@ -54,7 +54,7 @@ model.requires_grad_(False)
 add_adapter(model, ModelConfig(checkpoint=folder, lora_rank=2))
 vectors = np.concatenate([embedder.embed_texts(["a dog"]), embedder.embed_images([image])])
 print(json.dumps({
-    "known": "vipllava" in families(), "vectors": (vectors @ vectors.T).tolist(),
+    "known": "vipllava" in backbone_families(), "vectors": (vectors @ vectors.T).tolist(),
     "answer": "".join(embedder.generate(ask, [image], max_tokens=4)),
     "trained": sum("lora_A" in name for name, p in model.named_parameters() if p.requires_grad),
     "frozen": find_backbone("vipllava").__dataclass_params__.frozen,

@@ -32,7 +32,7 @@ SIZES = [(64, 64), (100, 40), (40, 150), (333, 17)]  # (width, height)
 
 
 def test_every_lvlm_has_a_checkpoint_here() -> None:
-    assert set(backbones.families()) == set(families.BUILDERS)
+    assert set(backbones.backbone_families()) == set(families.BUILDERS)
 
 
 @pytest.fixture(scope="module", params=list(families.BUILDERS))

@@ -102,15 +102,15 @@ def first_layers(multimodal: Any, layer: int) -> Any:
 # ------------------------------------------------------------------------------------------------------------ finding
 
 
-def families() -> list[str]:
+def backbone_families() -> list[str]:
     """The `model_type`s that there are backbones for."""
     return sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
 
 
 def find_backbone(model_type: str) -> Backbone:
     """The backbone of a family. Raises ValueError where there is none."""
-    if model_type not in families():
-        raise ValueError(f"there is no backbone for {model_type!r} models; vladva has {', '.join(families())}")
+    if model_type not in backbone_families():
+        raise ValueError(f"there is no backbone for {model_type!r} models; vladva has {', '.join(backbone_families())}")
     return import_module(f"{__name__}.{model_type}").BACKBONE
 
 

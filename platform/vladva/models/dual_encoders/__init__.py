@@ -81,7 +81,7 @@ class DualEncoderFamily(ABC):
         return None
 
 
-def families() -> list[str]:
+def dual_encoder_families() -> list[str]:
     """The names of the families, which are those of their files."""
     return sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
 
@@ -98,7 +98,7 @@ def family_name(checkpoint: str) -> str | None:
         return None  # `backbone_of` says what is wrong with it
     architecture = (config.architectures or [""])[0]
     name = OWN_CODE.get(architecture, config.model_type).replace("-", "_")
-    return name if name in families() else None
+    return name if name in dual_encoder_families() else None
 
 
 def find_family(name: str) -> DualEncoderFamily:

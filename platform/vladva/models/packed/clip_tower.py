@@ -16,10 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vladva.models.packed.cpu_linear import CPU_TOKENS, in_threads, joined_linear, linear_residual, mlp_residual
 
 
-def with_packed_tower(model: Any) -> Any:
-    """A view of a LLaVA of transformers with a packed vision tower; a model with another kind of tower as it is."""
-    if model.config.vision_config.model_type != "clip_vision_model":
-        return model
+def with_packed_clip_tower(model: Any) -> Any:
+    """A view of a LLaVA with a packed vision tower; it shares every weight with the original."""
     asked = model.config.vision_feature_layer
     view = copy.copy(model)
     view._modules = dict(model._modules)

@@ -1,7 +1,4 @@
-"""Decoder: what the two packed forwards share: which models they can run, how a layer is built, and image features.
-
-K image tokens, D width.
-"""
+"""Decoder: what the two packed forwards share: which models they can run, and how a layer of these is built."""
 
 from __future__ import annotations
 
@@ -16,8 +13,6 @@ if TYPE_CHECKING:
 
     from vladva.config import RunConfig
     from vladva.models.backbones import Backbone
-
-TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a Hugging Face model; the others are of images
 
 
 class LinearLayer(Protocol):
@@ -104,12 +99,3 @@ def packing_unsupported(backbone: Backbone, text: PreTrainedConfig, config: RunC
     if config.train.zero_stage == 3:
         return "ZeRO-3"
     return decoder_unsupported(backbone, text)
-
-
-def image_features(vision: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Features [K, D] of the K image tokens of all images.
-
-    vision: a Hugging Face model, or a view of one (clip_tower.py). inputs: what that model takes.
-    """
-    of_images = {name: value for name, value in inputs.items() if name not in TEXT_INPUTS}
-    return torch.cat(list(vision.get_image_features(**of_images).pooler_output))

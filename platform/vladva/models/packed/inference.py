@@ -12,7 +12,7 @@
 5. On a CPU every thread has groups of its own, small enough for its cache: threads need not wait for each other after
    every operation.
 
-The vision tower sees all images of a call at once, whatever the groups are (a CLIP: clip_tower.py).
+The vision tower sees all images of a call at once, whatever the groups are (towers.py).
 
 B prompts, T tokens of the longest, N packed tokens, D width, H heads, K key-value heads, d width of a head.
 """
@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
-from vladva.models.packed.clip_tower import with_packed_tower
 from vladva.models.packed.cpu_linear import (
     CPU_TOKENS,
     in_threads,
@@ -34,9 +33,10 @@ from vladva.models.packed.cpu_linear import (
     rms_norm_linear,
     rms_norm_swiglu,
 )
-from vladva.models.packed.decoder import Decoder, DecoderLayer, decoder_unsupported, image_features
+from vladva.models.packed.decoder import Decoder, DecoderLayer, decoder_unsupported
 from vladva.models.packed.packing import Packed, groups, pack
 from vladva.models.packed.rope import RotaryEmbedding, Rotation, SharedRotaryEmbedding
+from vladva.models.packed.towers import image_features, with_packed_tower
 
 if TYPE_CHECKING:
     import numpy as np

@@ -30,10 +30,10 @@ from vladva.models.packed.autograd_ops import (
     rms_norm,
     swiglu,
 )
-from vladva.models.packed.clip_tower import with_packed_tower
-from vladva.models.packed.decoder import Decoder, DecoderLayer, LinearLayer, image_features, packing_unsupported
+from vladva.models.packed.decoder import Decoder, DecoderLayer, LinearLayer, packing_unsupported
 from vladva.models.packed.packing import Packed, groups, pack, round_up
 from vladva.models.packed.rope import RotaryEmbedding
+from vladva.models.packed.towers import image_features, with_packed_tower
 
 if TYPE_CHECKING:
     from vladva.config import RunConfig
