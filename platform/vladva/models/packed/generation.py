@@ -19,12 +19,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vladva.models.batch import as_tensors
-from vladva.models.packed.clip_tower import with_packed_tower
 from vladva.models.packed.cpu_linear import keep_freed_memory
-from vladva.models.packed.decoder import image_features
 from vladva.models.packed.kv_cache import CacheBlock, KeyValueCache, Slot
 from vladva.models.packed.packing import round_up
 from vladva.models.packed.row_linear import SharedDecoder
+from vladva.models.packed.towers import image_features, with_packed_tower
 
 if TYPE_CHECKING:
     from vladva.models.batch import Pixels
