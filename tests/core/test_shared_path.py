@@ -85,6 +85,6 @@ def test_through_ray(two_nodes: None, tmp_path: Path, monkeypatch: pytest.Monkey
 
     there = shared_path._existing("--data", str(tmp_path / "data"))
     monkeypatch.setattr(shared_path, "_existing", lambda field, uri: there._replace(size=5))
-    with pytest.raises(ValueError, match=r"--data .* is not the same on every node: 10\.0\.0\.2 does not see"):
+    with pytest.raises(ValueError, match=r"--data .* is not the same on every node: .* not seen on 10\.0\.0\.2 "):
         check_paths(reads=[("--data", str(tmp_path / "data"))], writes=[("--out", str(tmp_path / "out"))])
     assert [path.name for path in tmp_path.iterdir()] == ["data"]

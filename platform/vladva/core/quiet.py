@@ -19,10 +19,7 @@ VARIABLES = {
 }
 """Read by the libraries when they are imported: to be set before, in the driver and in what it starts."""
 
-DRIVER_VARIABLES = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_BACKEND_LOG_LEVEL": "error",  # "core_worker.cc ... max_restarts > 0"
-}
+DRIVER_VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 LOGGERS = ("ray._private.authentication.authentication_token_setup",)
 """Announces at every start that its default is on."""

@@ -139,8 +139,8 @@ def _ask(nodes: Mapping[str, str], probes: list[Probe]) -> list[str]:
         probe = probes[number]
         advice = "check that node's keys and endpoint" if probe.file.startswith("s3://") else ADVICE
         troubles.append(
-            f"{probe.field} {probe.uri!r} is not the same on every node: {', '.join(sorted(addresses))} "
-            f"does not see what the driver sees there ({reasons[number]}); {advice}"
+            f"{probe.field} {probe.uri!r} is not the same on every node: what the driver sees there is not seen on "
+            f"{', '.join(sorted(addresses))} ({reasons[number]}); {advice}"
         )
     return troubles
 

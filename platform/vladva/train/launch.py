@@ -7,6 +7,7 @@ a run that was interrupted, and does nothing for one that is complete.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterable
@@ -102,6 +103,9 @@ def user_error(failures: Iterable[BaseException], config: RunConfig) -> ValueErr
     return None
 
 
+GROUP_STARTS_WITHIN_S = 30  # of an elastic run: Ray's 60 are a minute lost with every node, before it tries with fewer
+
+
 def make_trainer(config: RunConfig) -> TorchTrainer:
     """Ray's trainer of a run: workers that it starts again, as many as there are machines for, when one is lost."""
     import ray.train
@@ -112,6 +116,8 @@ def make_trainer(config: RunConfig) -> TorchTrainer:
 
     filesystem, path = storage.open_storage(storage.join(config.uri, "ray"))
     cluster = config.cluster
+    if cluster.min_workers:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(GROUP_STARTS_WITHIN_S))
     # Ray Train asks torch for devices before the loop can hide them.
     hidden = {} if cluster.gpus_per_worker else {"env_vars": NO_GPU}
     workers = (cluster.min_workers, cluster.workers) if cluster.min_workers else cluster.workers

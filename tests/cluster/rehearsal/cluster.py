@@ -27,6 +27,9 @@ NODE_CPUS = 4  # that each worker says it has
 WITHIN = {"ray up": 300.0, "nodes": 120.0, "job": 600.0, "checkpoint": 240.0, "end": 180.0}  # seconds
 
 
+LAUNCHER = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+\s+\w+ \w+\.py:\d+ -- |Running entrypoint for job ")
+
+
 class StepError(AssertionError):
     """A step did not show what it should; the text says what was seen."""
 
@@ -40,7 +43,17 @@ class Job:
 
     @property
     def output(self) -> str:
-        return self.log.read_text(errors="replace")
+        """What the job itself said, without the lines of `ray job submit` around it."""
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text(errors="replace")).splitlines()
+        return "\n".join(line for line in lines if line.strip() and not LAUNCHER.match(line))
+
+    @property
+    def name(self) -> str:
+        """Ray's id of it."""
+        match = re.search(r"raysubmit_\w+", self.log.read_text(errors="replace"))
+        if match is None:
+            raise StepError(f"not submitted: {self.log.read_text(errors='replace')[-2000:]}")
+        return match[0]
 
     def wait(self, timeout: float = WITHIN["job"]) -> int:
         return self.process.wait(timeout)
@@ -104,12 +117,22 @@ class Cluster:
             raise StepError(f"{command}: exit status {done.returncode}, not {status}: {done.stdout[-4000:]}")
         return done.stdout
 
-    def nodes(self) -> dict[str, str]:
-        """Address -> state, of the nodes that Ray knows, as the laptop's user sees them."""
+    def listed(self) -> list[dict[str, Any]]:
+        """What `ray list nodes` tells on the head."""
         shown = self.machines.head.run("RAY_AUTH_MODE=token ray list nodes --format json --limit 100", timeout=60)
         match = re.search(r"^\[.*\]", shown.stdout, re.MULTILINE | re.DOTALL)
+        return json.loads(match.group()) if match else []
+
+    def node_id(self, host: Host) -> str:
+        """Ray's id of a host that is alive."""
+        return next(
+            node["node_id"] for node in self.listed() if node["node_ip"] == host.address and node["state"] == "ALIVE"
+        )
+
+    def nodes(self) -> dict[str, str]:
+        """Address -> state, of the nodes that Ray knows."""
         states: dict[str, str] = {}
-        for node in json.loads(match.group()) if match else []:
+        for node in self.listed():
             if node["state"] == "ALIVE" or node["node_ip"] not in states:
                 states[node["node_ip"]] = node["state"]
         return states

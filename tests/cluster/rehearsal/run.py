@@ -21,6 +21,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).parents[3]
 sys.path[:0] = [str(PROJECT), str(PROJECT / "platform")]
@@ -92,7 +93,7 @@ def compile_op() -> None:
     )  # fmt: skip
 
 
-def report(rows: list[dict[str, object]], faults: list[str], figures: dict[str, object], seconds: float) -> int:
+def report(rows: list[dict[str, Any]], faults: list[str], figures: dict[str, Any], seconds: float) -> int:
     """Print what was run and what came of it; returns the exit status."""
     audits = figures.get("samples", [])
     lost = sum(each["missing"] for each in audits) + figures.get("items_lost", 0)
