@@ -25,15 +25,17 @@ from serve.deployments.client import Backend
 from serve.deployments.embedding import Discriminative
 from serve.deployments.generation import Generative
 from serve.protocol import proxy_errors
-from serve.protocol.auth_and_limits import AuthAndLimits, key_digest
+from serve.protocol.auth import Auth, key_digest
+from serve.protocol.bodies import BoundedBodies
 from serve.protocol.errors import LastResort, handle_errors
-from serve.routes import chat, embeddings, index_changes, scores, search, status
+from serve.protocol.forgiving import Forgiving, with_origins
+from serve.routes import chat, cohere, embeddings, index_changes, scores, search, status
 
 logger = logging.getLogger(__name__)
 
 API_KEYS = "VLADVA_API_KEYS"  # environment variable: keys, separated by commas
 WRITE_KEYS = "VLADVA_WRITE_KEYS"  # the same: keys that may change the index as well, which the others then may not
-ROUTES = (status, embeddings, search, index_changes, scores, chat)
+ROUTES = (status, embeddings, search, index_changes, scores, cohere, chat)
 INGRESS_REQUESTS = 1000
 START_S = 600
 
@@ -57,11 +59,13 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application, made in the replica."""
-        app = FastAPI(title="vladva", docs_url=None, redoc_url=None)
+        app = FastAPI(title="vladva", docs_url=None, redoc_url=None, redirect_slashes=False)
         for noun in ROUTES:
             app.include_router(noun.routes(self.backend))
         handle_errors(app)
-        return LastResort(AuthAndLimits(app, self.key_digests, self.args.max_body_bytes, self.write_digests))
+        bounded = BoundedBodies(app, self.args.body_limits)
+        guarded = LastResort(Auth(bounded, self.key_digests, self.write_digests))
+        return Forgiving(with_origins(guarded, self.args.cors_origins))
 
 
 def build(args: ServeArgs) -> Application:

@@ -1,11 +1,14 @@
 """Config: what can be set when the application starts; every field is an argument of `serve run serve.app:build`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from serve.protocol.bodies import BodyLimits
 from serve.protocol.items import Limits
+
+SILENT_BODY_S = 10.0  # a client that sends nothing for so long has gone
 
 
 class ServeArgs(BaseModel):
@@ -37,6 +40,10 @@ class ServeArgs(BaseModel):
     max_body_bytes: int = Field(64 << 20, ge=1)
     max_image_bytes: int = Field(20 << 20, ge=1)
     max_image_pixels: int = Field(50_000_000, ge=1)
+    body_s: float = Field(60, gt=0, description="how long a request's body may take to arrive")
+    cors_origins: tuple[str, ...] = Field(
+        (), description="web origins whose pages may call, separated by commas: https://a.example,https://b.example; *"
+    )
     deadline_s: float = Field(120, gt=0, description="when a request is answered 408 and its work cancelled")
 
     @field_validator("model", "index")
@@ -51,6 +58,12 @@ class ServeArgs(BaseModel):
                 raise ValueError(f"there is no {place}; give an existing folder, or a URI such as s3://bucket/run")
         return place
 
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def separated(cls, origins: Any) -> Any:
+        """A command line has no lists."""
+        return [one.strip() for one in origins.split(",") if one.strip()] if isinstance(origins, str) else origins
+
     @model_validator(mode="after")
     def replicas_in_order(self) -> "ServeArgs":
         """`min_replicas` is at most `max_replicas`."""
@@ -62,6 +75,11 @@ class ServeArgs(BaseModel):
     def limits(self) -> Limits:
         """Caps on what one request may carry."""
         return Limits(self.max_items, self.max_image_bytes, self.max_image_pixels)
+
+    @property
+    def body_limits(self) -> BodyLimits:
+        """What a body may take."""
+        return BodyLimits(self.max_body_bytes, self.body_s, min(self.body_s, SILENT_BODY_S))
 
     @property
     def index_name(self) -> str | None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -13,7 +13,7 @@ from serve.config import ServeArgs
 from serve.deployments.embedding import ItemEmbedding
 from serve.deployments.served_models import Served
 from serve.protocol.errors import ApiError, Failure
-from serve.protocol.items import EmbedItem
+from serve.protocol.items import EmbedItem, Limits
 
 CALL_ATTEMPTS = 3
 DESCRIBE_S = 30.0
@@ -54,7 +54,7 @@ async def call(method: DeploymentHandle, *args: Any, deadline_s: float) -> Any:
     raise AssertionError("the last attempt returns or raises")
 
 
-async def stream(method: DeploymentHandle, *args: Any, deadline_s: float) -> AsyncIterator[Any]:
+async def stream(method: DeploymentHandle, *args: Any, deadline_s: float) -> AsyncGenerator[Any, None]:
     """What a generator method yields; cancelled when the caller stops listening or the time is up.
 
     Raises ApiError for what the method refuses, 408, 429 and 503. Not tried again: part of the answer may be out.
@@ -91,6 +91,11 @@ class Backend:
             description = await call(self.discriminative.describe, deadline_s=DESCRIBE_S)
             self._served = Served.of(self.args.model, self.args.name, description)
         return self._served
+
+    async def limits(self) -> Limits:
+        """Caps on what a request may carry, those of the model included."""
+        description = (await self.served()).description
+        return self.args.limits.of_model(description["context"], cuts=description["cuts"])
 
     async def call(self, method: str, *args: Any) -> Any:
         """The result of a method of the discriminative deployment."""

@@ -72,7 +72,12 @@ class Discriminative:
 
     async def describe(self) -> dict[str, Any]:
         """What the embedder says of itself; the constructor has embedded something by then."""
-        return self.embedder.description()
+        return {**self.embedder.description(), "context": self.context, "cuts": False}
+
+    async def costs(self, items: list[EmbedItem]) -> list[tuple[int, int] | Failure]:
+        """(tokens, cost in a batch) of each item, with a `Failure` in the place of a bad one."""
+        counted = await asyncio.get_running_loop().run_in_executor(self.token_thread, self.count, items)
+        return [one if isinstance(one, Failure) else (one.tokens, one.cost) for one in counted]
 
     async def embed(self, items: list[EmbedItem]) -> list[ItemEmbedding | Failure] | Failure:
         """Embeddings of the items, in order, with a `Failure` in the place of a bad one."""
@@ -140,12 +145,23 @@ class Discriminative:
             return Work(item, tokens, max(tokens, item.pixels // PIXELS_PER_TOKEN))
         try:
             [tokens] = self.embedder.count_text_tokens([item.text])
+            while tokens > self.context and item.truncate != "none":
+                item = replace(item, text=self.shorter(item.text, tokens - self.context, item.truncate))
+                [tokens] = self.embedder.count_text_tokens([item.text])
         except ValueError as error:
             return Failure(422, str(error), "invalid_value")
         if tokens > self.context:
             message = f"the text takes {tokens:,} tokens with its prompt; the model takes {self.context:,}"
             return Failure(422, message, "context_length_exceeded")
         return Work(item, tokens, tokens)
+
+    def shorter(self, text: str, tokens: int, side: str) -> str:
+        """A text without its first (`start`) or last (`end`) tokens; the prompt around it stays whole."""
+        encoded = self.embedder.preprocessor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        places = encoded["offset_mapping"]
+        if tokens >= len(places):
+            raise ValueError("the model's context is shorter than its prompt")
+        return text[places[tokens][0] :] if side == "start" else text[: places[-tokens][0]]
 
     @serve.batch(max_batch_size=1, batch_size_fn=batch_cost)  # the constructor sets size and wait
     async def embed_batched(self, work: list[Work]) -> list[ItemEmbedding | Failure]:

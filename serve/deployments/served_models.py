@@ -33,8 +33,12 @@ class Served:
         return self.adapter or self.base
 
     def check_embedding(self, asked: str | None) -> str:
-        """The model that embeds. Raises ApiError where another is asked for."""
-        if asked not in (None, self.embedding_model):
+        """The model that embeds. Raises ApiError where another is asked for.
+
+        NAME-query and NAME-passage are names of it too, for clients whose only option is the model.
+        """
+        names = [f"{self.embedding_model}{side}" for side in ("", "-query", "-passage")]
+        if asked is not None and asked not in names:
             raise self.unknown(asked, [self.embedding_model])
         return self.embedding_model
 

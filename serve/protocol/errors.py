@@ -5,7 +5,7 @@ its log for everything raised in a replica; inside the ingress `ApiError` carrie
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any
@@ -13,7 +13,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("ray.serve")
@@ -26,6 +28,29 @@ TYPES = {
     429: "rate_limit_error",
 }
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
+SHOWN_CHARACTERS = 500  # of a message: a client's own field names and model names may be of any length
+
+
+class ErrorBody(BaseModel):
+    """What went wrong: text for people, its kind, the field it is about, and a code for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorReply(BaseModel):
+    """The body of every reply that is not a success."""
+
+    error: ErrorBody
+
+
+# What OpenAPI says of every route.
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorReply, "description": HTTPStatus(status).phrase}
+    for status in (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +65,8 @@ class Failure:
     def body(self) -> dict[str, Any]:
         """The value of `error` in the reply."""
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        param = None if self.param is None else printable(self.param)
+        return {"message": printable(self.message), "type": kind, "param": param, "code": self.code}
 
     def with_param(self, param: str) -> "Failure":
         """The same refusal, naming the field it is about."""
@@ -60,6 +86,12 @@ class ApiError(Exception):
         return cls(failure.status, failure.message, failure.code, failure.param)
 
 
+def printable(text: str) -> str:
+    """Text that any JSON encoder takes, cut where nobody reads on: half a surrogate pair is no character."""
+    shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+    return shown.encode("utf-8", "replace").decode()
+
+
 INTERNAL = Failure(500, "internal error; the log has the details under this x-request-id", "internal_error")
 
 
@@ -77,33 +109,31 @@ def handle_errors(app: FastAPI) -> None:
         return reply(error.failure)
 
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
-        code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+        code = code_of(error.status_code)
         message = f"{request.method} {request.url.path}: {error.detail}"
         return reply(Failure(error.status_code, message, code), error.headers)
 
     async def on_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
-        return reply(validation_failure(error.errors()))
+        errors = [{**one, "loc": one["loc"][1:]} for one in error.errors()]  # without "query", "path"
+        return reply(validation_failure(errors))
 
-    async def on_exception(_: Request, error: Exception) -> JSONResponse:
-        return reply(INTERNAL)
-
-    app.add_exception_handler(ApiError, on_api_error)
-    app.add_exception_handler(HTTPException, on_http_error)
-    app.add_exception_handler(RequestValidationError, on_validation_error)
-    app.add_exception_handler(Exception, on_exception)
+    app.exception_handler(ApiError)(on_api_error)
+    app.exception_handler(HTTPException)(on_http_error)
+    app.exception_handler(RequestValidationError)(on_validation_error)
 
 
-def validation_failure(errors: list[dict[str, Any]]) -> Failure:
+def code_of(status: int) -> str:
+    """A status as a code: 404 is `not_found`."""
+    return HTTPStatus(status).phrase.lower().replace(" ", "_").replace("-", "_")
+
+
+def validation_failure(errors: Sequence[Mapping[str, Any]]) -> Failure:
     """Name the field that is wrong and what would be accepted; never echo what was sent.
 
     Of the alternatives of a union, pydantic reports every one; the deepest is the one the caller meant.
     """
     error = max(errors, key=lambda error: len(error["loc"]))
-    if error["type"] == "json_invalid":
-        return Failure(400, f"the body is not JSON: {error['ctx']['error']}", "invalid_json")
-    parts = [
-        f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"][1:] if not _is_union_tag(part)
-    ]
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"] if not _is_union_tag(part)]
     field = "".join(parts).removeprefix(".") or "body"
     message = error["msg"].removeprefix("Value error, ")
     return Failure(422, f"{field}: {message}", "invalid_value", field)
@@ -132,6 +162,8 @@ class LastResort:
             await self.app(scope, receive, watched_send)
         except ApiError as error:
             await reply(error.failure)(scope, receive, send)
+        except ClientDisconnect:  # nobody is there to be answered, and it is no fault of ours
+            logger.debug("a client left while it sent %s", scope["path"])
         except Exception:
             logger.exception("unhandled error on %s", scope["path"])
             if not started:

@@ -1,23 +1,70 @@
-"""Images: from what a client sends (`data:` URIs only) to bytes that look like an image, nothing decoded yet.
+"""Images: from what a client sends (a `data:` URI, or its base64 alone) to bytes that look like an image.
 
-Nothing is ever fetched: a server that reads URLs or files for its callers can be made to read what they must not see
-(vLLM: CVE-2025-6242, CVE-2026-24779).
+Nothing is decoded yet, and nothing is ever fetched: a server that reads URLs or files for its callers can be made to
+read what they must not see (vLLM: CVE-2025-6242, CVE-2026-24779).
 """
 
+import base64
+import binascii
+import re
+from urllib.parse import unquote_to_bytes
+
 from vladva.core.errors import InvalidSampleError
-from vladva.core.images import check_image, from_data_uri
+from vladva.core.images import check_image
+
+DATA_URI = re.compile(r"\s*data:image/", re.IGNORECASE)
+SPACE = b" \t\r\n\f"
+SCHEME = re.compile(r"\s*([a-zA-Z][a-zA-Z0-9+.-]*):")
 
 
-def parse_data_uri(uri: str, max_bytes: int) -> bytes:
-    """The bytes of `data:image/...;base64,...`. Raises ValueError for every other scheme, encoding, or size."""
-    scheme, _, rest = uri.partition(":")
-    if scheme.lower() in ("http", "https"):
+def is_data_uri(text: str) -> bool:
+    """Whether a text is an image rather than words."""
+    return DATA_URI.match(text) is not None
+
+
+def parse_image_bytes(sent: str, max_bytes: int) -> bytes:
+    """The bytes of `data:image/...;base64,...`, or of the base64 alone. Raises ValueError for anything else."""
+    scheme = SCHEME.match(sent)
+    if scheme is None:
+        return decode_base64(sent, max_bytes)
+    if scheme[1].lower() in ("http", "https"):
         raise ValueError("remote URLs are off on this server; send the image as a data: URI")
-    if scheme.lower() != "data":
+    if scheme[1].lower() != "data":
         raise ValueError("an image is a data: URI, data:image/png;base64,...")
-    if len(rest.partition(",")[2]) * 3 // 4 > max_bytes + 2:
+    comma = sent.find(",", 0, 1000)
+    header = sent[:comma].strip().lower()
+    if comma < 0 or not header.startswith("data:image/") or not header.endswith(";base64"):
+        raise ValueError("an image is a base64 data: URI of an image type, data:image/png;base64,...")
+    return decode_base64(sent[comma + 1 :], max_bytes)
+
+
+def decode_base64(text: str, max_bytes: int) -> bytes:
+    """The bytes of base64 as people write it: in lines, percent-encoded, without padding, or URL-safe.
+
+    Raises ValueError for what could mean two things: both alphabets in one text, or padding that is not at the end.
+    """
+    if len(text) * 3 // 4 > 2 * max_bytes + 2:  # half of it may be line breaks, not more
         raise ValueError(f"the image is larger than {max_bytes:,} bytes")
-    return from_data_uri(uri)
+    refusal = ValueError("the image is not valid base64: send data:image/png;base64,... or the base64 alone")
+    try:
+        letters = text.encode("ascii")
+    except UnicodeEncodeError:
+        raise refusal from None
+    if b"%" in letters:
+        letters = unquote_to_bytes(letters)
+    letters = letters.translate(None, SPACE)
+    url_safe = b"-" in letters or b"_" in letters
+    if url_safe and (b"+" in letters or b"/" in letters):
+        raise refusal
+    bare = letters.rstrip(b"=")
+    if len(letters) - len(bare) > 2 or len(bare) % 4 == 1:
+        raise refusal
+    if len(bare) * 3 // 4 > max_bytes:
+        raise ValueError(f"the image is larger than {max_bytes:,} bytes")
+    try:
+        return base64.b64decode(bare + b"=" * (-len(bare) % 4), b"-_" if url_safe else None, validate=True)
+    except (binascii.Error, ValueError):
+        raise refusal from None
 
 
 def image_size(data: bytes, max_pixels: int) -> tuple[int, int]:

@@ -1,14 +1,20 @@
 """Proxy: gives the errors that Serve's HTTP proxy answers by itself, as plain text, the one shape too.
 
+There are two kinds: those of Serve, which pass a middleware, and a request that is not HTTP, which uvicorn answers
+before any middleware sees it.
+
 Serve loads `middlewares` into every proxy where the environment of its controller says
 RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.protocol.proxy_errors:middlewares. `serve.app.start` sets it.
 """
 
+import uuid
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serve.protocol.errors import INTERNAL, Failure, reply
 
@@ -22,7 +28,19 @@ FAILURES = {
 
 def middlewares() -> list[Middleware]:
     """What Serve puts around its proxy."""
+    H11Protocol.send_400_response = refuse_connection  # type: ignore[method-assign, assignment]
+    HttpToolsProtocol.send_400_response = refuse_connection  # type: ignore[method-assign, assignment]
     return [Middleware(OneShape)]
+
+
+def refuse_connection(protocol: "H11Protocol | HttpToolsProtocol", message: str) -> None:
+    """Answer what is not HTTP, and hang up. `message` is uvicorn's own, and the same for everything."""
+    failure = Failure(400, "the request is not valid HTTP", "invalid_http")
+    response = reply(failure, {"x-request-id": str(uuid.uuid4()), "connection": "close"})
+    lines = [b"HTTP/1.1 400 Bad Request", *(name + b": " + value for name, value in response.raw_headers)]
+    if not protocol.transport.is_closing():
+        protocol.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
+        protocol.transport.close()
 
 
 class OneShape:

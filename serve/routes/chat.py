@@ -3,7 +3,7 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -12,21 +12,23 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from serve.deployments.client import Backend, stream
 from serve.deployments.generation import Conversation, Finished, Sampling, Started
+from serve.protocol.bodies import off_loop
 from serve.protocol.errors import INTERNAL, ApiError, Failure, logger
-from serve.protocol.items import EmbedItem, Limits, parse_image
-from serve.protocol.schema import ChatRequest, Message
+from serve.protocol.items import EmbedItem, Limits, parse_image, too_long
+from serve.protocol.json_route import json_router
+from serve.protocol.schema import PART_FIELDS, ChatRequest, Message
 
 
 def routes(backend: Backend) -> APIRouter:
     """The route that answers conversations."""
-    router = APIRouter()
+    router = json_router()
 
     @router.post("/v1/chat/completions")
     async def chat(body: ChatRequest) -> Response:
         for name in body.unsupported():
             raise ApiError(422, f"{name}: this server does not support it", "unsupported", name)
         model, adapter = (await backend.served()).check_generation(body.model)
-        conversation = parse_conversation(body.messages, backend.args.limits)
+        conversation = await off_loop(parse_conversation, body.messages, await backend.limits())
         max_tokens = body.max_completion_tokens or body.max_tokens
         sampling = Sampling(max_tokens, body.temperature, body.top_p, body.seed, body.stop, adapter)
         answer = stream(backend.generative.answer, conversation, sampling, deadline_s=backend.args.deadline_s)
@@ -43,22 +45,18 @@ def routes(backend: Backend) -> APIRouter:
     return router
 
 
-async def completion(head: dict[str, Any], started: Started, answer: AsyncIterator[Any]) -> dict[str, Any]:
+async def completion(head: dict[str, Any], started: Started, answer: AsyncGenerator[Any, None]) -> dict[str, Any]:
     """The whole answer as one object."""
-    text, finished = "", None
     async with aclosing(answer):
-        async for event in answer:
-            if isinstance(event, Finished):
-                finished = event
-            else:
-                text += event
+        *pieces, finished = [event async for event in answer]
+    text = "".join(pieces)
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finished.reason}
     return {**head, "object": "chat.completion", "choices": [choice], "usage": usage(started, finished)}
 
 
 async def server_sent_events(
-    head: dict[str, Any], started: Started, answer: AsyncIterator[Any], include_usage: bool
+    head: dict[str, Any], started: Started, answer: AsyncGenerator[Any, None], include_usage: bool
 ) -> AsyncIterator[str]:
     """The answer in OpenAI's chunks. A later error is a chunk of its own, and `[DONE]` does not follow it."""
     head = {**head, "object": "chat.completion.chunk"}
@@ -99,15 +97,18 @@ def usage(started: Started, finished: Finished) -> dict[str, int]:
 
 def parse_conversation(messages: list[Message], limits: Limits) -> Conversation:
     """The conversation in Hugging Face's form. Raises ApiError for a bad image, naming its part."""
+    texts = [part.words for message in messages for part in message.parts() if part.is_text]
+    if (length := sum(map(len, texts))) > limits.text_characters:
+        raise ApiError.of(too_long(length, limits).with_param("messages"))
     turns: list[dict[str, Any]] = []
     images: list[EmbedItem] = []
     for i, message in enumerate(messages):
         content = []
         for j, part in enumerate(message.parts()):
-            if part.image_url is None or part.type == "text":
-                content.append({"type": "text", "text": part.text})
+            if part.is_text:
+                content.append({"type": "text", "text": part.words})
                 continue
-            picture = parse_image(part.image_url.url, f"messages[{i}].content[{j}].image_url", limits)
+            picture = parse_image(part.image_data, f"messages[{i}].content[{j}].{PART_FIELDS[part.type]}", limits)
             if isinstance(picture, Failure):
                 raise ApiError.of(picture)
             content.append({"type": "image"})
@@ -116,4 +117,4 @@ def parse_conversation(messages: list[Message], limits: Limits) -> Conversation:
     if sum(picture.pixels for picture in images) > limits.image_pixels:
         text = f"messages: the images have more than {limits.image_pixels:,} pixels together"
         raise ApiError(422, text, "invalid_image", "messages")
-    return Conversation(turns, [picture.image for picture in images], [picture.size for picture in images])
+    return Conversation(turns, [one.image for one in images if one.image], [one.size for one in images])

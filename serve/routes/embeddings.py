@@ -1,60 +1,123 @@
 """Embeddings: POST /v1/embeddings."""
 
 import base64
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 from fastapi import APIRouter
 
 from serve.deployments.client import Backend
 from serve.deployments.embedding import ItemEmbedding
+from serve.deployments.served_models import Served
+from serve.protocol.bodies import off_loop
 from serve.protocol.errors import ApiError, Failure
-from serve.protocol.items import as_list, parse_conversations, parse_items
-from serve.protocol.schema import EmbeddingRequest
+from serve.protocol.items import EmbedItem, ItemOptions, as_list, parse_items
+from serve.protocol.json_route import expect_entries, json_router
+from serve.protocol.schema import EmbeddingRequest, EmbedOptions, VectorType
+
+Encoding = Literal["float", "base64"]
 
 
 def routes(backend: Backend) -> APIRouter:
     """The route that embeds texts and images."""
-    router = APIRouter()
+    router = json_router()
 
     @router.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest) -> dict[str, Any]:
         served = await backend.served()
         model = served.check_embedding(body.model)
-        full = served.description["dimension"]
-        if body.dimensions and body.dimensions > full:
-            raise ApiError(422, f"dimensions: send 1 to {full}", "invalid_value", "dimensions")
-        limits = backend.args.limits
-        if body.messages is None:
-            field, items = "input", parse_items(as_list(body.input), "input", limits, body.modality)
-        else:
-            field, items = "messages", parse_conversations(body.conversations(), limits)
+        check_dimensions(served, body.dimensions, untrained=body.allow_untrained_dimensions)
+        field, value = ("messages", body.messages) if body.input is None else ("input", body.input)
+        limits = await backend.limits()
+        items = await off_loop(parse_items, as_list(value), field, limits, item_options(body))
         results = await backend.embed(items, [f"{field}[{i}]" for i in range(len(items))])
         failures = [result for result in results if isinstance(result, Failure)]
         if failures and not body.partial:
             raise ApiError.of(failures[0])
-        tokens = sum(result.tokens for result in results if isinstance(result, ItemEmbedding))
+        expect_entries(len(results))
         return {
             "object": "list",
             "model": model,
-            "data": [entry(i, result, body.dimensions, body.encoding_format) for i, result in enumerate(results)],
-            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            "fingerprint": served.description["fingerprint"],
+            "data": await off_loop(entries, results, body.dimensions, body.dtype, body.encoding_format),
+            "usage": usage_of(results),
         }
 
     return router
 
 
-def entry(index: int, result: ItemEmbedding | Failure, dimensions: int | None, encoding: str) -> dict[str, Any]:
+def item_options(body: EmbedOptions) -> ItemOptions:
+    """How the items of a request are to be taken."""
+    return ItemOptions(body.modality, body.truncate, body.instruction)
+
+
+def check_dimensions(served: Served, dimensions: int | None, *, untrained: bool, field: str = "dimensions") -> None:
+    """Raise ApiError where vectors of this length are not what the model was trained for, unless that is wanted."""
+    full = served.description["dimension"]
+    trained = sorted({full, *(served.description.get("matryoshka_dimensions") or ())})
+    if dimensions is None or dimensions in trained:
+        return
+    lengths = " or ".join(map(str, trained))
+    if dimensions > full or not untrained:
+        message = f"{field}: the model was trained for {lengths}, not {dimensions}"
+        if dimensions < full:
+            message = f"{message}; send allow_untrained_dimensions: true to cut its vectors nevertheless"
+        raise ApiError(422, message, "invalid_value", field)
+
+
+def entries(
+    results: Sequence[ItemEmbedding | Failure], dimensions: int | None, dtype: VectorType, encoding: Encoding
+) -> list[dict[str, Any]]:
+    """The elements of `data`."""
+    return [entry(i, result, dimensions, dtype, encoding) for i, result in enumerate(results)]
+
+
+def entry(
+    index: int, result: ItemEmbedding | Failure, dimensions: int | None, dtype: VectorType, encoding: Encoding
+) -> dict[str, Any]:
     """One element of `data`."""
     if isinstance(result, Failure):
         return {"object": "embedding", "index": index, "embedding": None, "error": result.body()}
-    vector = shortened(result.vector, dimensions)
-    if encoding == "base64":
-        return {"object": "embedding", "index": index, "embedding": base64.b64encode(vector.tobytes()).decode()}
-    return {"object": "embedding", "index": index, "embedding": vector.tolist()}
+    vector = with_numbers(shortened(result.vector, dimensions), dtype)
+    embedding = base64.b64encode(vector.tobytes()).decode() if encoding == "base64" else vector.tolist()
+    return {"object": "embedding", "index": index, "embedding": embedding}
 
 
 def shortened(vector: np.ndarray, dimensions: int | None) -> np.ndarray:
     """The first `dimensions` numbers, of unit norm again; little-endian float32."""
     vector = vector[:dimensions]
     return (vector / np.linalg.norm(vector)).astype("<f4") if dimensions else vector.astype("<f4")
+
+
+def with_numbers(vector: np.ndarray, dtype: VectorType) -> np.ndarray:
+    """A vector [D] in numbers of a smaller type.
+
+    int8: its largest number is 127, which leaves cosines as they are; uint8: 128 more. ubinary: the signs, eight in a
+    byte, the first one in the highest bit; binary: 128 less, as Cohere and sentence-transformers have it.
+    """
+    if dtype == "float":
+        return vector
+    if dtype in ("binary", "ubinary"):
+        packed = np.packbits(vector > 0)
+        return packed if dtype == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
+    levels = np.rint(127 * vector / np.abs(vector).max()).astype(np.int16)
+    return levels.astype(np.int8) if dtype == "int8" else (levels + 128).astype(np.uint8)
+
+
+def usage_of(results: Sequence[ItemEmbedding | Failure]) -> dict[str, int]:
+    """The tokens that embedding took."""
+    tokens = sum(result.tokens for result in results if isinstance(result, ItemEmbedding))
+    return {"prompt_tokens": tokens, "total_tokens": tokens}
+
+
+async def embed_all(
+    backend: Backend, items: Sequence[EmbedItem | Failure], fields: Sequence[str]
+) -> list[ItemEmbedding]:
+    """Embeddings where every item must have one. Raises ApiError for the first that has none."""
+    good = []
+    for result in await backend.embed(items, fields):
+        if isinstance(result, Failure):
+            raise ApiError.of(result)
+        good.append(result)
+    return good

@@ -6,25 +6,27 @@ from fastapi import APIRouter
 
 from serve.deployments.client import Backend
 from serve.deployments.served_index import Changed, IndexEntry, repeated
+from serve.protocol.bodies import off_loop
 from serve.protocol.errors import ApiError
-from serve.protocol.items import parse_item
+from serve.protocol.items import EmbedItem, Limits, parse_item
+from serve.protocol.json_route import json_router
 from serve.protocol.schema import DeleteRequest, UpsertItem, UpsertRequest
 from serve.routes.search import check_index
 
 
 def routes(backend: Backend) -> APIRouter:
     """The routes that change the index."""
-    router = APIRouter()
+    router = json_router()
 
     @router.post("/v1/index/upsert")
     async def upsert(body: UpsertRequest) -> dict[str, Any]:
         served = await backend.served()
         model = served.check_embedding(body.model)
         name = check_index(backend, body.index)
-        limits = backend.args.limits
+        limits = await backend.limits()
         if len(body.items) > limits.items:
             raise ApiError(422, f"items: {len(body.items)}; send 1 to {limits.items}", "invalid_value", "items")
-        items = [parse_item(one.content(), f"items[{i}]", limits) for i, one in enumerate(body.items)]
+        items = await off_loop(embed_items, body.items, limits)
         entries = [index_entry(one) for one in body.items]
         if twice := repeated([(entry.id, entry.kind) for entry in entries]):
             raise ApiError(422, f"items: the {twice[1]} {twice[0]!r} is there twice", "invalid_value", "items")
@@ -34,6 +36,7 @@ def routes(backend: Backend) -> APIRouter:
             "model": model,
             "index": name,
             "version": changed.version,
+            "fingerprint": served.description["fingerprint"],
             "upserted": changed.count,
             "usage": {"prompt_tokens": changed.tokens, "total_tokens": changed.tokens},
         }
@@ -45,6 +48,11 @@ def routes(backend: Backend) -> APIRouter:
         return {"object": "index.delete", "index": name, "version": changed.version, "deleted": changed.count}
 
     return router
+
+
+def embed_items(items: list[UpsertItem], limits: Limits) -> list[EmbedItem]:
+    """What is to be embedded. Raises ApiError for the first bad item."""
+    return [parse_item(one.content(), f"items[{i}]", limits) for i, one in enumerate(items)]
 
 
 def index_entry(item: UpsertItem) -> IndexEntry:

@@ -7,77 +7,110 @@ from fastapi import APIRouter
 from pydantic import JsonValue
 
 from serve.deployments.client import Backend
+from serve.protocol.bodies import off_loop
 from serve.protocol.errors import ApiError, Failure
-from serve.protocol.items import as_list, parse_items
+from serve.protocol.items import EmbedItem, ItemOptions, as_list, parse_items, sent_texts
+from serve.protocol.json_route import expect_entries, json_router
 from serve.protocol.schema import ClassifyRequest, RerankRequest, ScoreRequest
+from serve.routes.embeddings import embed_all, item_options, usage_of
 
 CLIP_SCALE = 100.0  # CLIP's logit scale: turns cosine similarities of labels into probabilities
 
 
 def routes(backend: Backend) -> APIRouter:
     """The routes that compare."""
-    router = APIRouter()
+    router = json_router()
 
+    @router.post("/score", include_in_schema=False)
     @router.post("/v1/score")
     async def score(body: ScoreRequest) -> dict[str, Any]:
-        model = (await backend.served()).check_embedding(body.model)
-        queries, documents = as_list(body.queries), as_list(body.documents)
+        served = await backend.served()
+        model = served.check_embedding(body.model)
+        check_mode(body.mode)
+        queries, documents = as_list(body.queries, parts_apart=True), as_list(body.documents, parts_apart=True)
         if len(queries) not in (1, len(documents)):
             text = f"queries: {len(queries)} of them for {len(documents)} documents; send one, or one for each document"
             raise ApiError(422, text, "invalid_value", "queries")
-        [queries_QD, documents_ND], usage = await embed_lists(backend, {"queries": queries, "documents": documents})
-        data = [
-            {"index": i, "object": "score", "score": float(score)}
-            for i, score in enumerate((queries_QD * documents_ND).sum(axis=1))
-        ]
-        return {"object": "list", "model": model, "data": data, "usage": usage}
+        lists = {"queries": queries, "documents": documents}
+        [queries_QD, documents_ND], usage = await embed_lists(backend, lists, item_options(body))
+        scores_N = (queries_QD * documents_ND).sum(axis=1)
+        expect_entries(len(scores_N))
+        return {
+            "object": "list",
+            "model": model,
+            "fingerprint": served.description["fingerprint"],
+            "data": [{"index": i, "object": "score", "score": float(score)} for i, score in enumerate(scores_N)],
+            "usage": usage,
+        }
 
+    @router.post("/rerank", include_in_schema=False)
     @router.post("/v1/rerank")
     async def rerank(body: RerankRequest) -> dict[str, Any]:
-        model = (await backend.served()).check_embedding(body.model)
-        [query_1D, documents_ND], usage = await embed_lists(
-            backend, {"query": [body.query], "documents": body.documents}
-        )
-        scores_N = documents_ND @ query_1D[0]
-        best = np.argsort(-scores_N, kind="stable")[: body.top_n]
-        results = [
-            {"index": int(i), "document": document_object(body.documents[i]), "relevance_score": float(scores_N[i])}
-            for i in best
-        ]
-        return {"model": model, "results": results, "usage": usage}
+        served = await backend.served()
+        model = served.check_embedding(body.model)
+        check_mode(body.mode)
+        documents = as_list(body.documents, parts_apart=True)
+        best, usage = await ranked(backend, body.query, documents, body.top_n, item_options(body))
+        results: list[dict[str, Any]] = [{"index": i, "relevance_score": score} for i, score in best]
+        for result in results if body.return_documents else ():
+            result["document"] = document_object(documents[result["index"]])
+        fingerprint = served.description["fingerprint"]
+        return {"model": model, "fingerprint": fingerprint, "results": results, "usage": usage}
 
     @router.post("/v1/classify")
     async def classify(body: ClassifyRequest) -> dict[str, Any]:
-        model = (await backend.served()).check_embedding(body.model)
-        inputs = [{body.modality: value} if isinstance(value, str) else value for value in as_list(body.input)]
-        labels = [body.template.replace("{}", label) for label in body.labels]
-        [inputs_ND, labels_LD], usage = await embed_lists(backend, {"input": inputs, "labels": labels})
+        served = await backend.served()
+        model = served.check_embedding(body.model)
+        labels: list[JsonValue] = [{"text": body.template.replace("{}", label)} for label in body.labels]
+        lists = {"input": as_list(body.input), "labels": labels}
+        [inputs_ND, labels_LD], usage = await embed_lists(backend, lists, item_options(body))
         data = []
         for i, probabilities_L in enumerate(softmax(CLIP_SCALE * inputs_ND @ labels_LD.T)):
             best = body.labels[int(probabilities_L.argmax())]
             data.append({"index": i, "label": best, "probs": probabilities_L.tolist(), "num_classes": len(labels)})
-        return {"object": "list", "model": model, "data": data, "usage": usage}
+        fingerprint = served.description["fingerprint"]
+        return {"object": "list", "model": model, "fingerprint": fingerprint, "data": data, "usage": usage}
 
     return router
 
 
-async def embed_lists(backend: Backend, lists: dict[str, list[JsonValue]]) -> tuple[list[np.ndarray], dict[str, int]]:
+def check_mode(mode: str) -> None:
+    """Raise ApiError for a way of scoring that is not served."""
+    if mode == "generative":
+        raise ApiError(422, "mode: this server does not score with the generator yet", "unsupported", "mode")
+
+
+async def ranked(
+    backend: Backend, query: JsonValue, documents: list[JsonValue], top_n: int | None, options: ItemOptions
+) -> tuple[list[tuple[int, float]], dict[str, int]]:
+    """(index, similarity to the query) of the documents, best first, and the tokens used."""
+    lists = {"query": [query], "documents": documents}
+    [query_1D, documents_ND], usage = await embed_lists(backend, lists, options)
+    scores_N = documents_ND @ query_1D[0]
+    best = np.argsort(-scores_N, kind="stable")[:top_n]
+    expect_entries(len(best))
+    return [(int(i), float(scores_N[i])) for i in best], usage
+
+
+async def embed_lists(
+    backend: Backend, lists: dict[str, list[JsonValue]], options: ItemOptions
+) -> tuple[list[np.ndarray], dict[str, int]]:
     """Embeddings [N, D] of each list, all in one call, and the tokens used. Raises ApiError for the first bad item."""
-    items = [item for field, values in lists.items() for item in parse_items(values, field, backend.args.limits)]
+    limits = await backend.limits()
+    items: list[EmbedItem | Failure] = []
+    for field, values in lists.items():
+        items += await off_loop(parse_items, values, field, limits, options)
     fields = [f"{field}[{i}]" for field, values in lists.items() for i in range(len(values))]
-    results = await backend.embed(items, fields)
-    for result in results:
-        if isinstance(result, Failure):
-            raise ApiError.of(result)
+    results = await embed_all(backend, items, fields)
     vectors = np.stack([result.vector for result in results])
-    tokens = sum(result.tokens for result in results)
     ends = np.cumsum([len(values) for values in lists.values()])[:-1]
-    return np.split(vectors, ends), {"prompt_tokens": tokens, "total_tokens": tokens}
+    return np.split(vectors, ends), usage_of(results)
 
 
-def document_object(document: JsonValue) -> JsonValue:
-    """A document as an object, also where it was sent as a string."""
-    return {"text": document} if isinstance(document, str) else document
+def document_object(document: JsonValue) -> dict[str, JsonValue]:
+    """The words of a document; its image is not sent back."""
+    text = sent_texts(document)
+    return {} if text is None else {"text": text}
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -8,21 +8,24 @@ from pydantic import JsonValue
 
 from serve.deployments.client import Backend
 from serve.deployments.served_index import Found
+from serve.protocol.bodies import off_loop
 from serve.protocol.errors import ApiError
-from serve.protocol.items import EmbedItem, Limits, parse_item
+from serve.protocol.items import EmbedItem, ItemOptions, Limits, parse_item
+from serve.protocol.json_route import json_router
 from serve.protocol.schema import SearchRequest
+from serve.routes.embeddings import item_options
 
 
 def routes(backend: Backend) -> APIRouter:
     """The route that searches."""
-    router = APIRouter()
+    router = json_router()
 
     @router.post("/v1/search")
     async def search(body: SearchRequest) -> dict[str, Any]:
         served = await backend.served()
         model = served.check_embedding(body.model)
         name = check_index(backend, body.index)
-        query = parse_query(body.query, backend.args.limits, body.modality)
+        query = await off_loop(parse_query, body.query, await backend.limits(), item_options(body))
         found: Found = await backend.call("search", query, body.k, body.filter, body.version)
         return {
             "object": "list",
@@ -47,13 +50,19 @@ def check_index(backend: Backend, asked: str | None) -> str:
     return name
 
 
-def parse_query(value: JsonValue, limits: Limits, modality: str) -> EmbedItem | np.ndarray:
-    """A text, an image, or a vector [D], which is given unit norm."""
-    if not isinstance(value, list):
-        return parse_item(value, "query", limits, modality)
-    numbers = value if all(isinstance(x, int | float) and not isinstance(x, bool) for x in value) else []
+def parse_query(value: JsonValue, limits: Limits, options: ItemOptions) -> EmbedItem | np.ndarray:
+    """An item, or a vector [D], which is given unit norm."""
+    match value:
+        case [] | [int() | float(), *_]:
+            return parse_vector(value)
+    return parse_item(value, "query", limits, options)
+
+
+def parse_vector(values: list[JsonValue]) -> np.ndarray:
+    """A vector [D] of unit norm."""
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     try:
-        vector = np.array(numbers, np.float64)
+        vector = np.array(numbers if len(numbers) == len(values) else [], np.float64)
     except OverflowError:  # JSON has integers that no float can hold
         vector = np.zeros(0)
     length = np.linalg.norm(vector)

@@ -10,13 +10,14 @@ from fastapi.responses import FileResponse
 
 from serve.deployments.client import Backend, call
 from serve.protocol.errors import ApiError
+from serve.protocol.json_route import json_router
 
 PROBE_S = 5.0  # a deployment that does not say within this time that it is ready is not
 
 
 def routes(backend: Backend) -> APIRouter:
     """The routes that cost nothing."""
-    router = APIRouter()
+    router = json_router()
     created = int(time.time())
 
     @router.get("/health")

@@ -68,6 +68,43 @@ def test_every_error_has_the_one_shape(client: httpx.Client) -> None:
     assert response.headers["allow"] == "POST"
 
 
+def test_what_clients_get_slightly_wrong_is_answered(client: httpx.Client) -> None:
+    head = client.head("/health")
+    assert (head.status_code, head.content) == (200, b"")
+    assert client.get("/v1/models/").json() == client.get("/v1/models").json()
+    assert client.get("/health/").status_code == 200
+
+
+def test_openapi_names_the_errors_that_there_are(client: httpx.Client) -> None:
+    schema = client.get("/openapi.json").json()
+    responses = schema["paths"]["/v1/embeddings"]["post"]["responses"]
+    assert {"200", "400", "401", "413", "415", "422", "429"} <= responses.keys()
+    [one] = {str(responses[status]["content"]) for status in ("400", "422")}
+    assert "ErrorReply" in one
+    assert "HTTPValidationError" not in schema["components"]["schemas"]
+    assert "EmbeddingRequest" in schema["components"]["schemas"]
+
+
+def raw_reply(client: httpx.Client, sent: bytes) -> httpx.Response:
+    """The answer to bytes that are no proper HTTP request."""
+    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=20) as connection:
+        connection.sendall(sent)
+        head, _, body = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
+    status, *headers = head.decode().split("\r\n")
+    pairs = [tuple(line.split(": ", 1)) for line in headers]
+    return httpx.Response(int(status.split()[1]), headers=pairs, content=body)
+
+
+def test_what_is_not_http_gets_the_one_shape_too(client: httpx.Client) -> None:
+    for sent in (
+        b"GARBAGE\r\n\r\n",
+        b"GET /health HTTP/9.9\r\n\r\n",
+        b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: identity\r\nContent-Length: x\r\n\r\n",
+        b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ):
+        error_of(raw_reply(client, sent), 400, "invalid_http")
+
+
 def test_errors_of_serves_own_proxy_have_it_too(client: httpx.Client) -> None:
     late = client.post("/v1/embeddings", json={"input": "a"}, headers={"x-request-timeout-seconds": "0.0001"})
     error_of(late, 408, "deadline_exceeded")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import struct
 import time
 import zlib
+from urllib.parse import quote
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
-from serve.protocol.images import image_size, parse_data_uri
+from serve.protocol.images import image_size, is_data_uri, parse_image_bytes
 from tests.support.wire import data_uri, encode, error_of, noise_image
 from vladva.core.images import MAX_RATIO, decode_image
 
@@ -76,26 +78,58 @@ def test_only_the_first_frame_counts(client: httpx.Client) -> None:
     np.testing.assert_allclose(first, second, atol=1e-5)
 
 
-def test_data_uris() -> None:
-    data = encode(noise_image(0))
-    uri = data_uri(data)
-    assert parse_data_uri(uri, len(data)) == data
-    assert parse_data_uri(uri.replace("image/png", "image/png;charset=x"), len(data)) == data
-    refused = {
-        "https://example.com/a.png": "remote URLs are off",
-        "HTTP://example.com/a.png": "remote URLs are off",
-        "file:///etc/passwd": "data: URI",
-        "/etc/passwd": "data: URI",
-        "data:image/png,AAAA": "base64 data: URI",
-        "data:image/png;base64": "base64 data: URI",
-        "data:image/png;base64,A A A A": "not valid base64",
-        "data:image/png;base64,\xff": "not valid base64",
-    }
-    for text, reason in refused.items():
-        with pytest.raises(ValueError, match=reason):
-            parse_data_uri(text, 1000)
+def test_base64_as_people_write_it() -> None:
+    data = bytes(range(256)) + b"\xfb\xff"  # its base64 has +, / and padding
+    plain = base64.b64encode(data).decode()
+    uri = f"data:image/png;base64,{plain}"
+    for sent in (
+        uri,
+        uri.replace("image/png", "image/png;charset=x"),
+        uri.upper().replace(plain.upper(), plain),
+        f"  {uri}\n",
+        uri.rstrip("="),
+        base64.encodebytes(data).decode(),
+        f"data:image/png;base64,{base64.encodebytes(data).decode()}".replace("\n", "\r\n"),
+        f"data:image/png;base64,{base64.urlsafe_b64encode(data).decode().rstrip('=')}",
+        f"data:image/png;base64,{quote(plain, safe='')}",
+        plain,
+    ):
+        assert parse_image_bytes(sent, len(data)) == data
     with pytest.raises(ValueError, match="larger than"):
-        parse_data_uri(uri, len(data) - 10)
+        parse_image_bytes(uri, len(data) - 10)
+    with pytest.raises(ValueError, match="larger than"):
+        parse_image_bytes("A" * 10_000, 100)
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        ("https://example.com/a.png", "remote URLs are off"),
+        ("HTTP://example.com/a.png", "remote URLs are off"),
+        ("file:///etc/passwd", "data: URI"),
+        ("../etc/passwd", "not valid base64"),
+        ("data:image/png,AAAA", "base64 data: URI"),
+        ("data:text/html;base64,AAAA", "base64 data: URI"),
+        ("data:image/png;base64", "base64 data: URI"),
+        ("data:image/png;base64,A", "not valid base64"),
+        ("data:image/png;base64,AA=A", "not valid base64"),
+        ("data:image/png;base64,AA===", "not valid base64"),
+        ("data:image/png;base64,A+A_", "not valid base64"),
+        ("data:image/png;base64,\xff", "not valid base64"),
+        ("data:image/png;base64,\ud800", "not valid base64"),
+        ("data:image/png;base64,@@@@", "not valid base64"),
+    ],
+)
+def test_what_is_no_image_or_could_mean_two_is_refused(sent: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_image_bytes(sent, 1000)
+
+
+def test_only_a_data_uri_of_an_image_is_an_image_rather_than_words() -> None:
+    assert is_data_uri("data:image/png;base64,AAAA")
+    assert is_data_uri(" DATA:image/png;base64,AAAA")
+    assert not is_data_uri("data:text/plain,hello")
+    assert not is_data_uri("what is data:image/png?")
 
 
 def test_size_is_checked_from_the_header() -> None:

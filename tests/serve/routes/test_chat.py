@@ -112,12 +112,16 @@ def test_a_client_that_goes_away_frees_the_replica(client: httpx.Client) -> None
 def test_text_alone_and_several_turns(client: httpx.Client) -> None:
     turns = [
         {"role": "system", "content": "Be brief."},
-        *MESSAGES,
+        {"role": "user", "content": [{"type": "input_image", "image_url": data_uri(noise_image(3))}]},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "user", "content": [{"type": "input_text", "text": "What is it?"}]},
         {"role": "assistant", "content": "an image"},
         {"role": "user", "content": [{"type": "text", "text": "And now?"}]},
     ]
+    nothing = {"tool_choice": "auto", "tools": [], "response_format": {"type": "text"}, "frequency_penalty": 0}
+    options = {"max_tokens": 3, "seed": None, "stop": "Observation:", **nothing}
     for messages in (turns, [{"role": "user", "content": "Hello"}]):
-        reply = client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 3, "seed": None})
+        reply = client.post("/v1/chat/completions", json={"messages": messages, **options})
         assert reply.status_code == 200, reply.text
 
 
@@ -130,7 +134,15 @@ def test_text_alone_and_several_turns(client: httpx.Client) -> None:
         ({"top_p": 0}, "top_p", "invalid_value"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
         ({"max_tokens": 5000}, "messages", "context_length_exceeded"),
-        ({"stop": [""]}, "stop", "invalid_value"),
+        ({"stop": [""]}, "stop[0]", "invalid_value"),
+        ({"stop": ["x" * 257]}, "stop[0]", "invalid_value"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "invalid_value"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "unsupported"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported"),
+        ({"top_logprobs": 2}, "top_logprobs", "unsupported"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0]", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "word " * 100_000}]}, "messages", "context_length_exceeded"),
+        ({"messages": [0] * 20_000}, "messages[0]", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value"),
         (
@@ -154,6 +166,12 @@ def test_special_tokens_in_a_conversation_are_text(client: httpx.Client, embedde
         assert reply["usage"]["prompt_tokens"] == len(embedder.preprocessor.render(messages))
         expected = "".join(embedder.generate(messages, max_tokens=4))
         assert reply["choices"][0]["message"]["content"] == expected
+
+
+def test_half_a_surrogate_pair_is_refused(client: httpx.Client) -> None:
+    body = rb'{"messages": [{"role": "user", "content": [{"type": "text", "text": "a \udc00"}]}]}'
+    response = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert error_of(response, 422, "invalid_value")["param"] == "messages[0].content[0].text"
 
 
 def test_an_unknown_model_is_refused(client: httpx.Client) -> None:

@@ -47,6 +47,7 @@ def test_forms_of_input(client: httpx.Client, embedder: Embedder) -> None:
     text_part = {"type": "text", "text": TEXTS[0]}
     image_part = {"type": "image_url", "image_url": {"url": data_uri(image)}}
     conversation = [{"role": "user", "content": [image_part]}]
+    bare = data_uri(image).partition(",")[2]
     forms = [
         (of_text, {"input": TEXTS[0]}),
         (of_text, {"input": {"text": TEXTS[0]}}),
@@ -55,6 +56,19 @@ def test_forms_of_input(client: httpx.Client, embedder: Embedder) -> None:
         (of_text, {"messages": [{"role": "user", "content": [text_part]}]}),
         (of_image, {"input": {"image": data_uri(image)}}),
         (of_image, {"input": data_uri(image), "modality": "image"}),
+        (of_image, {"input": data_uri(image)}),
+        (of_image, {"input": [data_uri(image)], "modality": "text"}),
+        (of_image, {"input": {"image": bare}}),
+        (of_image, {"input": bare, "modality": "image"}),
+        (of_image, {"input": [{"content": [image_part]}]}),
+        (of_image, {"input": [{"content": [{"type": "image_base64", "image_base64": bare}]}]}),
+        (of_image, {"input": [{"type": "image_url", "image_url": data_uri(image)}]}),
+        (of_image, {"input": [{"type": "input_image", "image_url": data_uri(image)}]}),
+        (of_image, {"input": conversation}),
+        (np.concatenate([of_image, of_text]), {"input": [conversation, [{"role": "user", "content": TEXTS[0]}]]}),
+        (of_text, {"input": [{"text": TEXTS[0], "image": None}], "model": f"{ADAPTER}-query"}),
+        (of_text, {"input": [{"type": "input_text", "text": TEXTS[0]}], "model": f"{ADAPTER}-passage"}),
+        (of_text, {"messages": [{"role": "user", "content": TEXTS[0]}, {"role": "assistant", "content": None}]}),
         (of_image, {"input": [data_uri(image)], "modality": "image"}),
         (of_image, {"messages": conversation}),
         (np.concatenate([of_image, of_image]), {"messages": [conversation, conversation]}),
@@ -75,13 +89,65 @@ def test_texts_with_special_tokens_and_marks_are_texts(client: httpx.Client, emb
 
 def test_dimensions_truncate_then_normalise(client: httpx.Client, embedder: Embedder) -> None:
     [full] = embedder.embed_texts(TEXTS[:1])
-    [short] = embed(client, input=TEXTS[0], dimensions=16)
+    [short] = embed(client, input=TEXTS[0], dimensions=16, allow_untrained_dimensions=True)
     np.testing.assert_allclose(short, full[:16] / np.linalg.norm(full[:16]), atol=1e-5)
-    error = error_of(
-        client.post("/v1/embeddings", json={"input": "a", "dimensions": embedder.dimension + 1}), 422, "invalid_value"
-    )
-    assert error["param"] == "dimensions"
-    assert str(embedder.dimension) in error["message"]
+    np.testing.assert_allclose(embed(client, input=TEXTS[0], dimensions=len(full))[0], full, atol=1e-5)
+    for body in ({"dimensions": 16}, {"dimensions": len(full) + 1, "allow_untrained_dimensions": True}):
+        error = error_of(client.post("/v1/embeddings", json={"input": "a", **body}), 422, "invalid_value")
+        assert error["param"] == "dimensions"
+        assert str(embedder.dimension) in error["message"]
+
+
+def test_numbers_of_smaller_types(client: httpx.Client, embedder: Embedder) -> None:
+    [full] = embedder.embed_texts(TEXTS[:1])
+
+    def sent(dtype: str) -> np.ndarray:
+        [plain] = client.post("/v1/embeddings", json={"input": TEXTS[0], "embed_dtype": dtype}).json()["data"]
+        body = {"input": TEXTS[0], "output_dtype": dtype, "encoding_format": "base64"}
+        [packed] = client.post("/v1/embeddings", json=body).json()["data"]
+        kind = "<u1" if dtype.startswith("u") else "<i1"
+        vector = np.frombuffer(base64.b64decode(packed["embedding"]), kind)
+        assert vector.tolist() == plain["embedding"]
+        return vector
+
+    levels = sent("int8")
+    assert np.abs(levels).max() == 127
+    np.testing.assert_allclose(levels * np.abs(full).max() / 127, full, atol=np.abs(full).max() / 253)
+    assert sent("uint8").tolist() == (levels.astype(int) + 128).tolist()
+    bits = [sum(int(full[8 * i + j] > 0) << (7 - j) for j in range(8)) for i in range(len(full) // 8)]
+    assert sent("ubinary").tolist() == bits
+    assert sent("binary").tolist() == [byte - 128 for byte in bits]
+
+
+def test_every_reply_says_which_model_made_it(client: httpx.Client, embedder: Embedder) -> None:
+    document = {"input": "a"}
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/embeddings": document,
+        "/v1/embeddings/": document,
+        "/v1/score": {"queries": "a", "documents": "b"},
+        "/score": {"text_1": "a", "text_2": ["b", "c"]},
+        "/v1/rerank": {"query": "a", "documents": ["b"]},
+        "/rerank": {"query": "a", "documents": ["b"]},
+        "/v1/classify": {"input": "a", "labels": ["b", "c"]},
+        "/v1/search": {"query": "a"},
+        "/v2/embed": {"texts": ["a"]},
+        "/v2/rerank": {"query": "a", "documents": ["b"]},
+    }
+    for path, body in bodies.items():
+        response = client.post(path, json=body)
+        assert response.status_code == 200, (path, response.text)
+        assert response.json()["fingerprint"] == embedder.fingerprint
+
+
+def test_long_texts_are_cut_only_where_that_is_asked_for(client: httpx.Client) -> None:
+    words = [f"word{i}" for i in range(400)]
+    for text in (" ".join(words), " ".join(words * 1000)):  # some hundred tokens too many; more than is ever read
+        error_of(client.post("/v1/embeddings", json={"input": text}), 422, "context_length_exceeded")
+        [start], [end] = (embed(client, input=text, truncate=side) for side in ("start", "END"))
+        assert np.abs(start - end).max() > 1e-3
+    [shorter] = embed(client, input=" ".join(words[:-1]), truncate="end")
+    [longer] = embed(client, input=" ".join(words), truncate="end")
+    np.testing.assert_allclose(shorter, longer, atol=1e-5)
 
 
 def test_image_usage_counts_image_tokens(client: httpx.Client, embedder: Embedder) -> None:
@@ -103,10 +169,18 @@ def test_concurrent_requests_share_batches_and_get_their_own_vectors(client: htt
         ("\0\ufeff ", "invalid_value"),
         (7, "invalid_value"),
         ({"txt": "a"}, "invalid_value"),
-        ({"text": "a", "image": data_uri(noise_image(0))}, "invalid_value"),
+        ({"text": "a", "image": data_uri(noise_image(0))}, "unsupported"),
         ({"image": "file:///etc/passwd"}, "invalid_image"),
         ({"image": "http://127.0.0.1:8265/api/version"}, "invalid_image"),
         ({"image": "data:image/png;base64,@@@@"}, "invalid_image"),
+        ([1, 2, 3], "invalid_value"),
+        ({"content": []}, "invalid_value"),
+        ({"content": [{"type": "text"}]}, "invalid_value"),
+        ({"content": [{"type": "video_url", "video_url": "data:"}]}, "invalid_value"),
+        ({"content": 7}, "invalid_value"),
+        ({"image": data_uri(noise_image(0)), "text": 7}, "invalid_value"),
+        ([{"role": "user", "content": [{"type": "image", "image": data_uri(noise_image(0))}] * 2}], "invalid_value"),
+        ({"text": "a", "instruction": "find it"}, "unsupported"),
         ({"image": "data:text/html;base64,AAAA"}, "invalid_image"),
         ({"image": data_uri(b"no image")}, "invalid_image"),
         ("word " * 600, "context_length_exceeded"),
@@ -140,11 +214,19 @@ def test_half_a_surrogate_pair_is_refused(client: httpx.Client) -> None:
         ({"input": "a", "dimensions": 0}, "dimensions"),
         ({"input": "a", "modality": "sound"}, "modality"),
         ({"input": ["a"] * 2049}, "input"),
-        ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, "messages[0]"),
+        ({"input": [1, 2, 3]}, "input[0]"),
+        ({"input": "a", "embed_dtype": "int4"}, "embed_dtype"),
+        ({"input": "a", "truncate": "middle"}, "truncate"),
     ],
 )
 def test_a_bad_field_is_named(client: httpx.Client, body: dict[str, Any], param: str) -> None:
     assert error_of(client.post("/v1/embeddings", json=body), 422, "invalid_value")["param"] == param
+
+
+def test_token_ids_are_refused_with_the_way_out(client: httpx.Client) -> None:
+    error = error_of(client.post("/v1/embeddings", json={"input": [[1, 2], [3]]}), 422, "invalid_value")
+    assert "check_embedding_ctx_length=False" in error["message"]
 
 
 def test_an_unknown_model_is_refused_and_the_known_one_named(client: httpx.Client) -> None:

@@ -45,6 +45,17 @@ def test_rerank_sorts(client: httpx.Client, similarities: np.ndarray) -> None:
     assert [result["index"] for result in reply["results"]] == order.tolist()
     assert [result["relevance_score"] for result in reply["results"]] == pytest.approx(similarities[order], abs=1e-5)
     assert reply["results"][0]["document"] == {"text": QUERY}
+    whole = client.post("/v1/rerank", json={"query": QUERY, "documents": DOCUMENTS}).json()["results"]
+    assert {one["index"]: one["document"] for one in whole}[2] == {}  # no image is sent back
+    bare = client.post("/v1/rerank", json={"query": QUERY, "documents": DOCUMENTS, "return_documents": False}).json()
+    assert bare["results"] == [{name: one[name] for name in ("index", "relevance_score")} for one in whole]
+    parts = [{"type": "text", "text": text} for text in DOCUMENTS[:2]]
+    parts.append({"type": "image_url", "image_url": DOCUMENTS[2]["image"]})
+    for documents in ({"content": parts}, [{"content": [part]} for part in parts]):
+        same = client.post("/v1/rerank", json={"query": QUERY, "documents": documents}).json()["results"]
+        assert [one["relevance_score"] for one in same] == pytest.approx(
+            [one["relevance_score"] for one in whole], abs=1e-5
+        )
 
 
 def test_classify_is_a_softmax_over_the_labels(client: httpx.Client, embedder: Embedder) -> None:
@@ -64,6 +75,7 @@ def test_classify_is_a_softmax_over_the_labels(client: httpx.Client, embedder: E
     ("path", "body", "param"),
     [
         ("/v1/rerank", {"query": QUERY, "documents": []}, "documents"),
+        ("/v1/rerank", {"query": QUERY, "documents": ["a"], "mode": "both"}, "mode"),
         ("/v1/rerank", {"query": QUERY, "documents": ["a", ""]}, "documents[1]"),
         ("/v1/rerank", {"query": ["a", "b"], "documents": ["a"]}, "query[0]"),
         ("/v1/classify", {"input": "a", "labels": ["one"]}, "labels"),

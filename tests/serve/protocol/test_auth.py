@@ -1,4 +1,4 @@
-"""Who is let in, and how much: keys, loopback, kinds and sizes of bodies, admission by tokens, deadlines."""
+"""Who is let in: keys, loopback, kinds of bodies; admission by tokens, deadlines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from serve.deployments.token_budget import TokenBudget
-from serve.protocol.auth_and_limits import AuthAndLimits, key_digest
+from serve.protocol.auth import Auth, key_digest
 from serve.protocol.errors import ApiError, LastResort
 from tests.support.wire import KEY, OTHER_KEY, error_of
 
@@ -49,7 +49,7 @@ def request_from(
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": "GET", "path": path, "client": (host, 1234), "headers": raw}
     digests, write_digests = ([key_digest(key) for key in some] for some in (keys, write_keys))
-    asyncio.run(LastResort(AuthAndLimits(application, digests, 100, write_digests))(scope, receive, send))
+    asyncio.run(LastResort(Auth(application, digests, write_digests))(scope, receive, send))
     return statuses[0]
 
 
@@ -78,9 +78,11 @@ def test_kinds_of_bodies(strict: httpx.Client) -> None:
     error_of(strict.post("/v1/embeddings", content=b"input=a"), 415, "unsupported_media_type")
     error_of(strict.post("/v1/embeddings", data={"input": "a"}), 415, "unsupported_media_type")
     error_of(strict.post("/v1/embeddings", content=b"", headers=json_type), 422, "invalid_value")
-    for body in (b"{bad", b"\xff\xfe", b"[1, 2", b'{"input": "a"} x'):
+    for body in (b"{bad", b"\xff\xfe", b"[1, 2", b'{"input": "a"} x', b'{"input": ' + b"7" * 5000 + b"}"):
         error_of(strict.post("/v1/embeddings", content=body, headers=json_type), 400, "invalid_json")
-    error_of(strict.post("/v1/embeddings", content=b"[" * 100_000, headers=json_type), 400, "bad_request")
+    error_of(strict.post("/v1/embeddings", content=b"[" * 100_000, headers=json_type), 400, "invalid_json")
+    many = b'{"input": [' + b"0, " * 400_000 + b"0]}"
+    error_of(strict.post("/v1/embeddings", content=many, headers=json_type), 413, "body_too_large")
     assert strict.post("/v1/embeddings", content=b'{"input": "a"}', headers=json_type).status_code == 200
 
 
