@@ -13,14 +13,18 @@ import time
 import urllib.error
 import urllib.request
 from ipaddress import ip_address
+from typing import Any
 
+import click
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from serve.config import ServeArgs
+from serve.config import ArgumentError, ServeArgs
 from serve.deployments.client import Backend
 from serve.deployments.embedding import Discriminative
 from serve.deployments.generation import Generative
@@ -37,6 +41,7 @@ API_KEYS = "VLADVA_API_KEYS"  # environment variable: keys, separated by commas
 WRITE_KEYS = "VLADVA_WRITE_KEYS"  # the same: keys that may change the index as well, which the others then may not
 ROUTES = (status, embeddings, search, index_changes, scores, cohere, chat)
 INGRESS_REQUESTS = 1000
+INGRESS_REPLICAS = 2  # one may die
 START_S = 600
 
 
@@ -68,7 +73,44 @@ class Ingress:
         return Forgiving(with_origins(guarded, self.args.cors_origins))
 
 
-def build(args: ServeArgs) -> Application:
+def build(arguments: dict[str, Any]) -> Application:
+    """The application, as `serve run` and `serve deploy` build it; `help=1` lists the arguments.
+
+    Raises ArgumentError, in one line, for a wrong argument, for a model that is not there, and for an index that is
+    none or another model's: they would fail in every replica, again and again.
+    """
+    if "help" in arguments:
+        click.echo(ServeArgs.listing())
+        raise click.exceptions.Exit(0)
+    args = ServeArgs.of(arguments)
+    check_model(args)
+    if not ray.is_initialized():  # `serve run` starts Ray next, and Serve's controller in it
+        os.environ.update(proxy_errors.ENVIRONMENT)
+    return application(args)
+
+
+def check_model(args: ServeArgs) -> None:
+    """Raise ArgumentError where the model or its index cannot be had. Nothing but their descriptions is read."""
+    from vladva.core.errors import FingerprintMismatch
+    from vladva.index.vector_index import open_index
+    from vladva.models.resolve import describe
+
+    try:
+        description = describe(args.model, adapter=True, dtype=args.dtype or "float32")[1]
+    except (ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ArgumentError(f"model: {args.model} cannot be loaded: {reason}") from None
+    if args.index is None:
+        return
+    try:
+        open_index(args.index, version=args.index_version, fingerprint=description["fingerprint"])
+    except FingerprintMismatch as error:
+        raise ArgumentError(f"index: {error}") from None
+    except (ValueError, OSError) as error:
+        raise ArgumentError(f"index: {str(error).strip().splitlines()[0]}") from None
+
+
+def application(args: ServeArgs) -> Application:
     """The application. API keys come from the environment; only digests of them are kept.
 
     VLADVA_API_KEYS: who is served. VLADVA_WRITE_KEYS: who may change the index as well; without any, every key may.
@@ -90,20 +132,32 @@ def build(args: ServeArgs) -> Application:
         logger.warning("replicas have %g GPU each and compute in %s (num_gpus, dtype)", gpus, dtype)
     args = args.model_copy(update={"num_gpus": gpus, "dtype": dtype})
     resources = {"num_cpus": args.num_cpus, "num_gpus": gpus}
+    # A new model or index: new replicas are up before old ones stop; one that cannot start is not tried for ever.
+    update = {"max_surge_percent": 100, "max_constructor_retry_count": 3}
+    full = BackpressureConfig(status_code=429, retry_after_s=1)
     discriminative = Discriminative.options(
         ray_actor_options=resources,
         # Every item costs a token or more, so a batch never waits for requests that Serve holds back.
         max_ongoing_requests=args.max_batch_tokens,
         autoscaling_config={**autoscaling, "target_ongoing_requests": 32},
+        backpressure_config=full,
+        **update,
     ).bind(args)
     generative = Generative.options(
         ray_actor_options=resources,
         max_ongoing_requests=64,
         max_queued_requests=256,
         autoscaling_config={**autoscaling, "target_ongoing_requests": 4},
+        backpressure_config=full,
+        **update,
     ).bind(args)
     ingress = Ingress.options(
-        ray_actor_options={"num_cpus": 0}, max_ongoing_requests=INGRESS_REQUESTS, max_queued_requests=INGRESS_REQUESTS
+        num_replicas=INGRESS_REPLICAS,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=INGRESS_REQUESTS,
+        max_queued_requests=INGRESS_REQUESTS,
+        backpressure_config=full,
+        **update,
     )
     digests = ([key_digest(key) for key in keys(variable)] for variable in (API_KEYS, WRITE_KEYS))
     return ingress.bind(args, *digests, discriminative, generative)
@@ -127,6 +181,7 @@ def start(args: ServeArgs, host: str = "127.0.0.1", port: int = 8000) -> str:
     if not api_keys() and not ip_address(host).is_loopback:
         raise ValueError(f"host is {host} and no API key is configured: set {API_KEYS}, or serve on 127.0.0.1")
     check_port(host, port)
+    check_model(args)
     if serve.status().proxies:
         raise ValueError("Serve already runs on this Ray cluster, on another port: stop it with `serve shutdown`")
     serve.start(
@@ -134,7 +189,7 @@ def start(args: ServeArgs, host: str = "127.0.0.1", port: int = 8000) -> str:
         logging_config={"log_level": "WARNING"},
         controller_options=proxy_errors.controller_options(),
     )
-    serve.run(build(args), name="vladva", logging_config={"log_level": "WARNING"})
+    serve.run(application(args), name="vladva", logging_config={"log_level": "WARNING"})
     url = f"http://{host}:{port}"
     wait_until_ready(url)
     return url

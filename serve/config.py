@@ -1,14 +1,21 @@
 """Config: what can be set when the application starts; every field is an argument of `serve run serve.app:build`."""
 
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from click import ClickException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from serve.protocol.bodies import BodyLimits
 from serve.protocol.items import Limits
 
 SILENT_BODY_S = 10.0  # a client that sends nothing for so long has gone
+
+
+class ArgumentError(ClickException, ValueError):
+    """A wrong argument, in one line: `serve run` is a click command, and shows no traceback for such an error."""
 
 
 class ServeArgs(BaseModel):
@@ -37,14 +44,38 @@ class ServeArgs(BaseModel):
     max_queued_tokens: int = Field(65_536, ge=1, description="work a replica takes on before it answers 429")
     max_tokens: int = Field(256, ge=1, description="length of a generated answer, where the request does not say")
     max_items: int = Field(2048, ge=1, description="items of one request")
-    max_body_bytes: int = Field(64 << 20, ge=1)
-    max_image_bytes: int = Field(20 << 20, ge=1)
-    max_image_pixels: int = Field(50_000_000, ge=1)
+    max_body_bytes: int = Field(64 << 20, ge=1, description="size of a request's body")
+    max_image_bytes: int = Field(20 << 20, ge=1, description="size of an image's file")
+    max_image_pixels: int = Field(50_000_000, ge=1, description="width times height of an image")
     body_s: float = Field(60, gt=0, description="how long a request's body may take to arrive")
     cors_origins: tuple[str, ...] = Field(
         (), description="web origins whose pages may call, separated by commas: https://a.example,https://b.example; *"
     )
     deadline_s: float = Field(120, gt=0, description="when a request is answered 408 and its work cancelled")
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "ServeArgs":
+        """The arguments of a command line or a config file. Raises ArgumentError for the first that is wrong."""
+        try:
+            return cls.model_validate(dict(arguments))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = str(first["loc"][0]) if first["loc"] else ""
+            reason = first["msg"].removeprefix("Value error, ")
+            if first["type"] == "extra_forbidden":
+                near = get_close_matches(name, cls.model_fields, 1)
+                reason = f"no such argument; did you mean {near[0]}?" if near else "no such argument"
+            start = f"{name}: " if name else ""
+            raise ArgumentError(f"{start}{reason} (all arguments: serve run serve.app:build help=1)") from None
+
+    @classmethod
+    def listing(cls) -> str:
+        """All arguments, their defaults and what they are for."""
+        lines = [f"{'argument':18} {'default':12} "]
+        for name, field in cls.model_fields.items():
+            default = "" if field.default in (None, ()) else str(field.default)
+            lines.append(f"{name:18} {default:12} {field.description or ''}")
+        return "\n".join(lines)
 
     @field_validator("model", "index")
     @classmethod

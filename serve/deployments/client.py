@@ -12,11 +12,13 @@ from ray.serve.handle import DeploymentHandle
 from serve.config import ServeArgs
 from serve.deployments.embedding import ItemEmbedding
 from serve.deployments.served_models import Served
-from serve.protocol.errors import ApiError, Failure
+from serve.protocol.errors import OUTDATED, ApiError, Failure
 from serve.protocol.items import EmbedItem, Limits
 
 CALL_ATTEMPTS = 3
 DESCRIBE_S = 30.0
+DESCRIBED_S = 5.0  # how long an answer is believed: an update may bring another model
+OUTDATED_WAIT_S = 1.0
 OVERLOADED = (429, "the queue is full; try again later", "overloaded")
 REPLICA_UNAVAILABLE = (503, "the deployment is not available at the moment; try again later", "unavailable")
 
@@ -29,10 +31,12 @@ def deadline_error(deadline_s: float) -> ApiError:
 async def call(method: DeploymentHandle, *args: Any, deadline_s: float) -> Any:
     """The result of an idempotent method. Tried again on another replica where one dies; cancelled when the time is up.
 
-    Raises ApiError for what the method refuses, 408, 429 and 503.
+    While an application is updated, replicas with its old arguments refuse what they know nothing of: then it waits for
+    a new one. Raises ApiError for what the method refuses, 408, 429 and 503.
     """
     end = time.monotonic() + deadline_s
-    for attempt in range(CALL_ATTEMPTS):
+    deaths = 0
+    while True:
         response = method.remote(*args)
         try:
             result = await asyncio.wait_for(response, end - time.monotonic())
@@ -45,13 +49,16 @@ async def call(method: DeploymentHandle, *args: Any, deadline_s: float) -> Any:
         except BackPressureError:
             raise ApiError(*OVERLOADED) from None
         except (RayActorError, DeploymentUnavailableError):
-            if attempt + 1 == CALL_ATTEMPTS:
+            deaths += 1
+            if deaths == CALL_ATTEMPTS:
                 raise ApiError(*REPLICA_UNAVAILABLE) from None
+            continue
+        if result == OUTDATED and time.monotonic() + OUTDATED_WAIT_S < end:
+            await asyncio.sleep(OUTDATED_WAIT_S)
             continue
         if isinstance(result, Failure):
             raise ApiError.of(result)
         return result
-    raise AssertionError("the last attempt returns or raises")
 
 
 async def stream(method: DeploymentHandle, *args: Any, deadline_s: float) -> AsyncGenerator[Any, None]:
@@ -84,12 +91,14 @@ class Backend:
         self.discriminative = discriminative
         self.generative = generative
         self._served: Served | None = None
+        self._asked = 0.0
 
     async def served(self) -> Served:
-        """The models that this application serves, asked for once."""
-        if self._served is None:
+        """The models that this application serves."""
+        if self._served is None or time.monotonic() > self._asked + DESCRIBED_S:
             description = await call(self.discriminative.describe, deadline_s=DESCRIBE_S)
             self._served = Served.of(self.args.model, self.args.name, description)
+            self._asked = time.monotonic()
         return self._served
 
     async def limits(self) -> Limits:

@@ -36,10 +36,14 @@ class Work:
 
 @dataclass(frozen=True)
 class ItemEmbedding:
-    """The embedding [D] of one item, unit norm, and the tokens it took."""
+    """The embedding [D] of one item, unit norm, the tokens it took, and the model that made it.
+
+    While an application is updated, replicas of two models answer: only the replica itself knows which one it holds.
+    """
 
     vector: np.ndarray
     tokens: int
+    fingerprint: str
 
 
 def batch_cost(work: Sequence[Work]) -> int:
@@ -193,5 +197,5 @@ class Discriminative:
                 return [INTERNAL]
             return [self.embed_now([one])[0] for one in work]
         for i, vector in vectors:
-            results[i] = ItemEmbedding(vector, work[i].tokens)
+            results[i] = ItemEmbedding(vector, work[i].tokens, self.embedder.fingerprint)
         return results

@@ -18,7 +18,7 @@ from pydantic import JsonValue
 from pydantic_core import to_jsonable_python
 
 from serve.config import ServeArgs
-from serve.protocol.errors import Failure
+from serve.protocol.errors import OUTDATED, Failure
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,10 +35,11 @@ INDEX_UNAVAILABLE = Failure(
 
 @dataclass(frozen=True)
 class Found:
-    """Hits, best first, from one version of the index; tokens that the query took."""
+    """Hits, best first, from one version of the index; the model that searched; tokens that the query took."""
 
     hits: list[dict[str, Any]]
     version: int
+    fingerprint: str
     tokens: int = 0
 
 
@@ -53,10 +54,11 @@ class IndexEntry:
 
 @dataclass(frozen=True)
 class Changed:
-    """The version in which the change is to be seen, rows written or removed, and tokens that embedding them took."""
+    """The version in which the change is to be seen, rows written or removed; the model; tokens of embedding them."""
 
     version: int
     count: int
+    fingerprint: str
     tokens: int = 0
 
 
@@ -66,6 +68,7 @@ class ServedIndex:
     def __init__(self, args: ServeArgs, model: dict[str, Any]) -> None:
         self.args = args
         self.model = model
+        self.fingerprint: str = model["fingerprint"]
         self.search_thread = ThreadPoolExecutor(1)
         self.write_thread = ThreadPoolExecutor(1)  # a writer that meets others waits; searches do not
         # A version that is open stays as it is; the newest (None) is refreshed.
@@ -91,7 +94,9 @@ class ServedIndex:
             index = self.version(version)
             if version is None:
                 index.refresh()
-            return Found([hit_object(hit) for hit in index.search(vector, k, filter=where)], index.version)
+            return Found(
+                [hit_object(hit) for hit in index.search(vector, k, filter=where)], index.version, self.fingerprint
+            )
 
         return self.refusing(hits)
 
@@ -101,7 +106,7 @@ class ServedIndex:
         def write() -> Changed:
             index = self.written()
             index.upsert(rows_of(entries, vectors_ND, index, self.model))
-            return Changed(index.version, len(entries))
+            return Changed(index.version, len(entries), self.fingerprint)
 
         return self.refusing(write)
 
@@ -111,7 +116,7 @@ class ServedIndex:
         def remove() -> Changed:
             index = self.written()
             count = index.delete(ids)
-            return Changed(index.version, count)
+            return Changed(index.version, count, self.fingerprint)
 
         return self.refusing(remove)
 
@@ -119,6 +124,8 @@ class ServedIndex:
         """The result of the work, or why there is none."""
         from vladva.index.vector_index import FingerprintMismatch
 
+        if self.args.index is None:
+            return OUTDATED
         try:
             return work()
         except ValueError as error:

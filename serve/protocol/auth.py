@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.protocol.errors import ApiError
 
-OPEN_PATHS = {"/health"}
+OPEN_PATHS = {"/health", "/v1/health/live"}
 WRITE_PATHS = "/v1/index/"
 UPLOAD_PATH = "/v1/files"
 

@@ -1,12 +1,14 @@
-"""Proxy: gives the errors that Serve's HTTP proxy answers by itself, as plain text, the one shape too.
+"""Proxy: what stands around Serve's own HTTP proxy, so that clients see one error shape and no dead ingress.
 
-There are two kinds: those of Serve, which pass a middleware, and a request that is not HTTP, which uvicorn answers
-before any middleware sees it.
+- Errors that the proxy answers by itself, as plain text, get the one shape.
+- So does what is not HTTP at all, which uvicorn answers before any middleware sees it.
+- A request whose ingress died before it answered is sent to another one; what may not be done twice is not.
 
 Serve loads `middlewares` into every proxy where the environment of its controller says
-RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.protocol.proxy_errors:middlewares. `serve.app.start` sets it.
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.protocol.proxy_errors:middlewares. `serve.app` sets it.
 """
 
+import asyncio
 import uuid
 from typing import Any
 
@@ -18,12 +20,22 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serve.protocol.errors import INTERNAL, Failure, reply
 
+CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+ENVIRONMENT = {
+    CALLBACK: "serve.protocol.proxy_errors:middlewares",
+    # A proxy that has died is replaced after three failed checks: 6 seconds rather than 30 in which nobody answers.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+}
 FAILURES = {
     404: Failure(404, "nothing is served under this path", "not_found"),
     408: Failure(408, "not answered in time; the work was cancelled", "deadline_exceeded"),
     429: Failure(429, "the queue is full; try again later", "overloaded"),
     503: Failure(503, "the application is not available at the moment; try again later", "unavailable"),
 }
+RETRY_AFTER_S = (0.1, 0.5, 2.0, 5.0)  # an ingress is replaced within seconds
+RETRIED = {500, 503}
+ONCE_PATHS = ("/v1/files", "/v1/batches")  # a second try would make a second one
+KEPT_BYTES = 16 << 20  # of a request's body, for another try
 
 
 def middlewares() -> list[Middleware]:
@@ -44,29 +56,84 @@ def refuse_connection(protocol: "H11Protocol | HttpToolsProtocol", message: str)
 
 
 class OneShape:
-    """ASGI middleware: an error that is not JSON is replaced by one that is."""
+    """ASGI middleware: an error that is not JSON is the proxy's own. It is tried again, or answered as JSON."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        replaced = False
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        body = KeptBody(receive)
+        once = scope["method"] == "POST" and scope["path"].startswith(ONCE_PATHS)
+        for wait in (*RETRY_AFTER_S, None):
+            error = await self.attempt(scope, body.from_the_start(), send)
+            if error is None or body.left:
+                return
+            if wait is None or once or not body.whole or error["status"] not in RETRIED:
+                await self.answer(error, scope, receive, send)
+                return
+            await asyncio.sleep(wait)
 
-        async def reshape(message: Message) -> None:
-            nonlocal replaced
+    async def attempt(self, scope: Scope, receive: Receive, send: Send) -> Message | None:
+        """Pass the request on. Returns the start of an error of the proxy's own, of which nothing has been sent."""
+        error: Message | None = None
+
+        async def watch(message: Message) -> None:
+            nonlocal error
             if message["type"] == "http.response.start" and message["status"] >= 400:
-                headers = MutableHeaders(scope=message)
-                replaced = not headers.get("content-type", "").startswith("application/json")
-                if replaced:
-                    request_id = {"x-request-id": headers.get("x-request-id", "")}
-                    await reply(FAILURES.get(message["status"], INTERNAL), request_id)(scope, receive, send)
-            if not replaced:
+                kind = MutableHeaders(scope=message).get("content-type", "")
+                if not kind.startswith("application/json"):
+                    error = message
+            if error is None:
                 await send(message)
 
-        await self.app(scope, receive, reshape)
+        await self.app(scope, receive, watch)
+        return error
+
+    async def answer(self, error: Message, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send an error of the proxy's own in the one shape."""
+        headers = MutableHeaders(scope=error)
+        kept = {name: headers[name] for name in ("retry-after", "x-request-id") if name in headers}
+        kept.setdefault("x-request-id", str(uuid.uuid4()))
+        await reply(FAILURES.get(error["status"], INTERNAL), kept)(scope, receive, send)
+
+
+class KeptBody:
+    """The messages of a request, kept so that they can be given out again."""
+
+    def __init__(self, receive: Receive) -> None:
+        self.receive = receive
+        self.messages: list[Message] = []
+        self.bytes = 0
+        self.whole = True  # nothing has been left out
+        self.left = False  # the client has gone
+
+    def from_the_start(self) -> Receive:
+        """A `receive` that begins with the first message."""
+        position = 0
+
+        async def next_message() -> Message:
+            nonlocal position
+            if position < len(self.messages):
+                position += 1
+                return self.messages[position - 1]
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                self.left = True
+                return message
+            self.bytes += len(message.get("body", b""))
+            if self.bytes <= KEPT_BYTES and self.whole:
+                self.messages.append(message)
+                position += 1
+            else:
+                self.messages, self.whole = [], False
+            return message
+
+        return next_message
 
 
 def controller_options() -> dict[str, Any]:
     """Options of `serve.start` that turn this on."""
-    path = "serve.protocol.proxy_errors:middlewares"
-    return {"runtime_env": {"env_vars": {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": path}}}
+    return {"runtime_env": {"env_vars": ENVIRONMENT}}

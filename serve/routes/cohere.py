@@ -14,7 +14,7 @@ from serve.protocol.bodies import off_loop
 from serve.protocol.items import ItemOptions, as_list, parse_items
 from serve.protocol.json_route import expect_entries, json_router
 from serve.protocol.schema import CohereEmbedRequest, CohereRerankRequest
-from serve.routes.embeddings import check_dimensions, embed_all, shortened, usage_of, with_numbers
+from serve.routes.embeddings import check_dimensions, embed_all, fingerprint_of, shortened, usage_of, with_numbers
 from serve.routes.scores import ranked
 
 
@@ -38,7 +38,7 @@ def routes(backend: Backend) -> APIRouter:
             "id": str(uuid.uuid4()),
             "response_type": "embeddings_by_type",
             "model": served.embedding_model,
-            "fingerprint": served.description["fingerprint"],
+            "fingerprint": fingerprint_of(results),
             "embeddings": {kind: await off_loop(vectors, results, body.output_dimension, kind) for kind in kinds},
             "texts": body.texts or [],
             "meta": meta(tokens, images=len(body.images or [])),
@@ -48,14 +48,12 @@ def routes(backend: Backend) -> APIRouter:
     async def rerank(body: CohereRerankRequest) -> dict[str, Any]:
         served = await backend.served()
         served.check_embedding(body.model)
-        best, usage = await ranked(
-            backend, body.query, as_list(body.documents), body.top_n, ItemOptions(truncate="end")
-        )
+        best, made = await ranked(backend, body.query, as_list(body.documents), body.top_n, ItemOptions(truncate="end"))
         return {
             "id": str(uuid.uuid4()),
             "results": [{"index": i, "relevance_score": score} for i, score in best],
-            "fingerprint": served.description["fingerprint"],
-            "meta": meta(usage["total_tokens"]),
+            "fingerprint": made["fingerprint"],
+            "meta": meta(made["usage"]["total_tokens"]),
         }
 
     return router

@@ -39,7 +39,7 @@ def routes(backend: Backend) -> APIRouter:
         return {
             "object": "list",
             "model": model,
-            "fingerprint": served.description["fingerprint"],
+            "fingerprint": fingerprint_of(results) or served.description["fingerprint"],
             "data": await off_loop(entries, results, body.dimensions, body.dtype, body.encoding_format),
             "usage": usage_of(results),
         }
@@ -103,6 +103,11 @@ def with_numbers(vector: np.ndarray, dtype: VectorType) -> np.ndarray:
         return packed if dtype == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
     levels = np.rint(127 * vector / np.abs(vector).max()).astype(np.int16)
     return levels.astype(np.int8) if dtype == "int8" else (levels + 128).astype(np.uint8)
+
+
+def fingerprint_of(results: Sequence[ItemEmbedding | Failure]) -> str | None:
+    """The model that made the vectors; None where none was made."""
+    return next((result.fingerprint for result in results if isinstance(result, ItemEmbedding)), None)
 
 
 def usage_of(results: Sequence[ItemEmbedding | Failure]) -> dict[str, int]:

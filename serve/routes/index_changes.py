@@ -20,8 +20,7 @@ def routes(backend: Backend) -> APIRouter:
 
     @router.post("/v1/index/upsert")
     async def upsert(body: UpsertRequest) -> dict[str, Any]:
-        served = await backend.served()
-        model = served.check_embedding(body.model)
+        model = (await backend.served()).check_embedding(body.model)
         name = check_index(backend, body.index)
         limits = await backend.limits()
         if len(body.items) > limits.items:
@@ -36,7 +35,7 @@ def routes(backend: Backend) -> APIRouter:
             "model": model,
             "index": name,
             "version": changed.version,
-            "fingerprint": served.description["fingerprint"],
+            "fingerprint": changed.fingerprint,
             "upserted": changed.count,
             "usage": {"prompt_tokens": changed.tokens, "total_tokens": changed.tokens},
         }

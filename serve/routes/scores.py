@@ -12,7 +12,7 @@ from serve.protocol.errors import ApiError, Failure
 from serve.protocol.items import EmbedItem, ItemOptions, as_list, parse_items, sent_texts
 from serve.protocol.json_route import expect_entries, json_router
 from serve.protocol.schema import ClassifyRequest, RerankRequest, ScoreRequest
-from serve.routes.embeddings import embed_all, item_options, usage_of
+from serve.routes.embeddings import embed_all, fingerprint_of, item_options, usage_of
 
 CLIP_SCALE = 100.0  # CLIP's logit scale: turns cosine similarities of labels into probabilities
 
@@ -24,52 +24,46 @@ def routes(backend: Backend) -> APIRouter:
     @router.post("/score", include_in_schema=False)
     @router.post("/v1/score")
     async def score(body: ScoreRequest) -> dict[str, Any]:
-        served = await backend.served()
-        model = served.check_embedding(body.model)
+        model = (await backend.served()).check_embedding(body.model)
         check_mode(body.mode)
         queries, documents = as_list(body.queries, parts_apart=True), as_list(body.documents, parts_apart=True)
         if len(queries) not in (1, len(documents)):
             text = f"queries: {len(queries)} of them for {len(documents)} documents; send one, or one for each document"
             raise ApiError(422, text, "invalid_value", "queries")
         lists = {"queries": queries, "documents": documents}
-        [queries_QD, documents_ND], usage = await embed_lists(backend, lists, item_options(body))
+        [queries_QD, documents_ND], made = await embed_lists(backend, lists, item_options(body))
         scores_N = (queries_QD * documents_ND).sum(axis=1)
         expect_entries(len(scores_N))
         return {
             "object": "list",
             "model": model,
-            "fingerprint": served.description["fingerprint"],
             "data": [{"index": i, "object": "score", "score": float(score)} for i, score in enumerate(scores_N)],
-            "usage": usage,
+            **made,
         }
 
     @router.post("/rerank", include_in_schema=False)
     @router.post("/v1/rerank")
     async def rerank(body: RerankRequest) -> dict[str, Any]:
-        served = await backend.served()
-        model = served.check_embedding(body.model)
+        model = (await backend.served()).check_embedding(body.model)
         check_mode(body.mode)
         documents = as_list(body.documents, parts_apart=True)
-        best, usage = await ranked(backend, body.query, documents, body.top_n, item_options(body))
+        best, made = await ranked(backend, body.query, documents, body.top_n, item_options(body))
         results: list[dict[str, Any]] = [{"index": i, "relevance_score": score} for i, score in best]
         for result in results if body.return_documents else ():
             result["document"] = document_object(documents[result["index"]])
-        fingerprint = served.description["fingerprint"]
-        return {"model": model, "fingerprint": fingerprint, "results": results, "usage": usage}
+        return {"model": model, "results": results, **made}
 
     @router.post("/v1/classify")
     async def classify(body: ClassifyRequest) -> dict[str, Any]:
-        served = await backend.served()
-        model = served.check_embedding(body.model)
+        model = (await backend.served()).check_embedding(body.model)
         labels: list[JsonValue] = [{"text": body.template.replace("{}", label)} for label in body.labels]
         lists = {"input": as_list(body.input), "labels": labels}
-        [inputs_ND, labels_LD], usage = await embed_lists(backend, lists, item_options(body))
+        [inputs_ND, labels_LD], made = await embed_lists(backend, lists, item_options(body))
         data = []
         for i, probabilities_L in enumerate(softmax(CLIP_SCALE * inputs_ND @ labels_LD.T)):
             best = body.labels[int(probabilities_L.argmax())]
             data.append({"index": i, "label": best, "probs": probabilities_L.tolist(), "num_classes": len(labels)})
-        fingerprint = served.description["fingerprint"]
-        return {"object": "list", "model": model, "fingerprint": fingerprint, "data": data, "usage": usage}
+        return {"object": "list", "model": model, "data": data, **made}
 
     return router
 
@@ -82,20 +76,23 @@ def check_mode(mode: str) -> None:
 
 async def ranked(
     backend: Backend, query: JsonValue, documents: list[JsonValue], top_n: int | None, options: ItemOptions
-) -> tuple[list[tuple[int, float]], dict[str, int]]:
-    """(index, similarity to the query) of the documents, best first, and the tokens used."""
+) -> tuple[list[tuple[int, float]], dict[str, Any]]:
+    """(index, similarity to the query) of the documents, best first; and the reply's `fingerprint` and `usage`."""
     lists = {"query": [query], "documents": documents}
-    [query_1D, documents_ND], usage = await embed_lists(backend, lists, options)
+    [query_1D, documents_ND], made = await embed_lists(backend, lists, options)
     scores_N = documents_ND @ query_1D[0]
     best = np.argsort(-scores_N, kind="stable")[:top_n]
     expect_entries(len(best))
-    return [(int(i), float(scores_N[i])) for i in best], usage
+    return [(int(i), float(scores_N[i])) for i in best], made
 
 
 async def embed_lists(
     backend: Backend, lists: dict[str, list[JsonValue]], options: ItemOptions
-) -> tuple[list[np.ndarray], dict[str, int]]:
-    """Embeddings [N, D] of each list, all in one call, and the tokens used. Raises ApiError for the first bad item."""
+) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """Embeddings [N, D] of each list, all in one call; and the reply's `fingerprint` and `usage`.
+
+    Raises ApiError for the first bad item.
+    """
     limits = await backend.limits()
     items: list[EmbedItem | Failure] = []
     for field, values in lists.items():
@@ -104,7 +101,7 @@ async def embed_lists(
     results = await embed_all(backend, items, fields)
     vectors = np.stack([result.vector for result in results])
     ends = np.cumsum([len(values) for values in lists.values()])[:-1]
-    return np.split(vectors, ends), usage_of(results)
+    return np.split(vectors, ends), {"fingerprint": fingerprint_of(results), "usage": usage_of(results)}
 
 
 def document_object(document: JsonValue) -> dict[str, JsonValue]:

@@ -22,8 +22,7 @@ def routes(backend: Backend) -> APIRouter:
 
     @router.post("/v1/search")
     async def search(body: SearchRequest) -> dict[str, Any]:
-        served = await backend.served()
-        model = served.check_embedding(body.model)
+        model = (await backend.served()).check_embedding(body.model)
         name = check_index(backend, body.index)
         query = await off_loop(parse_query, body.query, await backend.limits(), item_options(body))
         found: Found = await backend.call("search", query, body.k, body.filter, body.version)
@@ -32,7 +31,7 @@ def routes(backend: Backend) -> APIRouter:
             "model": model,
             "index": name,
             "version": found.version,
-            "fingerprint": served.description["fingerprint"],
+            "fingerprint": found.fingerprint,
             "data": [{"object": "hit", **hit} for hit in found.hits],
             "usage": {"prompt_tokens": found.tokens, "total_tokens": found.tokens},
         }

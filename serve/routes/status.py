@@ -7,6 +7,9 @@ from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import FileResponse
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import DeploymentStatus
 
 from serve.deployments.client import Backend, call
 from serve.protocol.errors import ApiError
@@ -20,20 +23,23 @@ def routes(backend: Backend) -> APIRouter:
     router = json_router()
     created = int(time.time())
 
+    @router.get("/v1/health/live", include_in_schema=False)
     @router.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
+    @router.get("/v1/health/ready", include_in_schema=False)
     @router.get("/ready")
     async def ready() -> dict[str, Any]:
-        deployments = {"discriminative": backend.discriminative, "generative": backend.generative}
-        # Their constructors embed and generate for real, so an answer of any kind means that they have done it.
-        probes = [call(handle.describe, deadline_s=PROBE_S) for handle in deployments.values()]
-        answers = await asyncio.gather(*probes, return_exceptions=True)
-        missing = [name for name, answer in zip(deployments, answers, strict=True) if isinstance(answer, Exception)]
+        states = await deployment_states(backend)
+        missing = [name for name, state in states.items() if state == "missing"]
         if missing:
             raise ApiError(503, f"not ready yet: {', '.join(missing)}", "not_ready")
-        return {"status": "ready", "deployments": list(deployments)}
+        return {
+            "status": "ready",
+            "deployments": list(states),
+            "asleep": [n for n, s in states.items() if s == "asleep"],
+        }
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -51,3 +57,33 @@ def routes(backend: Backend) -> APIRouter:
         return FileResponse(Path(__file__).with_name("page.html"), media_type="text/html")
 
     return router
+
+
+async def deployment_states(backend: Backend) -> dict[str, str]:
+    """`ready`, `asleep` or `missing` for each deployment. One that sleeps is not woken by being asked after."""
+    asleep = await asyncio.to_thread(sleeping)
+
+    async def state(name: str, handle: DeploymentHandle) -> str:
+        if handle.deployment_name in asleep:
+            return "asleep"
+        try:
+            # Its constructor embeds and generates for real, so an answer of any kind means that it has done it.
+            await call(handle.describe, deadline_s=PROBE_S)
+        except Exception:
+            return "missing"
+        return "ready"
+
+    handles = {"discriminative": backend.discriminative, "generative": backend.generative}
+    states = await asyncio.gather(*[state(name, handle) for name, handle in handles.items()])
+    return dict(zip(handles, states, strict=True))
+
+
+def sleeping() -> set[str]:
+    """The deployments of this application that have been scaled to zero, and are well."""
+    name = serve.get_replica_context().app_name
+    deployments = serve.status().applications[name].deployments
+    return {
+        one
+        for one, status in deployments.items()
+        if status.status == DeploymentStatus.HEALTHY and not any(status.replica_states.values())
+    }

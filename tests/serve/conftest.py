@@ -95,11 +95,11 @@ def foreign_index(tmp_path_factory: pytest.TempPathFactory, embedder: Embedder) 
 
 
 @pytest.fixture(scope="session")
-def server(ray_cluster: None, adapter: str, index: str, foreign_index: str) -> Iterator[str]:
+def server(ray_cluster: None, adapter: str, index: str) -> Iterator[str]:
     """Base URL of a running server; under /strict a second application."""
     from ray import serve
 
-    from serve.app import API_KEYS, ServeArgs, build, start, stop
+    from serve.app import API_KEYS, ServeArgs, application, start, stop
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -107,8 +107,8 @@ def server(ray_cluster: None, adapter: str, index: str, foreign_index: str) -> I
     url = start(ServeArgs(model=adapter, index=index, **SMALL), port=port)
     os.environ[API_KEYS] = f"{KEY}, {OTHER_KEY}"
     limits = {"max_queued_tokens": 300_000, "max_body_bytes": 2_000_000, "deadline_s": 3.0}
-    strict = ServeArgs(index=foreign_index, **limits, **SMALL)
-    serve.run(build(strict), name=STRICT, route_prefix=f"/{STRICT}", logging_config={"log_level": "WARNING"})
+    strict = ServeArgs(cors_origins=("https://page.example",), **limits, **SMALL)
+    serve.run(application(strict), name=STRICT, route_prefix=f"/{STRICT}", logging_config={"log_level": "WARNING"})
     del os.environ[API_KEYS]
     yield url
     stop()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import socket
 import subprocess
 import sys
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 import yaml
-from pydantic import ValidationError
 
-from serve.app import API_KEYS, ServeArgs, build, start
+from serve.app import API_KEYS, application, build, check_model, start
+from serve.config import ArgumentError, ServeArgs
 from serve.deployments.served_models import Served, adapter_name
 from tests.support.wire import ADAPTER, error_of
 
@@ -35,7 +34,9 @@ def test_importing_does_no_work() -> None:
 
 def test_ready_names_both_deployments(client: httpx.Client) -> None:
     assert client.get("/health").json() == {"status": "ok"}
-    assert client.get("/ready").json() == {"status": "ready", "deployments": ["discriminative", "generative"]}
+    ready = {"status": "ready", "deployments": ["discriminative", "generative"], "asleep": []}
+    assert client.get("/ready").json() == client.get("/v1/health/ready").json() == ready
+    assert client.get("/v1/health/live").json() == {"status": "ok"}
 
 
 def test_models_are_listed_with_what_embeddings_depend_on(openai_client: OpenAI, embedder: Embedder) -> None:
@@ -73,6 +74,18 @@ def test_what_clients_get_slightly_wrong_is_answered(client: httpx.Client) -> No
     assert (head.status_code, head.content) == (200, b"")
     assert client.get("/v1/models/").json() == client.get("/v1/models").json()
     assert client.get("/health/").status_code == 200
+
+
+def test_pages_of_other_origins_may_call_where_they_are_named(client: httpx.Client, strict: httpx.Client) -> None:
+    for origin, allowed in (("https://page.example", "https://page.example"), ("https://other.example", None)):
+        asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        wanted = asked | {"Access-Control-Request-Headers": "authorization,content-type", "Authorization": ""}
+        assert strict.options("/v1/embeddings", headers=wanted).headers.get("access-control-allow-origin") == allowed
+        refused = strict.post("/v1/embeddings", headers={"Origin": origin, "Authorization": ""}, json={"input": "a"})
+        error_of(refused, 401, "invalid_api_key")
+        assert refused.headers.get("access-control-allow-origin") == allowed
+        plain = client.get("/v1/models", headers={"Origin": origin})
+        assert "access-control-allow-origin" not in plain.headers
 
 
 def test_openapi_names_the_errors_that_there_are(client: httpx.Client) -> None:
@@ -143,34 +156,63 @@ def test_beyond_this_machine_a_key_is_needed() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"modle": "tiny"}, "modle"),
-        ({"model": "/no/such/run"}, "there is no /no/such/run"),
+        ({"modle": "tiny"}, "^modle: no such argument; did you mean model?"),
+        ({"model": "/no/such/run"}, "^model: there is no /no/such/run"),
         ({"index": "./no-index"}, "there is no ./no-index"),
         ({"min_replicas": 3}, "min_replicas is 3"),
         ({"dtype": "int8"}, "dtype"),
         ({"max_queued_tokens": 0}, "max_queued_tokens"),
+        ({"deadline_s": "soon"}, "^deadline_s: "),
+        ({"index": str(ROOT / "serve")}, "^index: .*serve holds no index"),
     ],
 )
-def test_wrong_arguments_are_named(args: dict[str, object], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        ServeArgs.model_validate(args)
+def test_wrong_arguments_are_named_in_one_line(args: dict[str, object], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message) as error:
+        build(args)
+    assert "\n" not in str(error.value)
+
+
+def test_serve_run_shows_one_line_for_a_wrong_argument_and_lists_them_all() -> None:
+    """As a user types it. Ray is never started."""
+    command = [Path(sys.executable).with_name("serve"), "run", "serve.app:build"]
+    wrong = subprocess.run([*command, "modle=tiny"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 1
+    assert "Traceback" not in wrong.stderr
+    assert wrong.stderr.strip().splitlines()[-1].startswith("Error: modle: no such argument; did you mean model?")
+    listed = subprocess.run([*command, "help=1"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert all(name in listed.stdout for name in ServeArgs.model_fields)
+
+
+def test_every_argument_says_what_it_is_for() -> None:
+    assert all(field.description for field in ServeArgs.model_fields.values())
+
+
+def test_an_index_of_another_model_fails_at_the_start(adapter: str, index: str, foreign_index: str) -> None:
+    check_model(ServeArgs(model=adapter, index=index))
+    check_model(ServeArgs(model=adapter, index=index, index_version="first"))
+    with pytest.raises(ArgumentError, match="^index: .*0123456789abcdef"):
+        check_model(ServeArgs(model=adapter, index=foreign_index))
+    with pytest.raises(ArgumentError, match="^index: .*no-such-tag"):
+        check_model(ServeArgs(model=adapter, index=index, index_version="no-such-tag"))
+
+
+def test_a_model_that_is_not_there_fails_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ArgumentError, match="^model: nobody/nothing cannot be loaded"):
+        check_model(ServeArgs(model="nobody/nothing"))
 
 
 def test_arguments_come_as_strings_from_the_command_line() -> None:
     args = ServeArgs.model_validate({"model": "tiny", "num_gpus": "0.5", "max_replicas": "3"})
     assert (args.num_gpus, args.max_replicas) == (0.5, 3)
-
-
-def test_serve_finds_the_builders_arguments() -> None:
-    """`serve run` validates only what is annotated with a pydantic model itself, not with its name."""
-    [parameter] = inspect.signature(build).parameters.values()
-    assert parameter.annotation is ServeArgs
+    listed = ServeArgs.model_validate({"cors_origins": "https://a.example, https://b.example"})
+    assert listed.cors_origins == ("https://a.example", "https://b.example")
 
 
 def test_deployments_scale_by_themselves_without_thrashing() -> None:
     from ray.serve._private.build_app import build_app
 
-    deployments = {d.name: d for d in build_app(build(ServeArgs(min_replicas=0)), name="x").deployments}
+    deployments = {d.name: d for d in build_app(application(ServeArgs(min_replicas=0)), name="x").deployments}
     assert deployments.keys() == {"Discriminative", "Generative", "Ingress"}
     for name in ("Discriminative", "Generative"):
         config = deployments[name]._deployment_config

@@ -105,12 +105,6 @@ def test_what_cannot_be_written_is_refused(
     assert len(reply["data"]) == len(CAPTIONS)
 
 
-def test_an_index_of_another_model_is_not_written_to(strict: httpx.Client) -> None:
-    for verb, body in ("upsert", {"items": [TEXT]}), ("delete", {"ids": ["g#0"]}):
-        error = error_of(strict.post(f"/v1/index/{verb}", json=body), 409, "fingerprint_mismatch")
-        assert "0123456789abcdef" in error["message"]
-
-
 def test_a_pinned_replica_stays_and_another_follows(index: str, embedder: Embedder, tmp_path: Path) -> None:
     from serve.config import ServeArgs
     from serve.deployments.served_index import IndexEntry, ServedIndex

@@ -120,8 +120,17 @@ def test_numbers_too_large_for_a_vector(client: httpx.Client) -> None:
         error_of(response, 422, "invalid_value")
 
 
-def test_an_index_of_another_model_is_refused_and_both_are_named(strict: httpx.Client) -> None:
-    fingerprint = strict.get("/v1/models").json()["data"][0]["fingerprint"]
-    error = error_of(strict.post("/v1/search", json={"query": "a red circle"}), 409, "fingerprint_mismatch")
-    assert fingerprint in error["message"]
-    assert "0123456789abcdef" in error["message"]
+def test_an_index_of_another_model_is_refused_and_both_are_named(foreign_index: str, embedder: Embedder) -> None:
+    from serve.config import ServeArgs
+    from serve.deployments.served_index import IndexEntry, ServedIndex
+
+    index = ServedIndex(ServeArgs(index=foreign_index), embedder.description())
+    vector = embedder.embed_texts(["a late text"])
+    for refused in (
+        index.search(vector[0], 3, None, None),
+        index.upsert([IndexEntry("new#0", "text", {})], vector),
+        index.delete(["g#0"]),
+    ):
+        assert (refused.status, refused.code) == (409, "fingerprint_mismatch")
+        assert embedder.fingerprint in refused.message
+        assert "0123456789abcdef" in refused.message

@@ -1,0 +1,83 @@
+"""What stands around Serve's proxy: its own errors are tried again or reshaped, an application's pass unchanged."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from serve.protocol import proxy_errors
+from serve.protocol.proxy_errors import OneShape
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tries follow each other without waiting."""
+    monkeypatch.setattr(proxy_errors, "RETRY_AFTER_S", (0, 0))
+
+
+def ask(
+    answers: list[tuple[int, str]], *, method: str = "POST", path: str = "/v1/embeddings", parts: int = 2
+) -> tuple[int, bytes, list[bytes]]:
+    """(status, body, bodies that the proxy saw) where the proxy gives one after the other of some (status, kind)."""
+    seen: list[bytes] = []
+    sent: list[Any] = []
+    left = iter([{"type": "http.request", "body": b"part", "more_body": i + 1 < parts} for i in range(parts)])
+    coming = iter(answers)
+
+    async def proxy(scope: Any, receive: Any, send: Any) -> None:
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message["body"], message["more_body"]
+        seen.append(body)
+        status, kind = next(coming)
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind.encode())]})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def receive() -> Any:
+        return next(left)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(OneShape(proxy)({"type": "http", "method": method, "path": path}, receive, send))
+    start, *bodies = sent
+    return start["status"], b"".join(one.get("body", b"") for one in bodies), seen
+
+
+PLAIN, JSON = "text/plain", "application/json"
+
+
+def test_a_request_whose_ingress_died_is_answered_by_another() -> None:
+    assert ask([(500, PLAIN), (503, PLAIN), (200, JSON)]) == (200, b"{}", [b"partpart"] * 3)
+
+
+def test_when_none_answers_the_error_has_the_one_shape() -> None:
+    status, body, seen = ask([(500, PLAIN)] * 3)
+    assert (status, json.loads(body)["error"]["code"], len(seen)) == (500, "internal_error", 3)
+
+
+def test_an_applications_own_answers_pass_unchanged() -> None:
+    assert ask([(500, JSON)]) == (500, b"{}", [b"partpart"])
+    assert ask([(422, "application/json; charset=utf-8")]) == (422, b"{}", [b"partpart"])
+
+
+@pytest.mark.parametrize("status", [404, 408, 429])
+def test_what_is_no_fault_of_an_ingress_is_not_tried_again(status: int) -> None:
+    answered, body, seen = ask([(status, PLAIN)])
+    assert (answered, len(seen)) == (status, 1)
+    assert json.loads(body)["error"]["code"] != "internal_error"
+
+
+def test_what_may_not_be_done_twice_is_not() -> None:
+    assert len(ask([(500, PLAIN)], path="/v1/batches")[2]) == 1
+    assert len(ask([(500, PLAIN), (200, JSON)], path="/v1/batches/b", method="GET")[2]) == 2
+
+
+def test_a_body_too_large_to_keep_is_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy_errors, "KEPT_BYTES", 7)
+    status, body, seen = ask([(500, PLAIN)])
+    assert (status, json.loads(body)["error"]["code"], len(seen)) == (500, "internal_error", 1)
