@@ -22,6 +22,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from serve.config import ArgumentError, ServeArgs
@@ -33,13 +34,14 @@ from serve.protocol.auth import Auth, key_digest
 from serve.protocol.bodies import BoundedBodies
 from serve.protocol.errors import LastResort, handle_errors
 from serve.protocol.forgiving import Forgiving, with_origins
-from serve.routes import chat, cohere, embeddings, index_changes, scores, search, status
+from serve.protocol.request_metrics import RequestMetrics
+from serve.routes import chat, cohere, embeddings, index_changes, metrics, scores, search, status, tokenize
 
 logger = logging.getLogger(__name__)
 
 API_KEYS = "VLADVA_API_KEYS"  # environment variable: keys, separated by commas
 WRITE_KEYS = "VLADVA_WRITE_KEYS"  # the same: keys that may change the index as well, which the others then may not
-ROUTES = (status, embeddings, search, index_changes, scores, cohere, chat)
+ROUTES = (status, metrics, embeddings, search, index_changes, scores, tokenize, cohere, chat)
 INGRESS_REQUESTS = 1000
 INGRESS_REPLICAS = 2  # one may die
 START_S = 600
@@ -70,7 +72,13 @@ class Ingress:
         handle_errors(app)
         bounded = BoundedBodies(app, self.args.body_limits)
         guarded = LastResort(Auth(bounded, self.key_digests, self.write_digests))
-        return Forgiving(with_origins(guarded, self.args.cors_origins))
+        counted = RequestMetrics(with_origins(guarded, self.args.cors_origins), paths_of(app))
+        return Forgiving(counted)
+
+
+def paths_of(app: FastAPI) -> list[str]:
+    """The paths of the routes that there are."""
+    return [route.path for route in app.routes if isinstance(route, Route)]
 
 
 def build(arguments: dict[str, Any]) -> Application:

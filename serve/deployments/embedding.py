@@ -76,7 +76,7 @@ class Discriminative:
 
     async def describe(self) -> dict[str, Any]:
         """What the embedder says of itself; the constructor has embedded something by then."""
-        return {**self.embedder.description(), "context": self.context, "cuts": False}
+        return {**self.embedder.description(), "context": self.context, "cuts": False, "generates": True}
 
     async def costs(self, items: list[EmbedItem]) -> list[tuple[int, int] | Failure]:
         """(tokens, cost in a batch) of each item, with a `Failure` in the place of a bad one."""
@@ -113,9 +113,15 @@ class Discriminative:
             message = f"the vector has {len(query)} numbers; the model's have {self.embedder.dimension}"
             return Failure(422, message, "invalid_value").with_param("query")
         found = await asyncio.get_running_loop().run_in_executor(
-            self.index.search_thread, self.index.search, vector, k, where, version
+            self.index.search_threads, self.index.search, vector, k, where, version
         )
         return replace(found, tokens=tokens) if isinstance(found, Found) else found
+
+    async def thumbnail(self, name: str, size: int) -> bytes | Failure:
+        """A JPEG, at most `size` pixels wide and high, of the image that the index has under this id."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self.index.search_threads, self.index.thumbnail, name, size
+        )
 
     async def upsert(self, items: list[EmbedItem], entries: list[IndexEntry]) -> Changed | Failure:
         """Embed the items and write them to the index."""
@@ -149,9 +155,9 @@ class Discriminative:
             return Work(item, tokens, max(tokens, item.pixels // PIXELS_PER_TOKEN))
         try:
             [tokens] = self.embedder.count_text_tokens([item.text])
-            while tokens > self.context and item.truncate != "none":
-                item = replace(item, text=self.shorter(item.text, tokens - self.context, item.truncate))
-                [tokens] = self.embedder.count_text_tokens([item.text])
+            if tokens > self.context and item.truncate != "none":
+                text, tokens = self.shorter(item.text, tokens - self.context, item.truncate)
+                item = replace(item, text=text)
         except ValueError as error:
             return Failure(422, str(error), "invalid_value")
         if tokens > self.context:
@@ -159,13 +165,20 @@ class Discriminative:
             return Failure(422, message, "context_length_exceeded")
         return Work(item, tokens, tokens)
 
-    def shorter(self, text: str, tokens: int, side: str) -> str:
-        """A text without its first (`start`) or last (`end`) tokens; the prompt around it stays whole."""
+    def shorter(self, text: str, drop: int, side: str) -> tuple[str, int]:
+        """A text without its first (`start`) or last (`end`) tokens, at least `drop`, so that it fits; its new count.
+
+        The prompt around it stays whole. Raises ValueError where even an empty text does not fit.
+        """
         encoded = self.embedder.preprocessor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        places = encoded["offset_mapping"]
-        if tokens >= len(places):
-            raise ValueError("the model's context is shorter than its prompt")
-        return text[places[tokens][0] :] if side == "start" else text[: places[-tokens][0]]
+        starts = [start for start, _ in encoded["offset_mapping"]]
+        while drop < len(starts):
+            short = text[starts[drop] :] if side == "start" else text[: starts[-drop]]
+            [tokens] = self.embedder.count_text_tokens([short])
+            if tokens <= self.context:
+                return short, tokens
+            drop += tokens - self.context  # what is left may be cut into other tokens
+        raise ValueError("the model's context is shorter than its prompt")
 
     @serve.batch(max_batch_size=1, batch_size_fn=batch_cost)  # the constructor sets size and wait
     async def embed_batched(self, work: list[Work]) -> list[ItemEmbedding | Failure]:

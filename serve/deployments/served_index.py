@@ -4,6 +4,7 @@ Without a version in the request or the configuration, a search sees the newest 
 a tag or number in the configuration the replica stays there, and changes are seen by those who ask for their version.
 """
 
+import io
 import json
 import logging
 from collections import Counter
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 OPEN_VERSIONS = 8
+SEARCH_THREADS = 4
+FILTER_S = 10.0  # a condition that takes longer is given up
+NO_IMAGE = Failure(404, "the index knows no image that can be read under this id", "image_not_found", "id")
 INDEX_UNAVAILABLE = Failure(
     503, "the index cannot be read or written at the moment; try again later", "index_unavailable"
 )
@@ -69,7 +73,7 @@ class ServedIndex:
         self.args = args
         self.model = model
         self.fingerprint: str = model["fingerprint"]
-        self.search_thread = ThreadPoolExecutor(1)
+        self.search_threads = ThreadPoolExecutor(SEARCH_THREADS)  # a slow filter leaves the others free
         self.write_thread = ThreadPoolExecutor(1)  # a writer that meets others waits; searches do not
         # A version that is open stays as it is; the newest (None) is refreshed.
         self.version = lru_cache(OPEN_VERSIONS)(self.open)
@@ -99,6 +103,31 @@ class ServedIndex:
             )
 
         return self.refusing(hits)
+
+    def thumbnail(self, name: str, size: int) -> bytes | Failure:
+        """A JPEG, at most `size` pixels wide and high, of the image with this id, read where it was embedded from."""
+        from vladva.core.images import decode_image
+        from vladva.embed.corpus import PLACE, read_item_images
+
+        if self.args.index is None:
+            return OUTDATED
+        try:
+            index = self.version(self.args.index_version)
+            columns = [column for column in PLACE if column in index.dataset.schema.names]
+            quoted = name.replace("'", "''")
+            rows = index.dataset.to_table(columns=columns, filter=f"id = '{quoted}' AND kind = 'image'", limit=1)
+            [place] = rows.to_pylist() or [{}]
+            if not place.get("shard"):
+                return NO_IMAGE
+            [data] = read_item_images(index.corpus, [{column: place.get(column) for column in PLACE}])
+            image = decode_image(data, self.args.max_image_pixels)
+        except (OSError, ValueError):  # the corpus has moved, or is not for this machine to read
+            logger.info("the image of %r cannot be read", name, exc_info=True)
+            return NO_IMAGE
+        image.thumbnail((size, size))
+        jpeg = io.BytesIO()
+        image.save(jpeg, "JPEG", quality=85)
+        return jpeg.getvalue()
 
     def upsert(self, entries: Sequence[IndexEntry], vectors_ND: np.ndarray) -> Changed | Failure:
         """Write rows, in place of those with the same id and kind."""
@@ -133,6 +162,10 @@ class ServedIndex:
             if isinstance(error, FingerprintMismatch):
                 return Failure(409, message, "fingerprint_mismatch")
             return Failure(422, message, "invalid_value")
+        except TimeoutError:
+            return Failure(
+                422, f"filter: not evaluated within {FILTER_S:g} s; send a simpler one", "invalid_value", "filter"
+            )
         except OSError:  # storage fails, or others wrote at the same time again and again
             logger.exception("the index cannot be used")
             return INDEX_UNAVAILABLE

@@ -28,6 +28,11 @@ class Served:
         return cls(base, adapter, description)
 
     @property
+    def generates(self) -> bool:
+        """Whether the model answers conversations; a dual encoder, such as CLIP, only embeds."""
+        return bool(self.description["generates"])
+
+    @property
     def embedding_model(self) -> str:
         """The model that embeds."""
         return self.adapter or self.base
@@ -44,6 +49,9 @@ class Served:
 
     def check_generation(self, asked: str | None) -> tuple[str, bool]:
         """The model that answers, and whether it is the adapter. Raises ApiError where another is asked for."""
+        if not self.generates:
+            message = f"model: {self.base} embeds and does not answer; serve a vision-language model for that"
+            raise ApiError(404, message, "model_not_found", "model")
         name = asked or self.base
         if name not in (self.base, self.adapter):
             raise self.unknown(name, [self.base, *([self.adapter] if self.adapter else [])])
@@ -57,19 +65,22 @@ class Served:
         """OpenAI's model list, with what the embeddings depend on."""
         about = self.description
         common = {"object": "model", "created": created, "owned_by": "vladva", "base_model": self.base}
-        generator = {"id": self.base, **common, "mode": ["generative"], "adapter": None}
+        generator = {"id": self.base, **common, "type": "chat", "mode": ["generative"], "adapter": None}
         embedder = {
             "id": self.embedding_model,
             **common,
-            "mode": ["discriminative", "generative"],
+            "type": "embedding",
+            "mode": ["discriminative", "generative"] if self.generates else ["discriminative"],
             "adapter": self.adapter,
             "dimension": about["dimension"],
+            "matryoshka_dimensions": [*(about.get("matryoshka_dimensions") or [about["dimension"]])],
+            "max_model_len": about["context"],
             "layer": about["layer"],
             "prompts": {"image": about["image_prompt"], "text": about["text_prompt"], "soft": about["soft_prompts"]},
             "dtype": about["dtype"],
             "fingerprint": about["fingerprint"],
         }
-        return [embedder, generator] if self.adapter else [embedder]
+        return [embedder, generator] if self.adapter and self.generates else [embedder]
 
 
 def adapter_name(model: str) -> str:

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.protocol.errors import ApiError
 
-OPEN_PATHS = {"/health", "/v1/health/live"}
+OPEN_PATHS = {"/health", "/v1/health/live", "/"}  # the page holds nothing, and asks for the key
 WRITE_PATHS = "/v1/index/"
 UPLOAD_PATH = "/v1/files"
 

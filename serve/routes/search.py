@@ -1,9 +1,9 @@
 """Search: POST /v1/search, over the index that the application was started with."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter
+from fastapi import APIRouter, Query, Response
 from pydantic import JsonValue
 
 from serve.deployments.client import Backend
@@ -14,6 +14,8 @@ from serve.protocol.items import EmbedItem, ItemOptions, Limits, parse_item
 from serve.protocol.json_route import json_router
 from serve.protocol.schema import SearchRequest
 from serve.routes.embeddings import item_options
+
+MAX_THUMBNAIL = 1024
 
 
 def routes(backend: Backend) -> APIRouter:
@@ -35,6 +37,16 @@ def routes(backend: Backend) -> APIRouter:
             "data": [{"object": "hit", **hit} for hit in found.hits],
             "usage": {"prompt_tokens": found.tokens, "total_tokens": found.tokens},
         }
+
+    @router.get("/v1/search/image")
+    async def image(
+        id: Annotated[str, Query(min_length=1, max_length=1000)],  # noqa: A002
+        size: Annotated[int, Query(ge=16, le=MAX_THUMBNAIL)] = 256,
+    ) -> Response:
+        """The image of a hit, as a JPEG at most `size` pixels wide and high."""
+        check_index(backend, None)
+        jpeg: bytes = await backend.call("thumbnail", id, size)
+        return Response(jpeg, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
 
     return router
 

@@ -43,7 +43,8 @@ def routes(backend: Backend) -> APIRouter:
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": (await backend.served()).cards(created)}
+        cards = (await backend.served()).cards(created)
+        return {"object": "list", "data": cards, "index": backend.args.index_name}
 
     @router.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:

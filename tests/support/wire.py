@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
+import zlib
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 KEY, OTHER_KEY = "key-one", "key-two"
@@ -35,6 +39,18 @@ def noise_image(seed: int) -> Image.Image:
     return Image.fromarray(blocks.repeat(16, axis=0).repeat(16, axis=1))
 
 
+def claiming(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header claims a size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
 def error_of(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
     """The error of a response, after checking that it has the one shape."""
     assert response.status_code == status, response.text
@@ -47,3 +63,27 @@ def error_of(response: httpx.Response, status: int, code: str) -> dict[str, Any]
     for secret in ("Traceback", "0x", "/root", "/tmp", "site-packages"):
         assert secret not in error["message"]
     return error
+
+
+def write_index(folder: Path, model: dict[str, Any], vectors_ND: np.ndarray) -> str:
+    """An index `gallery` of the images `CAPTIONS`, with a second version in which the first has another caption."""
+    from vladva.core.hashing import digest
+    from vladva.embed.table import read_embeddings
+    from vladva.embed.table_writer import TableWriter, write_part
+    from vladva.index.build import build_index
+    from vladva.index.vector_index import open_index
+
+    ids = [f"g#{i}" for i in range(len(CAPTIONS))]
+    content = pa.array([digest(one) for one in ids], pa.binary(16))
+    columns = {"id": ids, "kind": ["image"] * len(ids), "content": content, "caption": CAPTIONS, "size": SIZES}
+    table = TableWriter(str(folder / "embeddings"), model, "tests")
+    write_part(str(folder / "embeddings"), pa.table(columns), vectors_ND, model)
+    table.commit([])
+    uri = str(folder / "gallery")
+    build_index(str(folder / "embeddings"), uri, tag="first")
+    rows = read_embeddings(str(folder / "embeddings"))
+    [row] = [i for i, one in enumerate(rows["id"].to_pylist()) if one == ids[0]]
+    changed = rows.slice(row, 1)
+    changed = changed.set_column(changed.schema.get_field_index("caption"), "caption", pa.array(["changed"]))
+    open_index(uri).upsert(changed)
+    return uri

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import struct
 import time
-import zlib
 from urllib.parse import quote
 
 import httpx
@@ -14,21 +12,8 @@ import pytest
 from PIL import Image
 
 from serve.protocol.images import image_size, is_data_uri, parse_image_bytes
-from tests.support.wire import data_uri, encode, error_of, noise_image
+from tests.support.wire import claiming, data_uri, encode, error_of, noise_image
 from vladva.core.images import MAX_RATIO, decode_image
-
-
-def claiming(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header claims a size."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    )
-
 
 FRAMES = {"save_all": True, "append_images": [noise_image(8), noise_image(9)]}
 GOOD = {

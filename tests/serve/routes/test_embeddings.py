@@ -150,6 +150,20 @@ def test_long_texts_are_cut_only_where_that_is_asked_for(client: httpx.Client) -
     np.testing.assert_allclose(shorter, longer, atol=1e-5)
 
 
+def test_tokenize_tells_the_cost_beforehand(client: httpx.Client, embedder: Embedder) -> None:
+    items = [TEXTS[0], data_uri(noise_image(1))]
+    reply = client.post("/v1/tokenize", json={"input": items}).json()
+    usage = client.post("/v1/embeddings", json={"input": items}).json()["usage"]
+    assert [one["tokens"] for one in reply["data"]] == [
+        embedder.count_text_tokens(TEXTS[:1])[0],
+        embedder.num_image_tokens(64, 64),
+    ]
+    assert reply["count"] == usage["prompt_tokens"]
+    assert reply["max_model_len"] > reply["count"]
+    error = error_of(client.post("/v1/tokenize", json={"input": ["a", "word " * 600]}), 422, "context_length_exceeded")
+    assert error["param"] == "input[1]"
+
+
 def test_image_usage_counts_image_tokens(client: httpx.Client, embedder: Embedder) -> None:
     reply = client.post("/v1/embeddings", json={"input": data_uri(noise_image(1)), "modality": "image"}).json()
     assert reply["usage"]["prompt_tokens"] == embedder.num_image_tokens(64, 64) > (64 // 16) ** 2
