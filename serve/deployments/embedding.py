@@ -177,7 +177,7 @@ class Discriminative:
             [tokens] = self.embedder.count_text_tokens([short])
             if tokens <= self.context:
                 return short, tokens
-            drop += tokens - self.context  # what is left may be cut into other tokens
+            drop += max(tokens - self.context, drop // 32)  # what is left may be cut into other tokens
         raise ValueError("the model's context is shorter than its prompt")
 
     @serve.batch(max_batch_size=1, batch_size_fn=batch_cost)  # the constructor sets size and wait

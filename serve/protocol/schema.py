@@ -132,6 +132,7 @@ class EmbeddingRequest(EmbedOptions):
     output_dtype: VectorType | None = None  # Voyage's name for it
     dimensions: int | None = Field(None, ge=1)
     allow_untrained_dimensions: bool = False
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)  # vLLM's name for `truncate: end`
     partial: bool = False
 
     @model_validator(mode="after")

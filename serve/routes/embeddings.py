@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -29,8 +30,10 @@ def routes(backend: Backend) -> APIRouter:
         model = served.check_embedding(body.model)
         check_dimensions(served, body.dimensions, untrained=body.allow_untrained_dimensions)
         field, value = ("messages", body.messages) if body.input is None else ("input", body.input)
-        limits = await backend.limits()
-        items = await off_loop(parse_items, as_list(value), field, limits, item_options(body))
+        limits, options = await backend.limits(), item_options(body)
+        if body.truncate_prompt_tokens is not None:
+            options = replace(options, truncate=truncation(body.truncate_prompt_tokens, served))
+        items = await off_loop(parse_items, as_list(value), field, limits, options)
         results = await backend.embed(items, [f"{field}[{i}]" for i in range(len(items))])
         failures = [result for result in results if isinstance(result, Failure)]
         if failures and not body.partial:
@@ -50,6 +53,15 @@ def routes(backend: Backend) -> APIRouter:
 def item_options(body: EmbedOptions) -> ItemOptions:
     """How the items of a request are to be taken."""
     return ItemOptions(body.modality, body.truncate, body.instruction)
+
+
+def truncation(tokens: int, served: Served) -> Literal["end"]:
+    """What vLLM's `truncate_prompt_tokens` asks for. Raises ApiError where it is less than the model takes."""
+    context = served.description["context"]
+    if tokens not in (-1, context):
+        name = "truncate_prompt_tokens"
+        raise ApiError(422, f"{name}: texts are cut at {context} tokens; send that, or -1", "invalid_value", name)
+    return "end"
 
 
 def check_dimensions(served: Served, dimensions: int | None, *, untrained: bool, field: str = "dimensions") -> None:

@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import socket
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -23,7 +24,9 @@ from typing import Any
 
 import psutil
 
-from tests.support.hostile_requests import complaint, exchange, hostile_requests, http_request, json_bytes
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "platform")]
+
+from tests.support.hostile_requests import complaint, exchange, hostile_requests, http_request, json_bytes  # noqa: E402
 
 HEALTH = http_request("GET", "/health", b"")
 SMALL = http_request("POST", "/v1/embeddings", b'{"input": "a red circle"}')

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from tests.support.wire import ADAPTER, CAPTIONS, KEY, OTHER_KEY, STRICT, noise_image, write_index
+from tests.support.wire import ADAPTER, CAPTIONS, KEY, OTHER_KEY, STRICT, noise_image, shaken_adapter, write_index
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -23,25 +23,7 @@ SMALL = {"num_cpus": 0, "max_replicas": 1}  # leave the logical CPUs of the shar
 @pytest.fixture(scope="session")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of an adapter on the tiny model, shaken so that it changes both embeddings and captions."""
-    import torch
-
-    from vladva.config import ModelConfig
-    from vladva.models.adapter import add_adapter, save_adapter
-    from vladva.models.embedding_model import EmbeddingModel
-    from vladva.models.preprocessor import Preprocessor
-
-    torch.manual_seed(0)
-    config = ModelConfig("tiny", lora_rank=4)
-    model = EmbeddingModel(config, Preprocessor("tiny", soft_prompts=True))
-    add_adapter(model, config)
-    with torch.no_grad():
-        for name, parameter in model.lvlm.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2)
-    folder = tmp_path_factory.mktemp("runs") / ADAPTER
-    folder.mkdir()
-    save_adapter(model, config, folder)
-    return str(folder)
+    return shaken_adapter(tmp_path_factory.mktemp("runs") / ADAPTER)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import yaml
 from serve.app import API_KEYS, application, build, check_model, start
 from serve.config import ArgumentError, ServeArgs
 from serve.deployments.served_models import Served, adapter_name
+from serve.protocol.proxy_errors import controller_options
 from tests.support.wire import ADAPTER, error_of
 
 if TYPE_CHECKING:
@@ -86,6 +88,16 @@ def test_pages_of_other_origins_may_call_where_they_are_named(client: httpx.Clie
         assert refused.headers.get("access-control-allow-origin") == allowed
         plain = client.get("/v1/models", headers={"Origin": origin})
         assert "access-control-allow-origin" not in plain.headers
+
+
+def test_metrics_count_requests_by_reason(client: httpx.Client) -> None:
+    """Ray gathers them every few seconds."""
+    client.post("/v1/embeddings", json={"input": "a", "embed_dtype": "int4"})
+    wanted = ("vladva_requests_total{", 'route="/v1/embeddings"', 'status="422"', 'code="invalid_value"')
+    deadline = time.monotonic() + 60
+    while not any(all(one in line for one in wanted) for line in client.get("/metrics").text.splitlines()):
+        assert time.monotonic() < deadline
+        time.sleep(1)
 
 
 def test_openapi_names_the_errors_that_there_are(client: httpx.Client) -> None:
@@ -229,4 +241,6 @@ def test_the_serve_config_file_is_valid() -> None:
     config = ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "cluster/serve.yaml").read_text()))
     [application] = config.applications
     assert application.import_path == "serve.app:build"
+    assert config.controller_options.runtime_env == controller_options()["runtime_env"]
+    assert application.logging_config.encoding == config.logging_config.encoding == "JSON"
     ServeArgs.model_validate(application.args)

@@ -75,8 +75,21 @@ def write_index(folder: Path, model: dict[str, Any], vectors_ND: np.ndarray) -> 
 
     ids = [f"g#{i}" for i in range(len(CAPTIONS))]
     content = pa.array([digest(one) for one in ids], pa.binary(16))
-    columns = {"id": ids, "kind": ["image"] * len(ids), "content": content, "caption": CAPTIONS, "size": SIZES}
-    table = TableWriter(str(folder / "embeddings"), model, "tests")
+    images = [encode(noise_image(i)) for i in range(len(ids))]
+    columns = {
+        "id": ids,
+        "kind": ["image"] * len(ids),
+        "content": content,
+        "caption": CAPTIONS,
+        "size": SIZES,
+        "shard": [f"{i}.png" for i in range(len(ids))],
+        "offset": [0] * len(ids),
+        "length": [len(image) for image in images],
+    }
+    (folder / "corpus").mkdir()
+    for name, image in zip(columns["shard"], images, strict=True):
+        (folder / "corpus" / name).write_bytes(image)
+    table = TableWriter(str(folder / "embeddings"), model, str(folder / "corpus"))
     write_part(str(folder / "embeddings"), pa.table(columns), vectors_ND, model)
     table.commit([])
     uri = str(folder / "gallery")
@@ -87,3 +100,25 @@ def write_index(folder: Path, model: dict[str, Any], vectors_ND: np.ndarray) -> 
     changed = changed.set_column(changed.schema.get_field_index("caption"), "caption", pa.array(["changed"]))
     open_index(uri).upsert(changed)
     return uri
+
+
+def shaken_adapter(folder: Path) -> str:
+    """The folder of an adapter on the tiny model, shaken so that it changes both embeddings and captions."""
+    import torch
+
+    from vladva.config import ModelConfig
+    from vladva.models.adapter import add_adapter, save_adapter
+    from vladva.models.embedding_model import EmbeddingModel
+    from vladva.models.preprocessor import Preprocessor
+
+    torch.manual_seed(0)
+    config = ModelConfig("tiny", lora_rank=4)
+    model = EmbeddingModel(config, Preprocessor("tiny", soft_prompts=True))
+    add_adapter(model, config)
+    with torch.no_grad():
+        for name, parameter in model.lvlm.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    folder.mkdir()
+    save_adapter(model, config, folder)
+    return str(folder)

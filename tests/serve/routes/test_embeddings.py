@@ -145,6 +145,9 @@ def test_long_texts_are_cut_only_where_that_is_asked_for(client: httpx.Client) -
         error_of(client.post("/v1/embeddings", json={"input": text}), 422, "context_length_exceeded")
         [start], [end] = (embed(client, input=text, truncate=side) for side in ("start", "END"))
         assert np.abs(start - end).max() > 1e-3
+    [cut] = embed(client, input=" ".join(words), truncate_prompt_tokens=-1)
+    np.testing.assert_allclose(cut, embed(client, input=" ".join(words), truncate="end")[0], atol=1e-5)
+    error_of(client.post("/v1/embeddings", json={"input": "a", "truncate_prompt_tokens": 7}), 422, "invalid_value")
     [shorter] = embed(client, input=" ".join(words[:-1]), truncate="end")
     [longer] = embed(client, input=" ".join(words), truncate="end")
     np.testing.assert_allclose(shorter, longer, atol=1e-5)

@@ -47,7 +47,13 @@ def test_what_is_written_is_found_by_the_next_search(client: httpx.Client, embed
     assert (reply["upserted"], reply["index"]) == (2, "gallery")
     assert reply["usage"]["prompt_tokens"] > embedder.count_text_tokens(["a green square"])[0]
     hit = best(client, query={"image": data_uri(noise_image(40))})
-    assert (hit["id"], hit["columns"]) == ("new#0", {"kind": "image", "caption": "the fortieth", "size": 7.0})
+    nowhere = {"shard": None, "offset": None, "length": None}
+    assert (hit["id"], hit["columns"]) == (
+        "new#0",
+        {"kind": "image", "caption": "the fortieth", "size": 7.0, **nowhere},
+    )
+    missing = client.get("/v1/search/image", params={"id": "new#0"})  # what came over HTTP is not kept
+    error_of(missing, 404, "image_not_found")
     assert hit["score"] == pytest.approx(1, abs=1e-5)
     hit = best(client, query="a green square")
     assert (hit["id"], hit["columns"]["kind"], hit["columns"]["caption"]) == ("new#1", "text", None)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.support.wire import ADAPTER, CAPTIONS, data_uri, error_of, noise_image
 
@@ -77,6 +79,23 @@ def test_versions_stay_as_they_were(client: httpx.Client) -> None:
 def test_filters_are_applied_before_the_search(client: httpx.Client) -> None:
     reply = search(client, query="a red circle", k=3, filter="caption IN ('image number 6', 'image number 7')")
     assert sorted(ids(reply)) == ["g#6", "g#7"]
+
+
+def test_a_hit_has_a_thumbnail_of_bounded_size(client: httpx.Client, strict: httpx.Client) -> None:
+    response = client.get("/v1/search/image", params={"id": "g#3", "size": 32})
+    assert response.headers["content-type"] == "image/jpeg"
+    thumbnail = Image.open(io.BytesIO(response.content))
+    assert thumbnail.size == (32, 32)
+    expected = noise_image(3).resize((32, 32))
+    assert np.abs(np.asarray(thumbnail, float) - np.asarray(expected, float)).mean() < 20  # a JPEG, and not another
+    for params, status, code in (
+        ({"id": "g#99"}, 404, "image_not_found"),
+        ({"id": "' OR 1 = 1 --"}, 404, "image_not_found"),
+        ({"id": "g#3", "size": 100_000}, 422, "invalid_value"),
+        ({}, 422, "invalid_value"),
+    ):
+        error_of(client.get("/v1/search/image", params=params), status, code)
+    error_of(strict.get("/v1/search/image", params={"id": "g#3"}), 404, "index_not_found")
 
 
 @pytest.mark.parametrize(
