@@ -35,15 +35,14 @@ from serve.protocol.bodies import BoundedBodies
 from serve.protocol.errors import LastResort, handle_errors
 from serve.protocol.forgiving import Forgiving, with_origins
 from serve.protocol.request_metrics import RequestMetrics
-from serve.routes import chat, cohere, embeddings, index_changes, metrics, scores, search, status, tokenize
+from serve.routes import batches, chat, cohere, embeddings, index_changes, metrics, scores, search, status, tokenize
 
 logger = logging.getLogger(__name__)
 
 API_KEYS = "VLADVA_API_KEYS"  # environment variable: keys, separated by commas
 WRITE_KEYS = "VLADVA_WRITE_KEYS"  # the same: keys that may change the index as well, which the others then may not
-ROUTES = (status, metrics, embeddings, search, index_changes, scores, tokenize, cohere, chat)
+ROUTES = (status, metrics, embeddings, search, index_changes, scores, tokenize, cohere, batches, chat)
 INGRESS_REQUESTS = 1000
-INGRESS_REPLICAS = 2  # one may die
 START_S = 600
 
 
@@ -160,7 +159,7 @@ def application(args: ServeArgs) -> Application:
         **update,
     ).bind(args)
     ingress = Ingress.options(
-        num_replicas=INGRESS_REPLICAS,
+        num_replicas=args.ingress_replicas,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=INGRESS_REQUESTS,
         max_queued_requests=INGRESS_REQUESTS,

@@ -39,6 +39,7 @@ class ServeArgs(BaseModel):
     )
     min_replicas: int = Field(1, ge=0, description="of each deployment; 0: scale to zero when idle")
     max_replicas: int = Field(2, ge=1, description="of each deployment")
+    ingress_replicas: int = Field(2, ge=1, description="processes that speak HTTP: with two, one may die")
     max_batch_tokens: int = Field(4096, ge=1, description="cost at which a batch of embeddings is full")
     batch_wait_s: float = Field(0.005, ge=0, description="how long a batch waits for more items")
     max_queued_tokens: int = Field(65_536, ge=1, description="work a replica takes on before it answers 429")
@@ -48,6 +49,9 @@ class ServeArgs(BaseModel):
     max_image_bytes: int = Field(20 << 20, ge=1, description="size of an image's file")
     max_image_pixels: int = Field(50_000_000, ge=1, description="width times height of an image")
     body_s: float = Field(60, gt=0, description="how long a request's body may take to arrive")
+    batches: str | None = Field(None, description="folder or s3:// for OpenAI's files and batches; default: none")
+    batch_actors: int = Field(1, ge=1, description="processes that hold the model for a batch")
+    batch_cpus: int = Field(1, ge=0, description="CPUs of each of them; GPUs as many as a replica has")
     cors_origins: tuple[str, ...] = Field(
         (), description="web origins whose pages may call, separated by commas: https://a.example,https://b.example; *"
     )
@@ -88,6 +92,12 @@ class ServeArgs(BaseModel):
             if place.startswith(("/", ".", "~")):
                 raise ValueError(f"there is no {place}; give an existing folder, or a URI such as s3://bucket/run")
         return place
+
+    @field_validator("batches")
+    @classmethod
+    def absolute(cls, folder: str | None) -> str | None:
+        """The folder of batches, which need not be there yet, by its full path."""
+        return folder if folder is None or "://" in folder else str(Path(folder).expanduser().resolve())
 
     @field_validator("cors_origins", mode="before")
     @classmethod

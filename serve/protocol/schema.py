@@ -296,6 +296,15 @@ class CohereRerankRequest(Body):
     top_n: int | None = Field(None, ge=1)
 
 
+class BatchRequest(Body):
+    """POST /v1/batches, OpenAI's form."""
+
+    input_file_id: str = Field(max_length=100)
+    endpoint: str = Field(max_length=100)
+    completion_window: str = Field("24h", max_length=20)
+    metadata: dict[str, Annotated[str, StringConstraints(max_length=512)]] | None = Field(None, max_length=16)
+
+
 class StreamOptions(BaseModel):
     """Options of a streamed reply."""
 

@@ -14,7 +14,8 @@ from serve.protocol.bodies import off_loop
 from serve.protocol.items import ItemOptions, as_list, parse_items
 from serve.protocol.json_route import expect_entries, json_router
 from serve.protocol.schema import CohereEmbedRequest, CohereRerankRequest
-from serve.routes.embeddings import check_dimensions, embed_all, fingerprint_of, shortened, usage_of, with_numbers
+from serve.protocol.vectors import shortened, with_numbers
+from serve.routes.embeddings import check_dimensions, embed_all, fingerprint_of, usage_of
 from serve.routes.scores import ranked
 
 

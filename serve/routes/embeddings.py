@@ -1,11 +1,9 @@
 """Embeddings: POST /v1/embeddings."""
 
-import base64
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 from fastapi import APIRouter
 
 from serve.deployments.client import Backend
@@ -15,9 +13,8 @@ from serve.protocol.bodies import off_loop
 from serve.protocol.errors import ApiError, Failure
 from serve.protocol.items import EmbedItem, ItemOptions, as_list, parse_items
 from serve.protocol.json_route import expect_entries, json_router
-from serve.protocol.schema import EmbeddingRequest, EmbedOptions, VectorType
-
-Encoding = Literal["float", "base64"]
+from serve.protocol.schema import EmbeddingRequest, EmbedOptions
+from serve.protocol.vectors import embedding_object
 
 
 def routes(backend: Backend) -> APIRouter:
@@ -43,7 +40,7 @@ def routes(backend: Backend) -> APIRouter:
             "object": "list",
             "model": model,
             "fingerprint": fingerprint_of(results) or served.description["fingerprint"],
-            "data": await off_loop(entries, results, body.dimensions, body.dtype, body.encoding_format),
+            "data": await off_loop(entries, results, body),
             "usage": usage_of(results),
         }
 
@@ -78,43 +75,13 @@ def check_dimensions(served: Served, dimensions: int | None, *, untrained: bool,
         raise ApiError(422, message, "invalid_value", field)
 
 
-def entries(
-    results: Sequence[ItemEmbedding | Failure], dimensions: int | None, dtype: VectorType, encoding: Encoding
-) -> list[dict[str, Any]]:
+def entries(results: Sequence[ItemEmbedding | Failure], body: EmbeddingRequest) -> list[dict[str, Any]]:
     """The elements of `data`."""
-    return [entry(i, result, dimensions, dtype, encoding) for i, result in enumerate(results)]
-
-
-def entry(
-    index: int, result: ItemEmbedding | Failure, dimensions: int | None, dtype: VectorType, encoding: Encoding
-) -> dict[str, Any]:
-    """One element of `data`."""
-    if isinstance(result, Failure):
-        return {"object": "embedding", "index": index, "embedding": None, "error": result.body()}
-    vector = with_numbers(shortened(result.vector, dimensions), dtype)
-    embedding = base64.b64encode(vector.tobytes()).decode() if encoding == "base64" else vector.tolist()
-    return {"object": "embedding", "index": index, "embedding": embedding}
-
-
-def shortened(vector: np.ndarray, dimensions: int | None) -> np.ndarray:
-    """The first `dimensions` numbers, of unit norm again; little-endian float32."""
-    vector = vector[:dimensions]
-    return (vector / np.linalg.norm(vector)).astype("<f4") if dimensions else vector.astype("<f4")
-
-
-def with_numbers(vector: np.ndarray, dtype: VectorType) -> np.ndarray:
-    """A vector [D] in numbers of a smaller type.
-
-    int8: its largest number is 127, which leaves cosines as they are; uint8: 128 more. ubinary: the signs, eight in a
-    byte, the first one in the highest bit; binary: 128 less, as Cohere and sentence-transformers have it.
-    """
-    if dtype == "float":
-        return vector
-    if dtype in ("binary", "ubinary"):
-        packed = np.packbits(vector > 0)
-        return packed if dtype == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
-    levels = np.rint(127 * vector / np.abs(vector).max()).astype(np.int16)
-    return levels.astype(np.int8) if dtype == "int8" else (levels + 128).astype(np.uint8)
+    vectors = [result if isinstance(result, Failure) else result.vector for result in results]
+    return [
+        embedding_object(i, vector, body.dimensions, body.dtype, body.encoding_format)
+        for i, vector in enumerate(vectors)
+    ]
 
 
 def fingerprint_of(results: Sequence[ItemEmbedding | Failure]) -> str | None:

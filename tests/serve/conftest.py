@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
     from vladva.models.embedder import Embedder
 
-SMALL = {"num_cpus": 0, "max_replicas": 1}  # leave the logical CPUs of the shared cluster to the other tests
+SMALL = {
+    "num_cpus": 0,
+    "max_replicas": 1,
+    "ingress_replicas": 1,
+}  # leave the logical CPUs of the shared cluster to the other tests
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +54,7 @@ def foreign_index(tmp_path_factory: pytest.TempPathFactory, embedder: Embedder) 
 
 
 @pytest.fixture(scope="session")
-def server(ray_cluster: None, adapter: str, index: str) -> Iterator[str]:
+def server(ray_cluster: None, adapter: str, index: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Base URL of a running server; under /strict a second application."""
     from ray import serve
 
@@ -59,7 +63,8 @@ def server(ray_cluster: None, adapter: str, index: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    url = start(ServeArgs(model=adapter, index=index, **SMALL), port=port)
+    batches = str(tmp_path_factory.mktemp("batches"))
+    url = start(ServeArgs(model=adapter, index=index, batches=batches, **SMALL), port=port)
     os.environ[API_KEYS] = f"{KEY}, {OTHER_KEY}"
     limits = {"max_queued_tokens": 300_000, "max_body_bytes": 2_000_000, "deadline_s": 3.0}
     strict = ServeArgs(cors_origins=("https://page.example",), **limits, **SMALL)
