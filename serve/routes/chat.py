@@ -108,6 +108,9 @@ def parse_conversation(messages: list[Message], limits: Limits) -> Conversation:
             if part.is_text:
                 content.append({"type": "text", "text": part.words})
                 continue
+            if message.role != "user":  # chat templates leave it out
+                place = f"messages[{i}].content[{j}]"
+                raise ApiError(422, f"{place}: only the user's turns may have images", "invalid_value", place)
             picture = parse_image(part.image_data, f"messages[{i}].content[{j}].{PART_FIELDS[part.type]}", limits)
             if isinstance(picture, Failure):
                 raise ApiError.of(picture)

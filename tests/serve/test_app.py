@@ -209,7 +209,7 @@ def test_an_index_of_another_model_fails_at_the_start(adapter: str, index: str, 
 
 
 def test_a_model_that_is_not_there_fails_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ArgumentError, match="^model: nobody/nothing cannot be loaded"):
         check_model(ServeArgs(model="nobody/nothing"))
 

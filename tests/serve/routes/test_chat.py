@@ -143,6 +143,7 @@ def test_text_alone_and_several_turns(client: httpx.Client) -> None:
         ({"messages": [{"role": "user", "content": None}]}, "messages[0]", "invalid_value"),
         ({"messages": [{"role": "user", "content": "word " * 100_000}]}, "messages", "context_length_exceeded"),
         ({"messages": [0] * 20_000}, "messages[0]", "invalid_value"),
+        ({"messages": [{"role": "assistant", "content": [IMAGE_PART]}]}, "messages[0].content[0]", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value"),
         (
