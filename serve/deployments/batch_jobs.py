@@ -44,6 +44,7 @@ class BatchJob:
         assert args.batches is not None
         self.args, self.name = args, name
         self.files = BatchFiles(args.batches)
+        self.dtype = args.dtype or "float32"
 
     def run(self) -> None:
         """Compute the batch, or go on with it."""
@@ -61,7 +62,7 @@ class BatchJob:
         """Read the input file, embed, and write the output files."""
         from vladva.models.resolve import describe, preprocessor_of
 
-        config, description = describe(self.args.model, adapter=True, dtype=self.args.dtype)
+        config, description = describe(self.args.model, adapter=True, dtype=self.dtype)
         preprocessor = preprocessor_of(config)
         context: int = preprocessor.config.get_text_config().max_position_embeddings
         lines = parse_lines(
@@ -128,9 +129,9 @@ class BatchJob:
                 self.args.model,
                 table,
                 actors=self.args.batch_actors,
-                dtype=self.args.dtype,
+                dtype=self.dtype,
                 cpus_per_actor=self.args.batch_cpus,
-                gpus_per_actor=self.args.num_gpus,
+                gpus_per_actor=self.args.num_gpus or 0,
                 max_bad_fraction=1.0,
             )
         except ValueError as error:
