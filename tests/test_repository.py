@@ -84,11 +84,14 @@ def test_there_are_no_other_top_level_folders() -> None:
     assert {path.parts[0] for path in tracked() if len(path.parts) > 1} <= FOLDERS
 
 
+LONGEST = {"serve": 100}  # lines: routes, options, and the tables of what it has been through
+
+
 def test_the_top_folders_say_what_they_hold() -> None:
     for folder in sorted(FOLDERS - {".ci", ".github"}):
         lines = (ROOT / folder / "README.md").read_text().splitlines()
         assert lines[0].startswith("# "), folder
-        assert 3 <= len(lines) <= 40, f"{folder}/README.md: short, or nobody reads it"
+        assert 3 <= len(lines) <= LONGEST.get(folder, 40), f"{folder}/README.md: short, or nobody reads it"
 
 
 def test_every_folder_of_the_package_is_a_package_or_data() -> None:

@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 
 from serve.config import ServeArgs
 from serve.protocol.batch_files import FINAL, BatchFiles
-from serve.protocol.bodies import parse_body, parse_json
+from serve.protocol.bodies import json_value, parse_body
 from serve.protocol.errors import INTERNAL, ApiError, Failure
 from serve.protocol.items import EmbedItem, ItemOptions, Limits, as_list, parse_items
 from serve.protocol.schema import EmbeddingRequest
@@ -28,7 +28,7 @@ MAX_REQUESTS = 50_000  # OpenAI's limit
 
 
 @dataclass
-class Line:
+class BatchLine:
     """A line of the input file: what it asks for, and its items; or why it cannot be answered."""
 
     custom_id: str
@@ -99,7 +99,7 @@ class BatchJob:
         content = "".join(f"{line}\n" for line in lines).encode()
         return self.files.write_file(content, f"{self.name}_{name}.jsonl", "batch_output")["id"] if lines else None
 
-    def embed(self, lines: Sequence[Line]) -> dict[str, np.ndarray]:
+    def embed(self, lines: Sequence[BatchLine]) -> dict[str, np.ndarray]:
         """Vectors [D] by item: its line's number, `#`, and its own. What cannot be embedded is not there."""
         import pyarrow as pa
 
@@ -142,7 +142,7 @@ class BatchJob:
         return dict(zip(found["id"].to_pylist(), embedding_matrix(found), strict=True))
 
     def answer(
-        self, number: int, line: Line, vectors: dict[str, np.ndarray], fingerprint: str, preprocessor: Any
+        self, number: int, line: BatchLine, vectors: dict[str, np.ndarray], fingerprint: str, preprocessor: Any
     ) -> tuple[int, dict[str, Any]]:
         """(status, body) as /v1/embeddings would answer."""
         if line.failure is not None or line.request is None:
@@ -194,7 +194,7 @@ def fitting(item: EmbedItem | Failure, preprocessor: Any, context: int) -> Embed
     return Failure(422, f"the item takes {tokens:,} tokens; the model takes {context:,}", "context_length_exceeded")
 
 
-def parse_lines(content: bytes, limits: Limits) -> list[Line]:
+def parse_lines(content: bytes, limits: Limits) -> list[BatchLine]:
     """The lines of an input file. Raises ApiError for a file without any, with too many, or with an id twice."""
     lines = [parse_line(one, number, limits) for number, one in enumerate(content.splitlines(), 1) if one.strip()]
     if not 1 <= len(lines) <= MAX_REQUESTS:
@@ -206,16 +206,16 @@ def parse_lines(content: bytes, limits: Limits) -> list[Line]:
     return lines
 
 
-def parse_line(text: bytes, number: int, limits: Limits) -> Line:
+def parse_line(text: bytes, number: int, limits: Limits) -> BatchLine:
     """A line. Raises ApiError where it has no `custom_id` under which it could be answered."""
     try:
-        sent = parse_json(text)
+        sent = json_value(text)
     except ApiError as error:
         raise ApiError(422, f"line {number}: {error.failure.message}", "invalid_json") from None
     match sent:
         case {"custom_id": str(name), "body": dict(body), "url": str(url), **rest} if rest.get("method") == "POST":
             if url != ENDPOINT:
-                return Line(name, Failure(422, f"url: send {ENDPOINT}", "invalid_value", "url"))
+                return BatchLine(name, Failure(422, f"url: send {ENDPOINT}", "invalid_value", "url"))
         case _:
             message = f'line {number}: send {{"custom_id", "method": "POST", "url": "{ENDPOINT}", "body": {{...}}}}'
             raise ApiError(422, message, "invalid_value")
@@ -225,8 +225,8 @@ def parse_line(text: bytes, number: int, limits: Limits) -> Line:
         field_name = "input" if value is not None else "messages"
         items = parse_items(as_list(request.messages if value is None else value), field_name, limits, options)
     except ApiError as error:
-        return Line(name, error.failure)
-    return Line(name, request=request, items=items)
+        return BatchLine(name, error.failure)
+    return BatchLine(name, request=request, items=items)
 
 
 def output_line(custom_id: str, status: int, body: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from serve.config import ServeArgs
 from serve.deployments.embedding import ItemEmbedding
 from serve.deployments.served_models import Served
-from serve.protocol.errors import OUTDATED, ApiError, Failure
+from serve.protocol.errors import REPLICA_OUTDATED, ApiError, Failure
 from serve.protocol.items import EmbedItem, Limits
 
 CALL_ATTEMPTS = 3
@@ -53,7 +53,7 @@ async def call(method: DeploymentHandle, *args: Any, deadline_s: float) -> Any:
             if deaths == CALL_ATTEMPTS:
                 raise ApiError(*REPLICA_UNAVAILABLE) from None
             continue
-        if result == OUTDATED and time.monotonic() + OUTDATED_WAIT_S < end:
+        if result == REPLICA_OUTDATED and time.monotonic() + OUTDATED_WAIT_S < end:
             await asyncio.sleep(OUTDATED_WAIT_S)
             continue
         if isinstance(result, Failure):

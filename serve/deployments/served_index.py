@@ -19,7 +19,7 @@ from pydantic import JsonValue
 from pydantic_core import to_jsonable_python
 
 from serve.config import ServeArgs
-from serve.protocol.errors import OUTDATED, Failure
+from serve.protocol.errors import REPLICA_OUTDATED, Failure
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -110,7 +110,7 @@ class ServedIndex:
         from vladva.embed.corpus import PLACE, read_item_images
 
         if self.args.index is None:
-            return OUTDATED
+            return REPLICA_OUTDATED
         try:
             index = self.version(self.args.index_version)
             columns = [column for column in PLACE if column in index.dataset.schema.names]
@@ -154,7 +154,7 @@ class ServedIndex:
         from vladva.index.vector_index import FingerprintMismatch
 
         if self.args.index is None:
-            return OUTDATED
+            return REPLICA_OUTDATED
         try:
             return work()
         except ValueError as error:

@@ -29,7 +29,7 @@ T = TypeVar("T")
 Request = TypeVar("Request", bound=BaseModel)
 
 MAX_VALUES = 250_000  # in one body
-MAX_NESTING = 32
+MAX_JSON_NESTING = 32
 LARGE_BYTES = 64 << 10  # a body of more is parsed beside the event loop
 CHUNK_BYTES = 1 << 20
 SLOW_AFTER_S = 1.0  # a body that has not arrived by then is slow
@@ -163,13 +163,13 @@ def shape_of(body: bytes) -> tuple[int, int]:
     return values, deepest
 
 
-def parse_json(body: bytes) -> JsonValue:
+def json_value(body: bytes) -> JsonValue:
     """The value of a JSON text. Raises ApiError where it is none (400), or one of too many parts (413)."""
     values, nesting = shape_of(body)
     if values > MAX_VALUES:
         raise ApiError(413, f"the body holds more than {MAX_VALUES:,} values; send several requests", "body_too_large")
-    if nesting > MAX_NESTING:
-        raise ApiError(400, f"the body is nested deeper than {MAX_NESTING} levels", "invalid_json")
+    if nesting > MAX_JSON_NESTING:
+        raise ApiError(400, f"the body is nested deeper than {MAX_JSON_NESTING} levels", "invalid_json")
     try:
         value: JsonValue = json.loads(body.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -203,7 +203,7 @@ def check_characters(value: JsonValue, place: str) -> None:
 
 def parse_body(body: bytes, model: type[Request]) -> Request:
     """A request of the given kind. Raises ApiError naming the field that is wrong."""
-    value = parse_json(body) if body else {}
+    value = json_value(body) if body else {}
     try:
         return model.model_validate(value)
     except ValidationError as error:

@@ -95,7 +95,7 @@ def printable(text: str) -> str:
 INTERNAL = Failure(500, "internal error; the log has the details under this x-request-id", "internal_error")
 
 # What a replica says that was started with other arguments than the ingress that asks: an update is under way.
-OUTDATED = Failure(503, "the application is being updated; try again later", "unavailable")
+REPLICA_OUTDATED = Failure(503, "the application is being updated; try again later", "unavailable")
 
 
 def reply(failure: Failure, headers: Mapping[str, str] | None = None) -> JSONResponse:

@@ -51,10 +51,10 @@ def expect_entries(count: int) -> None:
 
 async def json_response(answer: dict[str, Any]) -> Response:
     """A reply, encoded."""
-    return Response(await off_loop(encode, answer), media_type="application/json")
+    return Response(await off_loop(encoded_reply, answer), media_type="application/json")
 
 
-def encode(answer: dict[str, Any]) -> bytes:
+def encoded_reply(answer: dict[str, Any]) -> bytes:
     """The JSON of a reply, list entry by list entry, so that a thread that does this lets the others run meanwhile."""
     fields = []
     for name, value in answer.items():

@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-SECONDS = [0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120]
+LATENCY_BUCKETS_S = [0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120]
 
 
 class RequestMetrics:
@@ -21,8 +21,10 @@ class RequestMetrics:
         self.app = app
         self.routes = frozenset(routes)
         self.requests = Counter("vladva_requests", "Requests by route, status and reason", ("route", "status", "code"))
-        self.seconds = Histogram("vladva_request_seconds", "Time to the whole answer", SECONDS, ("route",))
-        self.first_byte = Histogram("vladva_first_byte_seconds", "Time to the answer's first byte", SECONDS, ("route",))
+        self.seconds = Histogram("vladva_request_seconds", "Time to the whole answer", LATENCY_BUCKETS_S, ("route",))
+        self.first_byte = Histogram(
+            "vladva_first_byte_seconds", "Time to the answer's first byte", LATENCY_BUCKETS_S, ("route",)
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -343,7 +343,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
 }
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=STOP_CHARACTERS)]
+OneStop = Annotated[str, StringConstraints(min_length=1, max_length=STOP_CHARACTERS)]
 
 
 class ChatRequest(Body):
@@ -359,7 +359,7 @@ class ChatRequest(Body):
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Annotated[
-        list[StopString],
+        list[OneStop],
         Field(max_length=4, fail_fast=True),
         BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
     ] = []

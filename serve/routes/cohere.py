@@ -15,7 +15,7 @@ from serve.protocol.items import ItemOptions, as_list, parse_items
 from serve.protocol.json_route import expect_entries, json_router
 from serve.protocol.schema import CohereEmbedRequest, CohereRerankRequest
 from serve.protocol.vectors import shortened, with_numbers
-from serve.routes.embeddings import check_dimensions, embed_all, fingerprint_of, usage_of
+from serve.routes.embeddings import check_dimensions, embed_all, maker_of, usage_of
 from serve.routes.scores import ranked
 
 
@@ -39,7 +39,7 @@ def routes(backend: Backend) -> APIRouter:
             "id": str(uuid.uuid4()),
             "response_type": "embeddings_by_type",
             "model": served.embedding_model,
-            "fingerprint": fingerprint_of(results),
+            "fingerprint": maker_of(results),
             "embeddings": {kind: await off_loop(vectors, results, body.output_dimension, kind) for kind in kinds},
             "texts": body.texts or [],
             "meta": meta(tokens, images=len(body.images or [])),

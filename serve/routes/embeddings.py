@@ -39,8 +39,8 @@ def routes(backend: Backend) -> APIRouter:
         return {
             "object": "list",
             "model": model,
-            "fingerprint": fingerprint_of(results) or served.description["fingerprint"],
-            "data": await off_loop(entries, results, body),
+            "fingerprint": maker_of(results) or served.description["fingerprint"],
+            "data": await off_loop(embedding_objects, results, body),
             "usage": usage_of(results),
         }
 
@@ -75,7 +75,7 @@ def check_dimensions(served: Served, dimensions: int | None, *, untrained: bool,
         raise ApiError(422, message, "invalid_value", field)
 
 
-def entries(results: Sequence[ItemEmbedding | Failure], body: EmbeddingRequest) -> list[dict[str, Any]]:
+def embedding_objects(results: Sequence[ItemEmbedding | Failure], body: EmbeddingRequest) -> list[dict[str, Any]]:
     """The elements of `data`."""
     vectors = [result if isinstance(result, Failure) else result.vector for result in results]
     return [
@@ -84,7 +84,7 @@ def entries(results: Sequence[ItemEmbedding | Failure], body: EmbeddingRequest) 
     ]
 
 
-def fingerprint_of(results: Sequence[ItemEmbedding | Failure]) -> str | None:
+def maker_of(results: Sequence[ItemEmbedding | Failure]) -> str | None:
     """The model that made the vectors; None where none was made."""
     return next((result.fingerprint for result in results if isinstance(result, ItemEmbedding)), None)
 

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Response
 from serve.deployments.client import Backend
 from serve.protocol.json_route import json_router
 
-SHOWN = ("ray_vladva_", "ray_serve_", "vladva_", "serve_")
+SHOWN_METRICS = ("ray_vladva_", "ray_serve_", "vladva_", "serve_")
 NODE_S = 5.0
 
 
@@ -51,7 +51,7 @@ def merged(texts: Iterable[str]) -> str:
         for line in text.splitlines():
             if line.startswith("# "):
                 name = line.split(" ", 3)[2]
-            if name.startswith(SHOWN):
+            if name.startswith(SHOWN_METRICS):
                 lines = families.setdefault(name, [])
                 if not line.startswith("# ") or line not in lines:
                     lines.append(line)

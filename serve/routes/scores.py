@@ -12,7 +12,7 @@ from serve.protocol.errors import ApiError, Failure
 from serve.protocol.items import EmbedItem, ItemOptions, as_list, parse_items, sent_texts
 from serve.protocol.json_route import expect_entries, json_router
 from serve.protocol.schema import ClassifyRequest, RerankRequest, ScoreRequest
-from serve.routes.embeddings import embed_all, fingerprint_of, item_options, usage_of
+from serve.routes.embeddings import embed_all, item_options, maker_of, usage_of
 
 CLIP_SCALE = 100.0  # CLIP's logit scale: turns cosine similarities of labels into probabilities
 
@@ -101,7 +101,7 @@ async def embed_lists(
     results = await embed_all(backend, items, fields)
     vectors = np.stack([result.vector for result in results])
     ends = np.cumsum([len(values) for values in lists.values()])[:-1]
-    return np.split(vectors, ends), {"fingerprint": fingerprint_of(results), "usage": usage_of(results)}
+    return np.split(vectors, ends), {"fingerprint": maker_of(results), "usage": usage_of(results)}
 
 
 def document_object(document: JsonValue) -> dict[str, JsonValue]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.protocol import bodies
-from serve.protocol.bodies import BodyLimits, BoundedBodies, parse_json, shape_of
+from serve.protocol.bodies import BodyLimits, BoundedBodies, json_value, shape_of
 from serve.protocol.errors import ApiError
 
 VALUES = st.recursive(
@@ -47,12 +47,12 @@ def test_what_has_too_many_parts_is_refused_unparsed(monkeypatch: pytest.MonkeyP
         (b"[" * 33, 400),
     ):
         with pytest.raises(ApiError) as refused:
-            parse_json(body)
+            json_value(body)
         assert refused.value.failure.status == status
 
 
 def test_commas_in_a_text_are_no_values() -> None:
-    assert parse_json(json.dumps({"input": "," * 300_000}).encode()) == {"input": "," * 300_000}
+    assert json_value(json.dumps({"input": "," * 300_000}).encode()) == {"input": "," * 300_000}
 
 
 def sent_slowly(limits: BodyLimits, clients: list[str], messages: Callable[[], list[Any]]) -> list[Any]:
