@@ -22,17 +22,31 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser = argparse.ArgumentParser(prog="jobs/train.py", add_help=False, usage="%(prog)s RECIPE [options]")
     parser.add_argument("--extend", action="store_true", help="go on with a run to more --train.steps than it had")
     parser.add_argument("--dry-run", action="store_true", help="say how much memory each worker needs, and stop")
+    parser.add_argument(
+        "--price", metavar="FILE", default="", help="with --dry-run: also GPU-hours and cost, by a list of prices "
+        "(cluster/prices.yaml)",
+    )  # fmt: skip
+    parser.add_argument("--price-items", metavar="N", type=int, default=1_000_000, help="to embed, for --price")
     options, rest = parser.parse_known_args(arguments)
+    if options.price and not options.dry_run:
+        raise ValueError("--price goes with --dry-run")
     return options, parse_recipe(rest, prog="jobs/train.py", options=parser)
 
 
-def dry_run(config: RunConfig) -> None:
-    """Print the memory plan. Raises ValueError for a run that does not fit."""
+def dry_run(config: RunConfig, prices: str, items: int) -> None:
+    """Print the memory plan, and what the run costs. Raises ValueError for a run that does not fit."""
     from rich import print as show
 
     from vladva.train.memory_plan import check_memory, memory_table, plan_memory
 
     show(memory_table(config, plan_memory(config)))
+    if prices:
+        import yaml
+
+        from vladva.core import storage
+        from vladva.train.cost import price_table, read_prices
+
+        show(price_table(config, read_prices(yaml.safe_load(storage.read_bytes(prices))), items))
     check_memory(config)
 
 
@@ -40,7 +54,7 @@ def dry_run(config: RunConfig) -> None:
 def main() -> None:
     options, config = parse(sys.argv[1:])
     if options.dry_run:
-        dry_run(config)
+        dry_run(config, options.price, options.price_items)
         return
 
     from vladva.train.launch import train
