@@ -44,7 +44,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Work:
+class ForwardOperations:
     """Floating point operations of forward passes."""
 
     pixels: float
@@ -79,7 +79,7 @@ def read_prices(content: Any) -> list[Machine]:
     return found
 
 
-def forward_work(config: RunConfig) -> Work:
+def forward_work(config: RunConfig) -> ForwardOperations:
     """Operations of forward passes of the run's model."""
     settings = settings_of(config.model.checkpoint)
     image, text = side_tokens(settings, config)
@@ -96,7 +96,7 @@ def forward_work(config: RunConfig) -> Work:
     if not config.data.texts_only:
         patches = (image - caption - PROMPT_TOKENS) * merged_patches(settings)
         pixels = 2 * vision * patches + attention(*vision_shape(settings), patches)
-    return Work(
+    return ForwardOperations(
         pixels=pixels,
         image=embedding * sequence(image - caption),
         text=embedding * sequence(text),
