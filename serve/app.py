@@ -38,6 +38,7 @@ from serve.protocol.request_metrics import RequestMetrics
 from serve.routes import batches, chat, cohere, embeddings, index_changes, metrics, scores, search, status, tokenize
 
 logger = logging.getLogger(__name__)
+from vladva.core.ray_tasks import protect_token
 
 API_KEYS = "VLADVA_API_KEYS"  # environment variable: keys, separated by commas
 WRITE_KEYS = "VLADVA_WRITE_KEYS"  # the same: keys that may change the index as well, which the others then may not
@@ -62,6 +63,7 @@ class Ingress:
         self.args = args
         self.key_digests, self.write_digests = key_digests, write_digests
         self.backend = Backend(args, discriminative, generative)
+        protect_token()  # `serve run` has started Ray by now
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application, made in the replica."""

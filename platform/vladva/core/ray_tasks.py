@@ -6,6 +6,8 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vladva.core.quiet import be_quiet, is_verbose, worker_variables
@@ -34,6 +36,18 @@ def connect() -> None:
         ray.init(runtime_env={"env_vars": worker_variables()}, **shown)
         return
     ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **shown)
+    protect_token()
+
+
+def protect_token() -> None:
+    """Let only its owner read the token of this machine's Ray, which Ray writes for everybody to read.
+
+    Whoever has it may run code on the cluster.
+    """
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    with suppress(OSError):  # there is none, or it is somebody else's
+        if token.stat().st_mode & 0o077:
+            token.chmod(0o600)
 
 
 def each(function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
