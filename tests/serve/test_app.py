@@ -41,6 +41,23 @@ def test_ready_names_both_deployments(client: httpx.Client) -> None:
     assert client.get("/v1/health/live").json() == {"status": "ok"}
 
 
+def test_asleep_is_ready_and_probing_wakes_nothing(client: httpx.Client) -> None:
+    from ray import serve
+
+    args = ServeArgs(min_replicas=0, ingress_replicas=1, num_cpus=0, max_replicas=1)
+    serve.run(application(args), name="asleep", route_prefix="/asleep", logging_config={"log_level": "WARNING"})
+    try:
+        for _ in range(3):
+            ready = client.get("/asleep/ready").json()
+            assert (ready["status"], ready["asleep"]) == ("ready", ready["deployments"])
+            time.sleep(1)
+        deployments = serve.status().applications["asleep"].deployments
+        awake = {name for name, one in deployments.items() if any(one.replica_states.values())}
+        assert awake == {"Ingress"}
+    finally:
+        serve.delete("asleep")
+
+
 def test_models_are_listed_with_what_embeddings_depend_on(openai_client: OpenAI, embedder: Embedder) -> None:
     adapter, base = openai_client.models.list().data
     assert (adapter.id, base.id) == (ADAPTER, "tiny")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -107,6 +110,32 @@ def test_a_client_that_goes_away_frees_the_replica(client: httpx.Client) -> None
             next(response.iter_lines())  # and leave
     reply = client.post("/v1/chat/completions", json={"messages": MESSAGES, "max_tokens": 3})
     assert reply.status_code == 200
+
+
+def test_clients_that_leave_leave_no_traceback(client: httpx.Client) -> None:
+    import ray
+
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
+
+    def tracebacks() -> int:
+        return sum(file.read_text(errors="replace").count("Traceback") for file in logs.glob("*.log"))
+
+    before = tracebacks()
+    streamed = {"model": ADAPTER, "messages": MESSAGES, "max_tokens": 400, "temperature": 2.0, "stream": True}
+    with client.stream("POST", "/v1/chat/completions", json=streamed) as response:
+        next(response.iter_lines())
+    whole = {"model": ADAPTER, "messages": MESSAGES, "max_tokens": 400, "temperature": 2.0}
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/chat/completions", json=whole, timeout=0.05)
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/embeddings", json={"input": [f"word {i} " * 50 for i in range(200)]}, timeout=0.05)
+    host, port = client.base_url.host, client.base_url.port
+    with socket.create_connection((host, port or 80)) as connection:  # in the middle of its body
+        connection.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n")
+        connection.sendall(b"Content-Length: 100\r\n\r\n{")
+        time.sleep(0.5)
+    assert client.post("/v1/chat/completions", json={"messages": MESSAGES, "max_tokens": 3}).status_code == 200
+    assert tracebacks() == before
 
 
 def test_text_alone_and_several_turns(client: httpx.Client) -> None:
