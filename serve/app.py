@@ -36,9 +36,9 @@ from serve.protocol.errors import LastResort, handle_errors
 from serve.protocol.forgiving import Forgiving, with_origins
 from serve.protocol.request_metrics import RequestMetrics
 from serve.routes import batches, chat, cohere, embeddings, index_changes, metrics, scores, search, status, tokenize
+from vladva.core.ray_tasks import protect_token
 
 logger = logging.getLogger(__name__)
-from vladva.core.ray_tasks import protect_token
 
 API_KEYS = "VLADVA_API_KEYS"  # environment variable: keys, separated by commas
 WRITE_KEYS = "VLADVA_WRITE_KEYS"  # the same: keys that may change the index as well, which the others then may not
