@@ -92,14 +92,29 @@ class Backend:
         self.generative = generative
         self._served: Served | None = None
         self._asked = 0.0
+        self._asking: asyncio.Task[Served] | None = None
 
     async def served(self) -> Served:
-        """The models that this application serves."""
-        if self._served is None or time.monotonic() > self._asked + DESCRIBED_S:
+        """The models that this application serves. What was heard lately is believed; nobody waits for news of it."""
+        if self._asking is None and time.monotonic() > self._asked + DESCRIBED_S:
+            self._asking = asyncio.create_task(self._ask())
+        if self._served is not None:
+            return self._served
+        assert self._asking is not None
+        return await asyncio.shield(self._asking)
+
+    async def _ask(self) -> Served:
+        try:
             description = await call(self.discriminative.describe, deadline_s=DESCRIBE_S)
             self._served = Served.of(self.args.model, self.args.name, description)
             self._asked = time.monotonic()
-        return self._served
+            return self._served
+        except ApiError:
+            if self._served is None:
+                raise
+            return self._served  # no replica answers at the moment; their models are what they were
+        finally:
+            self._asking = None
 
     async def limits(self) -> Limits:
         """Caps on what a request may carry, those of the model included."""

@@ -62,7 +62,10 @@ def routes(backend: Backend) -> APIRouter:
 
 async def deployment_states(backend: Backend) -> dict[str, str]:
     """`ready`, `asleep` or `missing` for each deployment. One that sleeps is not woken by being asked after."""
-    asleep = await asyncio.to_thread(sleeping)
+    try:
+        asleep = await asyncio.wait_for(asyncio.to_thread(sleeping), PROBE_S)
+    except Exception:  # Serve's controller is being replaced; the deployments can be asked nevertheless
+        asleep = set()
 
     async def state(name: str, handle: DeploymentHandle) -> str:
         if handle.deployment_name in asleep:
