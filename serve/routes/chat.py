@@ -111,13 +111,13 @@ def parse_conversation(messages: list[Message], limits: Limits) -> Conversation:
             if message.role != "user":  # chat templates leave it out
                 place = f"messages[{i}].content[{j}]"
                 raise ApiError(422, f"{place}: only the user's turns may have images", "invalid_value", place)
-            picture = parse_image(part.image_data, f"messages[{i}].content[{j}].{PART_FIELDS[part.type]}", limits)
-            if isinstance(picture, Failure):
-                raise ApiError.of(picture)
+            image = parse_image(part.image_data, f"messages[{i}].content[{j}].{PART_FIELDS[part.type]}", limits)
+            if isinstance(image, Failure):
+                raise ApiError.of(image)
             content.append({"type": "image"})
-            images.append(picture)
+            images.append(image)
         turns.append({"role": "system" if message.role == "developer" else message.role, "content": content})
-    if sum(picture.pixels for picture in images) > limits.image_pixels:
+    if sum(image.pixels for image in images) > limits.image_pixels:
         text = f"messages: the images have more than {limits.image_pixels:,} pixels together"
         raise ApiError(422, text, "invalid_image", "messages")
     return Conversation(turns, [one.image for one in images if one.image], [one.size for one in images])

@@ -166,13 +166,13 @@ def check_mteb(url: str, image: str) -> None:
     from mteb.models import OpenAIAPIEncodeWrapper, OpenAIAPIRerankWrapper
     from PIL import Image
 
-    picture = Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2])))
+    decoded = Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2])))
     for template in (True, False):
         encoder = OpenAIAPIEncodeWrapper(url, MODEL, modalities=["text", "image"], use_chat_template=template)
         batches: Any = [{"text": TEXTS}]
         found = encoder.encode(batches, task_metadata=mteb_task(), hf_split="test", hf_subset="default")
         same(np.asarray(found), plain(url, TEXTS))
-    images: Any = [{"image": [picture]}]
+    images: Any = [{"image": [decoded]}]
     found = encoder.encode(images, task_metadata=mteb_task(), hf_split="test", hf_subset="default")
     same(np.asarray(found), plain(url, image))
     reranker = OpenAIAPIRerankWrapper(url, MODEL, modalities=["text", "image"])
