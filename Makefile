@@ -53,6 +53,8 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[test,dev]'
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --upgrade --target .venv/peers clip-benchmark==1.6.2
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --upgrade --target .venv/torchvision torchvision==0.29.1
+	: > .venv/torchvision/torchvision/_meta_registrations.py
 	DS_ACCELERATOR=cpu $(BIN)/python -c "from vladva.train.engine import compile_operators as c; c()" >/dev/null \
 	  || echo "DeepSpeed's operator could not be compiled: training on CPUs needs a C++ compiler (on Debian: g++)."
 	touch $@

@@ -67,10 +67,16 @@ def load_embedder(
 
 
 def load_lvlm(
-    model: str, *, adapter: bool = True, merge: bool = False, dtype: str = "float32", device: str = "cpu"
+    model: str,
+    *,
+    adapter: bool = True,
+    merge: bool = False,
+    dtype: str = "float32",
+    device: str = "cpu",
+    layer: int | None = None,
 ) -> Embedder:
     """As `load_embedder`, of a model that also generates. Raises ValueError for a dual encoder, which does not."""
-    found = load_embedder(model, adapter=adapter, merge=merge, dtype=dtype, device=device)
+    found = load_embedder(model, adapter=adapter, merge=merge, dtype=dtype, device=device, layer=layer)
     if not isinstance(found, Embedder):
         raise ValueError(f"{model} is a dual encoder: it embeds, and generates nothing; name an LVLM")
     return found
