@@ -16,7 +16,7 @@ class ModelConfig:
     """Which LVLM, and what is learned on it."""
 
     checkpoint: str
-    """Hugging Face name or folder of the base model; `tiny` is the one that ships with vladva."""
+    """Hugging Face name (or NAME@REVISION) or folder of the base model; `tiny` is the one that ships with vladva."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     layer: int | None = None
     """Layer whose hidden state is the embedding, counted from 1; None is the last."""

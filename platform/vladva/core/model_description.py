@@ -21,3 +21,4 @@ class ModelDescription(_Always, total=False):
     """As JSON, in the schema of every file of a table, in its manifest, and in the metadata of an index."""
 
     vectors_per_image: int  # 1 where it is not there
+    revision: str  # commit of a base model on the hub; not there for one in a folder

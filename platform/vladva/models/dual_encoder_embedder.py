@@ -20,9 +20,10 @@ from torch.nn.functional import normalize
 
 from vladva.core.model_description import ModelDescription
 from vladva.core.text import clean_text
+from vladva.models.backbones import source_of
 from vladva.models.batch import Pixels, Tokens, as_tensors, pad_right, pixel_statistics, to_uint8
 from vladva.models.dual_encoders import family_name, find_family
-from vladva.models.fingerprint import base_revision
+from vladva.models.fingerprint import base_revision, displayed
 from vladva.models.literal_tokenizer import LiteralTokenizer
 
 if TYPE_CHECKING:
@@ -151,8 +152,8 @@ def describe_dual_encoder(checkpoint: str, dtype: str) -> ModelDescription:
         "pixels": json.loads(preprocessor.image_processor.to_json_string()),
     }
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    return {
-        "base_model": checkpoint,
+    description: ModelDescription = {
+        "base_model": displayed(checkpoint),
         "adapter": None,
         "image_prompt": "",
         "text_prompt": "",
@@ -163,3 +164,5 @@ def describe_dual_encoder(checkpoint: str, dtype: str) -> ModelDescription:
         "dtype": dtype,
         "fingerprint": digest.hexdigest()[:16],
     }
+    revision = source_of(checkpoint).revision
+    return description if revision is None else {**description, "revision": revision}

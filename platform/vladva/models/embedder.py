@@ -58,7 +58,7 @@ def load_embedder(
     config = config_of(reference, folder, dtype)
     if layer is not None:
         config = replace(config, layer=layer)
-    embedding_model = EmbeddingModel(config, Preprocessor.of(config))
+    embedding_model = EmbeddingModel(config, Preprocessor.of(config), device=device)
     if folder:
         load_adapter(embedding_model, folder)
         if merge:

@@ -17,7 +17,6 @@ from torch.nn.functional import normalize
 
 from vladva.config import ModelConfig
 from vladva.losses.next_token import next_token
-from vladva.models.backbones import packaged
 from vladva.models.preprocessor import Preprocessor
 
 
@@ -45,13 +44,18 @@ class EmbeddingModel(nn.Module):
     pixel_std: torch.Tensor
 
     def __init__(
-        self, config: ModelConfig, preprocessor: Preprocessor, *, scalars: Mapping[str, float] | None = None
+        self,
+        config: ModelConfig,
+        preprocessor: Preprocessor,
+        *,
+        scalars: Mapping[str, float] | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         self.preprocessor = preprocessor
         self.backbone = preprocessor.backbone
         self.layer = config.layer
-        self.lvlm: Any = self.backbone.load(packaged(config.checkpoint), getattr(torch, config.dtype))
+        self.lvlm: Any = self.backbone.load(config.checkpoint, getattr(torch, config.dtype), device)
         layers = self.lvlm.config.get_text_config().num_hidden_layers
         if config.layer is not None and config.layer > layers:
             raise ValueError(f"model.layer is {config.layer}, but {config.checkpoint} has {layers} layers")

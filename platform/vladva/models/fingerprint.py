@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vladva.config import ModelConfig
 from vladva.core.model_description import ModelDescription
-from vladva.models.backbones import packaged
+from vladva.models.backbones import pretrained, source_of
 from vladva.models.preprocessor import Preprocessor
 
 
@@ -19,8 +19,8 @@ def describe_lvlm(
     language_model = preprocessor.config.get_text_config()
     layer = layer or config.layer or language_model.num_hidden_layers
     dimension = language_model.hidden_size
-    return {
-        "base_model": config.checkpoint,
+    description: ModelDescription = {
+        "base_model": displayed(config.checkpoint),
         "adapter": str(adapter) if adapter else None,
         "image_prompt": config.image_prompt,
         "text_prompt": config.text_prompt,
@@ -30,6 +30,13 @@ def describe_lvlm(
         "dtype": config.dtype,
         "fingerprint": fingerprint_of(config, adapter, layer, dimension, preprocessor),
     }
+    revision = source_of(config.checkpoint).revision
+    return description if revision is None else {**description, "revision": revision}
+
+
+def displayed(checkpoint: str) -> str:
+    """A checkpoint as people know it: without the revision."""
+    return checkpoint if source_of(checkpoint).revision is None else source_of(checkpoint).name
 
 
 def fingerprint_of(
@@ -37,7 +44,7 @@ def fingerprint_of(
 ) -> str:
     """16 hex digits that change with base model, adapter, prompts, layer, dimension or preprocessing."""
     parts = {
-        "base": base_revision(packaged(config.checkpoint)),
+        "base": base_revision(config.checkpoint),
         "adapter": hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
         if adapter
         else None,
@@ -53,9 +60,9 @@ def base_revision(checkpoint: str) -> str:
     """The commit of a model from the hub; of a local folder, a hash of its configuration and samples of its weights."""
     from transformers import AutoConfig
 
-    folder = Path(checkpoint)
+    folder = Path(source_of(checkpoint).name)
     if not folder.is_dir():
-        return str(AutoConfig.from_pretrained(checkpoint)._commit_hash)
+        return str(pretrained(AutoConfig, checkpoint)._commit_hash)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(f"{path.name} {path.stat().st_size}".encode())

@@ -13,7 +13,7 @@ from vladva.config import IMAGE_PROMPT, TEXT_PROMPT, ModelConfig
 from vladva.core.hashing import key_of
 from vladva.core.text import clean_characters, clean_text
 from vladva.data.examples import Example
-from vladva.models.backbones import backbone_of, packaged
+from vladva.models.backbones import backbone_of, pretrained, source_of
 from vladva.models.batch import MicroBatch, Pixels, Tokens, pad_right, pixel_statistics, to_uint8
 from vladva.models.literal_tokenizer import MARK, LiteralTokenizer
 
@@ -47,16 +47,21 @@ class Preprocessor:
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
         from transformers.utils import cached_file
 
-        folder = packaged(checkpoint)
+        source = source_of(checkpoint)
         self.backbone = backbone_of(checkpoint)
-        self.config = AutoConfig.from_pretrained(folder)
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.config = pretrained(AutoConfig, checkpoint)
+        tokenizer: Any = pretrained(AutoTokenizer, checkpoint)
         self.tokenizer = tokenizer  # any of transformers' classes
-        template = cached_file(folder, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+        template = cached_file(
+            source.name,
+            "chat_template.json",
+            revision=source.revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
         if template:  # where older checkpoints keep the template with images; the tokenizer's own has none
             self.tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]
         # The same pixels everywhere: torchvision's resizing, the default where it is installed, differs from Pillow's.
-        self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        self.image_processor = pretrained(AutoImageProcessor, checkpoint, backend="pil")
         if max_image_tokens is not None:
             self.backbone.limit_image_tokens(self.config, self.image_processor, max_image_tokens)
         self.image_token: str = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)

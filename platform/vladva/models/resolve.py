@@ -13,6 +13,7 @@ from vladva.core import storage
 from vladva.core.model_description import ModelDescription
 from vladva.models import checkpoint, model_zoo
 from vladva.models.adapter import ADAPTER_NOTE
+from vladva.models.backbones import pinned, source_of
 from vladva.models.dual_encoder_embedder import DualPreprocessor, describe_dual_encoder
 from vladva.models.dual_encoders import is_dual_encoder
 from vladva.models.fingerprint import describe_lvlm
@@ -31,7 +32,7 @@ class ModelReference:
 
 def find_model(model: str) -> ModelReference:
     """Resolve a run folder, a checkpoint `.../step-N`, an adapter folder, `tiny`, a name or path of Hugging Face's, or
-    one of `model_zoo.py`.
+    one of `model_zoo.py`; a name may have @REVISION behind it.
 
     Raises ValueError where a run has no checkpoint yet.
     """
@@ -45,9 +46,10 @@ def find_model(model: str) -> ModelReference:
         return ModelReference(json.loads((adapter / ADAPTER_NOTE).read_text())["checkpoint"], adapter)
     if (Path(model) / ADAPTER_NOTE).exists():
         return ModelReference(json.loads((Path(model) / ADAPTER_NOTE).read_text())["checkpoint"], Path(model))
-    system = model_zoo.find(model)
+    name, separator, revision = model.partition("@")
+    system = model_zoo.find(name)
     if system:
-        return ModelReference(system.checkpoint, prompts=system.prompts)
+        return ModelReference(f"{system.checkpoint}{separator}{revision}", prompts=system.prompts)
     return ModelReference(model)
 
 
@@ -78,11 +80,22 @@ def dtype_for(model: str, gpus: float) -> str:
 
 
 def pin(model: str) -> str:
-    """The model as every process finds it: a path that is absolute, and of a run the newest checkpoint there is now."""
+    """The model as every process finds it, now and later.
+
+    A path that is absolute; of a run the newest checkpoint there is now; of a model on the hub `NAME@COMMIT`.
+    """
     model = storage.absolute(model) if storage.exists(model) else model
     if storage.exists(storage.join(model, "checkpoints")):
         return checkpoint.latest(model) or model
-    return model
+    return pin_revision(model)
+
+
+def pin_revision(model: str) -> str:
+    """A model on the hub as `NAME@COMMIT`; any other as it is."""
+    if storage.exists(model) or find_model(model).adapter is not None:
+        return model
+    commit = source_of(pinned(find_model(model).checkpoint)).revision
+    return f"{model.partition('@')[0]}@{commit}" if commit else model
 
 
 def describe(

@@ -19,7 +19,7 @@ from vladva.core.devices import NO_GPU
 from vladva.core.errors import refusal
 from vladva.core.ray_tasks import cause_of
 from vladva.models import checkpoint
-from vladva.train.run_claim import check_claim, claim_run, pin_initial_weights
+from vladva.train.run_claim import check_claim, claim_run, pin_base_model, pin_initial_weights
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -43,7 +43,7 @@ def train(config: RunConfig, *, extend: bool = False, tell: Tell = lambda line: 
     from vladva.train.tracking import follow, read_metrics
 
     find_loss(config.loss)  # a wrong name is told at once
-    config = pin_initial_weights(config)
+    config = pin_base_model(pin_initial_weights(config))
     check_claim(config, extend=extend)
     connect()
     check_paths(

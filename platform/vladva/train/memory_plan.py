@@ -116,13 +116,13 @@ def settings_of(checkpoint: str) -> PreTrainedConfig:
     """The checkpoint's configuration: the package's copy of the published one, else that of the folder or the hub."""
     from transformers import AutoConfig
 
-    from vladva.models.backbones import backbone_of, packaged, real_config
+    from vladva.models.backbones import backbone_of, pretrained, real_config
 
     try:
         return real_config(checkpoint)
     except ValueError:
         backbone_of(checkpoint)  # says what is wrong where there is none
-        return AutoConfig.from_pretrained(packaged(checkpoint))
+        return pretrained(AutoConfig, checkpoint)
 
 
 def count_parameters(settings: PreTrainedConfig, config: RunConfig) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vladva.config import RunConfig
 from vladva.core import storage
 from vladva.models import checkpoint
+from vladva.models.backbones import pinned, source_of
 
 if TYPE_CHECKING:
     from vladva.train.preflight import Tell
@@ -85,6 +86,22 @@ def check_claim(config: RunConfig, *, extend: bool) -> RunConfig | None:
     return run
 
 
+def pin_base_model(config: RunConfig) -> RunConfig:
+    """With `model.checkpoint` as the commit of the hub that the run began with, or begins with now.
+
+    A branch of the hub may move between the starts of two workers, or of two attempts.
+    """
+    uri, given = storage.join(config.uri, CONFIG), config.model.checkpoint
+    if storage.exists(uri):
+        begun = RunConfig.from_json(storage.read_json(uri)).model.checkpoint
+    elif config.init_from:  # its weights are those of an adapter on that commit
+        begun = storage.read_json(storage.join(config.init_from, checkpoint.STATE))["config"]["model"]["checkpoint"]
+    else:
+        begun = pinned(given)
+    same = source_of(begun).name == source_of(given).name and source_of(given).revision is None
+    return replace(config, model=replace(config.model, checkpoint=begun if same else given))
+
+
 def pin_initial_weights(config: RunConfig) -> RunConfig:
     """With `init_from` as the checkpoint that the run began with, or begins with now.
 
@@ -104,6 +121,8 @@ def pin_initial_weights(config: RunConfig) -> RunConfig:
         raise ValueError(f"init_from {config.init_from} has no complete checkpoint")
     there = storage.read_json(storage.join(newest, checkpoint.STATE))["config"]["model"]
     now = flatten(config.to_json()["model"])
+    if source_of(there["checkpoint"]).name == now["checkpoint"]:
+        now["checkpoint"] = there["checkpoint"]  # at whatever commit, if the user named none
     changed = [key for key in now if key not in MODEL_MAY_CHANGE and now[key] != there.get(key)]
     if changed:
         what = ", ".join(f"model.{key} is {there.get(key)} there and {now[key]} here" for key in changed)

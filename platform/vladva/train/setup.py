@@ -56,7 +56,9 @@ def build_trained_model(config: RunConfig, start: int) -> EmbeddingModel:
         # A new run begins with what was learned; a temperature that is fixed is its own.
         kept = [name for name in values if start or scalars[name].learned]
         values |= {name: state.get(name, values[name]) for name in kept}
-    model = EmbeddingModel(config.model, run_preprocessor(config), scalars=values)
+    # Straight onto the device: a copy on the host for each worker of a node would be several times the model.
+    device = "cuda" if config.cluster.gpus_per_worker else "cpu"
+    model = EmbeddingModel(config.model, run_preprocessor(config), scalars=values, device=device)
     for name, scalar in scalars.items():
         model.get_parameter(name).requires_grad_(scalar.learned)
     model.lvlm.requires_grad_(False)

@@ -9,11 +9,12 @@ file; nothing is registered. One that differs from another in its class alone is
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 CONFIGS = Path(__file__).parent / "configs"
 TINY = Path(__file__).parents[1] / "tiny/weights"  # the packaged checkpoint
+COMMIT = re.compile("[0-9a-f]{40}")
 LANGUAGE_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -38,11 +40,14 @@ class Backbone(ABC):
     lora_targets: str = LANGUAGE_LINEARS  # regular expression of the language model's linear layers
     embed_tokens: str = "embed_tokens"  # name of the token embedding, for PEFT's trainable_token_indices
 
-    def load(self, checkpoint: str, dtype: torch.dtype) -> PreTrainedModel:
-        """The pretrained model."""
+    def load(self, checkpoint: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+        """The pretrained model, its weights read tensor by tensor straight onto the device.
+
+        The files are mapped, so that all processes of a node share one copy of them in the host's memory.
+        """
         import transformers
 
-        return getattr(transformers, self.model_class).from_pretrained(checkpoint, dtype=dtype)
+        return pretrained(getattr(transformers, self.model_class), checkpoint, dtype=dtype, device_map={"": device})
 
     @abstractmethod
     def num_image_tokens(self, config: PreTrainedConfig, processor: BaseImageProcessor, size: tuple[int, int]) -> int:
@@ -119,7 +124,7 @@ def backbone_of(checkpoint: str) -> Backbone:
     from transformers import AutoConfig
 
     try:
-        model_type = AutoConfig.from_pretrained(packaged(checkpoint)).model_type
+        model_type = pretrained(AutoConfig, checkpoint).model_type
     except (OSError, ValueError) as error:
         raise ValueError(f"model.checkpoint {checkpoint!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     try:
@@ -128,9 +133,49 @@ def backbone_of(checkpoint: str) -> Backbone:
         raise ValueError(f"model.checkpoint {checkpoint!r}: {error}") from None
 
 
-def packaged(checkpoint: str) -> str:
-    """The name or folder to load: `tiny` stands for the checkpoint that ships with the package."""
-    return str(TINY) if checkpoint == "tiny" else checkpoint
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+class Source(NamedTuple):
+    """Where a checkpoint is: a folder, or a repository of the hub at a revision (a commit, branch or tag)."""
+
+    name: str
+    revision: str | None = None
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether what is loaded is the same wherever and whenever it is loaded."""
+        return Path(self.name).is_dir() or COMMIT.fullmatch(self.revision or "") is not None
+
+
+def source_of(checkpoint: str) -> Source:
+    """Of `tiny` (which ships with the package), a folder, `NAME` or `NAME@REVISION` of the hub."""
+    if checkpoint == "tiny":
+        return Source(str(TINY))
+    name, separator, revision = checkpoint.rpartition("@")
+    if not separator or Path(checkpoint).is_dir():
+        return Source(checkpoint)
+    return Source(name, revision)
+
+
+def pretrained(kind: Any, checkpoint: str, **options: Any) -> Any:
+    """What a class of transformers loads of a checkpoint, at its revision."""
+    source = source_of(checkpoint)
+    return kind.from_pretrained(source.name, revision=source.revision or "main", **options)
+
+
+def pinned(checkpoint: str) -> str:
+    """`NAME@COMMIT` of a checkpoint on the hub, as it is there now; any other as it is.
+
+    A branch moves while a job runs: its driver asks once, and every process loads that commit.
+    """
+    from transformers import AutoConfig
+
+    source = source_of(checkpoint)
+    if source.is_pinned or ":" in source.name:  # open_clip names its weights by a tag of its own
+        return checkpoint
+    commit = pretrained(AutoConfig, checkpoint)._commit_hash
+    return f"{source.name}@{commit}" if commit else checkpoint
 
 
 # ------------------------------------------------------------------------------------------- models that are not loaded
@@ -143,6 +188,7 @@ def real_config(checkpoint: str) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
+    checkpoint = source_of(checkpoint).name
     files = {json.loads(path.read_text())["checkpoint"]: path for path in sorted(CONFIGS.glob("*.json"))}
     if checkpoint not in files:
         raise ValueError(f"there is no configuration of {checkpoint!r} in the package; known: {', '.join(files)}")

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vladva.models.backbones import packaged
+from vladva.models.backbones import pretrained
 
 if TYPE_CHECKING:
     import torch
@@ -46,9 +46,9 @@ class DualEncoderFamily(ABC):
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         return Tools(
-            AutoConfig.from_pretrained(checkpoint),
-            AutoTokenizer.from_pretrained(checkpoint),
-            AutoImageProcessor.from_pretrained(checkpoint, backend="pil"),
+            pretrained(AutoConfig, checkpoint),
+            pretrained(AutoTokenizer, checkpoint),
+            pretrained(AutoImageProcessor, checkpoint, backend="pil"),
         )
 
     @abstractmethod
@@ -93,7 +93,7 @@ def family_name(checkpoint: str) -> str | None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(packaged(checkpoint))
+        config = pretrained(AutoConfig, checkpoint)
     except (OSError, ValueError):
         return None  # `backbone_of` says what is wrong with it
     architecture = (config.architectures or [""])[0]

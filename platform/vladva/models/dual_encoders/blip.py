@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vladva.models.backbones import pretrained
 from vladva.models.dual_encoders import DualEncoderFamily
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Blip(DualEncoderFamily):
         """The pretrained model."""
         from transformers import BlipForImageTextRetrieval
 
-        return BlipForImageTextRetrieval.from_pretrained(checkpoint, dtype=dtype)
+        return pretrained(BlipForImageTextRetrieval, checkpoint, dtype=dtype)
 
     def shape(self, config: Any) -> tuple[int, int]:
         """One vector an image."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vladva.models.backbones import pretrained
 from vladva.models.dual_encoders.blip import Blip
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Blip2(Blip):
         """The pretrained model."""
         from transformers import Blip2ForImageTextRetrieval
 
-        return Blip2ForImageTextRetrieval.from_pretrained(checkpoint, dtype=dtype)
+        return pretrained(Blip2ForImageTextRetrieval, checkpoint, dtype=dtype)
 
     def shape(self, config: Any) -> tuple[int, int]:
         """A vector of each query token."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vladva.models.backbones import pretrained
 from vladva.models.dual_encoders import DualEncoderFamily
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ class Clip(DualEncoderFamily):
         """The pretrained model."""
         from transformers import CLIPModel
 
-        return CLIPModel.from_pretrained(checkpoint, dtype=dtype)
+        return pretrained(CLIPModel, checkpoint, dtype=dtype)
 
     def shape(self, config: Any) -> tuple[int, int]:
         """One vector an image."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vladva.models.backbones import pretrained
 from vladva.models.dual_encoders import Tools
 from vladva.models.dual_encoders.clip import Clip
 
@@ -26,15 +27,15 @@ class EvaClip(Clip):
         from transformers import AutoConfig, CLIPImageProcessor, CLIPTokenizer
 
         crop, size = {"height": SIDE, "width": SIDE}, {"shortest_edge": SIDE}
-        config = AutoConfig.from_pretrained(checkpoint)
+        config = pretrained(AutoConfig, checkpoint)
         processor = CLIPImageProcessor(size=size, crop_size=crop)
-        return Tools(config, CLIPTokenizer.from_pretrained(checkpoint), processor)
+        return Tools(config, pretrained(CLIPTokenizer, checkpoint), processor)
 
     def load(self, checkpoint: str, dtype: torch.dtype) -> Any:
         """The pretrained model."""
         from transformers import AutoModel
 
-        return AutoModel.from_pretrained(checkpoint, dtype=dtype, trust_remote_code=True)
+        return pretrained(AutoModel, checkpoint, dtype=dtype, trust_remote_code=True)
 
     def text_vectors(self, model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The text tower's vectors [B, D]."""
