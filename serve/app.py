@@ -125,7 +125,7 @@ def application(args: ServeArgs) -> Application:
     VLADVA_API_KEYS: who is served. VLADVA_WRITE_KEYS: who may change the index as well; without any, every key may.
     """
     from vladva.core.devices import gpus_for
-    from vladva.models.resolve import dtype_for
+    from vladva.models.resolve import dtype_for, pin_revision
 
     autoscaling = {
         "min_replicas": args.min_replicas,
@@ -139,7 +139,8 @@ def application(args: ServeArgs) -> Application:
     dtype = args.dtype or dtype_for(args.model, gpus)
     if gpus and args.num_gpus is None:
         logger.warning("replicas have %g GPU each and compute in %s (num_gpus, dtype)", gpus, dtype)
-    args = args.model_copy(update={"num_gpus": gpus, "dtype": dtype})
+    # Every replica, whenever it starts, serves the same commit of a model on the hub.
+    args = args.model_copy(update={"num_gpus": gpus, "dtype": dtype, "model": pin_revision(args.model)})
     resources = {"num_cpus": args.num_cpus, "num_gpus": gpus}
     # A new model or index: new replicas are up before old ones stop; one that cannot start is not tried for ever.
     update = {"max_surge_percent": 100, "max_constructor_retry_count": 3}

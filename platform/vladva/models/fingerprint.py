@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vladva.config import ModelConfig
 from vladva.core.model_description import ModelDescription
-from vladva.models.backbones import pretrained, source_of
+from vladva.models.backbones import commit_of, source_of
 from vladva.models.preprocessor import Preprocessor
 
 
@@ -58,11 +58,9 @@ def fingerprint_of(
 
 def base_revision(checkpoint: str) -> str:
     """The commit of a model from the hub; of a local folder, a hash of its configuration and samples of its weights."""
-    from transformers import AutoConfig
-
     folder = Path(source_of(checkpoint).name)
     if not folder.is_dir():
-        return str(pretrained(AutoConfig, checkpoint)._commit_hash)
+        return commit_of(checkpoint)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(f"{path.name} {path.stat().st_size}".encode())

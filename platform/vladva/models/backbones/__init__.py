@@ -169,13 +169,28 @@ def pinned(checkpoint: str) -> str:
 
     A branch moves while a job runs: its driver asks once, and every process loads that commit.
     """
-    from transformers import AutoConfig
-
     source = source_of(checkpoint)
     if source.is_pinned or ":" in source.name:  # open_clip names its weights by a tag of its own
         return checkpoint
-    commit = pretrained(AutoConfig, checkpoint)._commit_hash
-    return f"{source.name}@{commit}" if commit else checkpoint
+    return f"{source.name}@{commit_of(checkpoint)}"
+
+
+def commit_of(checkpoint: str) -> str:
+    """The commit of a checkpoint on the hub, which is in the path of every file in the hub's cache.
+
+    Raises ValueError where there is no such checkpoint.
+    """
+    from transformers.utils import cached_file
+
+    source = source_of(checkpoint)
+    try:
+        file = cached_file(source.name, "config.json", revision=source.revision or "main")
+    except OSError as error:
+        raise ValueError(f"{checkpoint!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    found = re.search("/snapshots/([0-9a-f]{40})/", Path(file or "").as_posix())
+    if found is None:
+        raise ValueError(f"{checkpoint!r}: the hub's cache does not say which commit {file} is of")
+    return found[1]
 
 
 # ------------------------------------------------------------------------------------------- models that are not loaded
