@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.support import families
-from vladva.models.backbones import find_backbone, pinned, source_of
+from vladva.models.backbones import checkpoint_source, find_backbone, pinned
 from vladva.models.embedder import load_lvlm
 
 ROOT = Path(__file__).parents[2]
@@ -99,12 +99,12 @@ def test_a_job_stays_at_the_commit_that_it_began_with(tmp_path: Path) -> None:
 
 
 def test_names_and_revisions(tmp_path: Path, tiny: str) -> None:
-    assert source_of("org/name") == ("org/name", None)
-    assert source_of("org/name@v1.0") == ("org/name", "v1.0")
-    assert not source_of("org/name@v1.0").is_pinned
-    assert source_of(f"org/name@{COMMITS['old']}").is_pinned
+    assert checkpoint_source("org/name") == ("org/name", None)
+    assert checkpoint_source("org/name@v1.0") == ("org/name", "v1.0")
+    assert not checkpoint_source("org/name@v1.0").is_pinned
+    assert checkpoint_source(f"org/name@{COMMITS['old']}").is_pinned
     (tmp_path / "a@b").mkdir()
-    assert source_of(str(tmp_path / "a@b")) == (str(tmp_path / "a@b"), None)
+    assert checkpoint_source(str(tmp_path / "a@b")) == (str(tmp_path / "a@b"), None)
     for checkpoint in ("tiny", tiny, "open_clip:ViT-B-32:openai", f"org/name@{COMMITS['new']}"):
         assert pinned(checkpoint) == checkpoint
 

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 
 from vladva.core.model_description import ModelDescription
 from vladva.core.text import clean_text
-from vladva.models.backbones import source_of
+from vladva.models.backbones import checkpoint_source
 from vladva.models.batch import Pixels, Tokens, as_tensors, pad_right, pixel_statistics, to_uint8
 from vladva.models.dual_encoders import family_name, find_family
 from vladva.models.fingerprint import base_revision, displayed
@@ -164,5 +164,5 @@ def describe_dual_encoder(checkpoint: str, dtype: str) -> ModelDescription:
         "dtype": dtype,
         "fingerprint": digest.hexdigest()[:16],
     }
-    revision = source_of(checkpoint).revision
+    revision = checkpoint_source(checkpoint).revision
     return description if revision is None else {**description, "revision": revision}

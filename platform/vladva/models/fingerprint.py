@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vladva.config import ModelConfig
 from vladva.core.model_description import ModelDescription
-from vladva.models.backbones import commit_of, source_of
+from vladva.models.backbones import checkpoint_source, commit_of
 from vladva.models.preprocessor import Preprocessor
 
 
@@ -30,13 +30,13 @@ def describe_lvlm(
         "dtype": config.dtype,
         "fingerprint": fingerprint_of(config, adapter, layer, dimension, preprocessor),
     }
-    revision = source_of(config.checkpoint).revision
+    revision = checkpoint_source(config.checkpoint).revision
     return description if revision is None else {**description, "revision": revision}
 
 
 def displayed(checkpoint: str) -> str:
     """A checkpoint as people know it: without the revision."""
-    return checkpoint if source_of(checkpoint).revision is None else source_of(checkpoint).name
+    return checkpoint if checkpoint_source(checkpoint).revision is None else checkpoint_source(checkpoint).name
 
 
 def fingerprint_of(
@@ -58,7 +58,7 @@ def fingerprint_of(
 
 def base_revision(checkpoint: str) -> str:
     """The commit of a model from the hub; of a local folder, a hash of its configuration and samples of its weights."""
-    folder = Path(source_of(checkpoint).name)
+    folder = Path(checkpoint_source(checkpoint).name)
     if not folder.is_dir():
         return commit_of(checkpoint)
     digest = hashlib.sha256((folder / "config.json").read_bytes())

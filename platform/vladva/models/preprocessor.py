@@ -13,7 +13,7 @@ from vladva.config import IMAGE_PROMPT, TEXT_PROMPT, ModelConfig
 from vladva.core.hashing import key_of
 from vladva.core.text import clean_characters, clean_text
 from vladva.data.examples import Example
-from vladva.models.backbones import backbone_of, pretrained, source_of
+from vladva.models.backbones import backbone_of, checkpoint_source, pretrained
 from vladva.models.batch import MicroBatch, Pixels, Tokens, pad_right, pixel_statistics, to_uint8
 from vladva.models.literal_tokenizer import MARK, LiteralTokenizer
 
@@ -47,7 +47,7 @@ class Preprocessor:
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
         from transformers.utils import cached_file
 
-        source = source_of(checkpoint)
+        source = checkpoint_source(checkpoint)
         self.backbone = backbone_of(checkpoint)
         self.config = pretrained(AutoConfig, checkpoint)
         tokenizer: Any = pretrained(AutoTokenizer, checkpoint)

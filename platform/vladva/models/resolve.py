@@ -13,7 +13,7 @@ from vladva.core import storage
 from vladva.core.model_description import ModelDescription
 from vladva.models import checkpoint, model_zoo
 from vladva.models.adapter import ADAPTER_NOTE
-from vladva.models.backbones import pinned, source_of
+from vladva.models.backbones import checkpoint_source, pinned
 from vladva.models.dual_encoder_embedder import DualPreprocessor, describe_dual_encoder
 from vladva.models.dual_encoders import is_dual_encoder
 from vladva.models.fingerprint import describe_lvlm
@@ -94,7 +94,7 @@ def pin_revision(model: str) -> str:
     """A model on the hub as `NAME@COMMIT`; any other as it is."""
     if storage.exists(model) or find_model(model).adapter is not None:
         return model
-    commit = source_of(pinned(find_model(model).checkpoint)).revision
+    commit = checkpoint_source(pinned(find_model(model).checkpoint)).revision
     return f"{model.partition('@')[0]}@{commit}" if commit else model
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vladva.config import RunConfig
 from vladva.core import storage
 from vladva.models import checkpoint
-from vladva.models.backbones import pinned, source_of
+from vladva.models.backbones import checkpoint_source, pinned
 
 if TYPE_CHECKING:
     from vladva.train.preflight import Tell
@@ -98,7 +98,7 @@ def pin_base_model(config: RunConfig) -> RunConfig:
         begun = storage.read_json(storage.join(config.init_from, checkpoint.STATE))["config"]["model"]["checkpoint"]
     else:
         begun = pinned(given)
-    same = source_of(begun).name == source_of(given).name and source_of(given).revision is None
+    same = checkpoint_source(begun).name == checkpoint_source(given).name and checkpoint_source(given).revision is None
     return replace(config, model=replace(config.model, checkpoint=begun if same else given))
 
 
@@ -121,7 +121,7 @@ def pin_initial_weights(config: RunConfig) -> RunConfig:
         raise ValueError(f"init_from {config.init_from} has no complete checkpoint")
     there = storage.read_json(storage.join(newest, checkpoint.STATE))["config"]["model"]
     now = flatten(config.to_json()["model"])
-    if source_of(there["checkpoint"]).name == now["checkpoint"]:
+    if checkpoint_source(there["checkpoint"]).name == now["checkpoint"]:
         now["checkpoint"] = there["checkpoint"]  # at whatever commit, if the user named none
     changed = [key for key in now if key not in MODEL_MAY_CHANGE and now[key] != there.get(key)]
     if changed:

@@ -136,7 +136,7 @@ def backbone_of(checkpoint: str) -> Backbone:
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
-class Source(NamedTuple):
+class CheckpointSource(NamedTuple):
     """Where a checkpoint is: a folder, or a repository of the hub at a revision (a commit, branch or tag)."""
 
     name: str
@@ -148,19 +148,19 @@ class Source(NamedTuple):
         return Path(self.name).is_dir() or COMMIT.fullmatch(self.revision or "") is not None
 
 
-def source_of(checkpoint: str) -> Source:
+def checkpoint_source(checkpoint: str) -> CheckpointSource:
     """Of `tiny` (which ships with the package), a folder, `NAME` or `NAME@REVISION` of the hub."""
     if checkpoint == "tiny":
-        return Source(str(TINY))
+        return CheckpointSource(str(TINY))
     name, separator, revision = checkpoint.rpartition("@")
     if not separator or Path(checkpoint).is_dir():
-        return Source(checkpoint)
-    return Source(name, revision)
+        return CheckpointSource(checkpoint)
+    return CheckpointSource(name, revision)
 
 
 def pretrained(kind: Any, checkpoint: str, **options: Any) -> Any:
     """What a class of transformers loads of a checkpoint, at its revision."""
-    source = source_of(checkpoint)
+    source = checkpoint_source(checkpoint)
     return kind.from_pretrained(source.name, revision=source.revision or "main", **options)
 
 
@@ -169,7 +169,7 @@ def pinned(checkpoint: str) -> str:
 
     A branch moves while a job runs: its driver asks once, and every process loads that commit.
     """
-    source = source_of(checkpoint)
+    source = checkpoint_source(checkpoint)
     if source.is_pinned or ":" in source.name:  # open_clip names its weights by a tag of its own
         return checkpoint
     return f"{source.name}@{commit_of(checkpoint)}"
@@ -182,7 +182,7 @@ def commit_of(checkpoint: str) -> str:
     """
     from transformers.utils import cached_file
 
-    source = source_of(checkpoint)
+    source = checkpoint_source(checkpoint)
     try:
         file = cached_file(source.name, "config.json", revision=source.revision or "main")
     except OSError as error:
@@ -203,7 +203,7 @@ def real_config(checkpoint: str) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    checkpoint = source_of(checkpoint).name
+    checkpoint = checkpoint_source(checkpoint).name
     files = {json.loads(path.read_text())["checkpoint"]: path for path in sorted(CONFIGS.glob("*.json"))}
     if checkpoint not in files:
         raise ValueError(f"there is no configuration of {checkpoint!r} in the package; known: {', '.join(files)}")
