@@ -258,17 +258,12 @@ def test_weights_go_straight_to_the_device(original: Path, monkeypatch: pytest.M
     """The whole model is mapped to the device that it is for: no process holds a copy on the host first."""
     import transformers
 
-    asked: list[object] = []
     family = find_backbone(original.name)
+    on_host = family.load(str(original), torch.float32)
+    assert {p.device.type for p in on_host.parameters()} == {"cpu"}
+    assert getattr(on_host, "hf_device_map", None) is None  # PEFT would take it for a model that is spread
+    asked: list[object] = []
     kind = getattr(transformers, family.model_class)
-    loading = kind.from_pretrained.__func__
-
-    def watched(cls: type, *arguments: object, **options: object) -> object:
-        asked.append(options.get("device_map"))
-        return loading(cls, *arguments, **options)
-
-    monkeypatch.setattr(kind, "from_pretrained", classmethod(watched))
-    model = family.load(str(original), torch.float32, "cpu")
-    assert asked == [{"": "cpu"}]
-    assert {p.device.type for p in model.parameters()} == {"cpu"}
-    assert not hasattr(model, "_hf_hook")  # nothing is moved to and fro afterwards
+    monkeypatch.setattr(kind, "from_pretrained", lambda *_, **options: asked.append(options["device_map"]))
+    family.load(str(original), torch.float32, "cuda:1")
+    assert asked == [{"": "cuda:1"}]

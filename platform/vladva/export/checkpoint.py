@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from vladva.export.chat_template import embedding_chat_template
-from vladva.models.backbones import packaged
+from vladva.models.backbones import checkpoint_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,9 +123,8 @@ def write_merged_checkpoint(embedder: Embedder, folder: Path, dtype: Dtype, matr
 
 def _base_file(embedder: Embedder, name: str) -> dict[str, Any]:
     """A JSON file of the base checkpoint; empty where it has none."""
-    from transformers.utils import cached_file
 
-    path = cached_file(packaged(embedder.config.checkpoint), name, _raise_exceptions_for_missing_entries=False)
+    path = checkpoint_file(embedder.config.checkpoint, name)
     return json.loads(Path(path).read_text()) if path else {}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -13,7 +12,7 @@ from vladva.config import IMAGE_PROMPT, TEXT_PROMPT, ModelConfig
 from vladva.core.hashing import key_of
 from vladva.core.text import clean_characters, clean_text
 from vladva.data.examples import Example
-from vladva.models.backbones import backbone_of, checkpoint_source, pretrained
+from vladva.models.backbones import backbone_of, checkpoint_file, pretrained
 from vladva.models.batch import MicroBatch, Pixels, Tokens, pad_right, pixel_statistics, to_uint8
 from vladva.models.literal_tokenizer import MARK, LiteralTokenizer
 
@@ -45,21 +44,14 @@ class Preprocessor:
 
         # By its short name, older versions give it only where torchvision is installed.
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
-        from transformers.utils import cached_file
 
-        source = checkpoint_source(checkpoint)
         self.backbone = backbone_of(checkpoint)
         self.config = pretrained(AutoConfig, checkpoint)
         tokenizer: Any = pretrained(AutoTokenizer, checkpoint)
         self.tokenizer = tokenizer  # any of transformers' classes
-        template = cached_file(
-            source.name,
-            "chat_template.json",
-            revision=source.revision,
-            _raise_exceptions_for_missing_entries=False,
-        )
+        template = checkpoint_file(checkpoint, "chat_template.json")
         if template:  # where older checkpoints keep the template with images; the tokenizer's own has none
-            self.tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]
+            self.tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
         # The same pixels everywhere: torchvision's resizing, the default where it is installed, differs from Pillow's.
         self.image_processor = pretrained(AutoImageProcessor, checkpoint, backend="pil")
         if max_image_tokens is not None:

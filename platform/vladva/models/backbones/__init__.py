@@ -45,9 +45,13 @@ class Backbone(ABC):
 
         The files are mapped, so that all processes of a node share one copy of them in the host's memory.
         """
+        import torch
         import transformers
 
-        return pretrained(getattr(transformers, self.model_class), checkpoint, dtype=dtype, device_map={"": device})
+        kind = getattr(transformers, self.model_class)
+        # With a map for the host PEFT would spread the model over whatever devices it finds.
+        where = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
+        return pretrained(kind, checkpoint, dtype=dtype, **where)
 
     @abstractmethod
     def num_image_tokens(self, config: PreTrainedConfig, processor: BaseImageProcessor, size: tuple[int, int]) -> int:
@@ -164,6 +168,16 @@ def pretrained(kind: Any, checkpoint: str, **options: Any) -> Any:
     return kind.from_pretrained(source.name, revision=source.revision or "main", **options)
 
 
+def checkpoint_file(checkpoint: str, name: str) -> Path | None:
+    """A file of a checkpoint, fetched where it is on the hub; None where the checkpoint has none of that name."""
+    from transformers.utils import cached_file
+
+    source = checkpoint_source(checkpoint)
+    revision = source.revision or "main"
+    found = cached_file(source.name, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return Path(found) if found else None
+
+
 def pinned(checkpoint: str) -> str:
     """`NAME@COMMIT` of a checkpoint on the hub, as it is there now; any other as it is.
 
@@ -180,14 +194,11 @@ def commit_of(checkpoint: str) -> str:
 
     Raises ValueError where there is no such checkpoint.
     """
-    from transformers.utils import cached_file
-
-    source = checkpoint_source(checkpoint)
     try:
-        file = cached_file(source.name, "config.json", revision=source.revision or "main")
+        file = checkpoint_file(checkpoint, "config.json")
     except OSError as error:
         raise ValueError(f"{checkpoint!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    found = re.search("/snapshots/([0-9a-f]{40})/", Path(file or "").as_posix())
+    found = re.search("/snapshots/([0-9a-f]{40})/", file.as_posix() if file else "")
     if found is None:
         raise ValueError(f"{checkpoint!r}: the hub's cache does not say which commit {file} is of")
     return found[1]
