@@ -31,7 +31,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: build(tmp_path_factory.mktemp(name)) for name, build in BUILD.items()}
 
 
-def pictures() -> list[Image.Image]:
+def some_images() -> list[Image.Image]:
     """Of different shapes, as images are."""
     rng = np.random.default_rng(0)
     sizes = [(32, 32), (48, 40), (70, 33)]
@@ -49,7 +49,7 @@ def theirs(name: str, checkpoint: str, texts: list[str]) -> np.ndarray:
     )
 
     tokenizer, processor = AutoTokenizer.from_pretrained(checkpoint), AutoImageProcessor.from_pretrained(checkpoint)
-    pixels = {"pixel_values": processor(images=pictures(), return_tensors="pt")["pixel_values"]}
+    pixels = {"pixel_values": processor(images=some_images(), return_tensors="pt")["pixel_values"]}
     length = 20 if name == "clip" else 35
     words = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
     inputs: dict[str, Any] = {key: words[key] for key in ("input_ids", "attention_mask")} | pixels
@@ -67,7 +67,7 @@ def theirs(name: str, checkpoint: str, texts: list[str]) -> np.ndarray:
 def test_cosines_are_those_of_transformers(name: str, checkpoints: dict[str, str]) -> None:
     embedder = load_embedder(checkpoints[name])
     assert isinstance(embedder, DualEncoder)
-    texts, images = embedder.embed_texts(TEXTS, batch_size=3), embedder.embed_images(pictures(), batch_size=2)
+    texts, images = embedder.embed_texts(TEXTS, batch_size=3), embedder.embed_images(some_images(), batch_size=2)
     assert texts.shape == (4, 24)
     assert images.shape == ((3, 4, 24) if name == "blip_2" else (3, 24))
     assert np.allclose(np.linalg.norm(images, axis=-1), 1, atol=1e-6)
@@ -79,10 +79,10 @@ def test_cosines_are_those_of_transformers(name: str, checkpoints: dict[str, str
     assert texts[0] @ texts[1] < 0.9999  # another text, another vector
 
 
-def test_a_image_of_blip_2_is_as_near_as_its_nearest_query_token(checkpoints: dict[str, str]) -> None:
+def test_an_image_of_blip_2_is_as_near_as_its_nearest_query_token(checkpoints: dict[str, str]) -> None:
     """Negative control of the comparison above: any one token, as in SugarCrepe++'s script, is another score."""
     embedder = DualEncoder(checkpoints["blip_2"])
-    texts, images = embedder.embed_texts(TEXTS), embedder.embed_images(pictures())
+    texts, images = embedder.embed_texts(TEXTS), embedder.embed_images(some_images())
     expected = theirs("blip_2", checkpoints["blip_2"], [clean(text, 50) for text in TEXTS])
     assert np.abs(texts @ images[:, 1].T - expected).max() > 1e-2
 
@@ -95,8 +95,8 @@ def test_the_batch_job_embeds_as_the_embedder(name: str, checkpoints: dict[str, 
     preprocessor, embedder = encoder.embedder.preprocessor, encoder.embedder
     items = pa.table({"id": ["a", "b", "c", "d"]})
     prompts = [preprocessor.text_prompt(text) for text in TEXTS]
-    images = [preprocessor.pixels([image]) for image in pictures()]
-    texts, vectors = embedder.embed_texts(TEXTS), embedder.embed_images(pictures()).reshape(3, -1)
+    images = [preprocessor.pixels([image]) for image in some_images()]
+    texts, vectors = embedder.embed_texts(TEXTS), embedder.embed_images(some_images()).reshape(3, -1)
     assert np.allclose(encoder.forward(prompts, None), texts, atol=1e-6)
     assert np.allclose(encoder.forward([[]] * 3, images), vectors, atol=1e-6)
     rows, reasons = encoder.one_by_one(PreparedBatch(items.slice(0, 3), [[]] * 3, images))

@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list:
+def images() -> list:
     return [render(scene) for scene, _ in islice(scenes("train"), 3)]
 
 
@@ -74,11 +74,11 @@ def test_embedding_is_the_normed_hidden_state_of_the_last_prompt_token(
     assert abs(expected - np.stack([plain_embedding(embedder, t, 1 + layer % 3) for t in TEXTS])).max() > 1e-2
 
 
-def test_adapter_off_is_the_base_model_bit_for_bit(checkpoint: str, tmp_path: Path, pictures: list) -> None:
+def test_adapter_off_is_the_base_model_bit_for_bit(checkpoint: str, tmp_path: Path, images: list) -> None:
     embedder = load_embedder(adapted(checkpoint, tmp_path / "adapter"))
     base = load_embedder(checkpoint)
-    tokens = base.preprocessor.images([p.size for p in pictures], [None] * 3)
-    pixels = as_tensors(base.preprocessor.pixels(pictures), "cpu")
+    tokens = base.preprocessor.images([p.size for p in images], [None] * 3)
+    pixels = as_tensors(base.preprocessor.pixels(images), "cpu")
     inputs = base.model.inputs(as_tensors(tokens, "cpu"), pixels)
     with torch.inference_mode():
         expected = base.model.base(**inputs).logits
@@ -89,25 +89,25 @@ def test_adapter_off_is_the_base_model_bit_for_bit(checkpoint: str, tmp_path: Pa
     assert (on - expected).abs().max() > 1e-2
 
 
-def test_merged_adapter_embeds_the_same(checkpoint: str, tmp_path: Path, pictures: list) -> None:
+def test_merged_adapter_embeds_the_same(checkpoint: str, tmp_path: Path, images: list) -> None:
     folder = adapted(checkpoint, tmp_path / "adapter")
     plain, merged, zero_shot = load_embedder(folder), load_embedder(folder, merge=True), load_embedder(checkpoint)
     np.testing.assert_allclose(merged.embed_texts(TEXTS), plain.embed_texts(TEXTS), atol=1e-5)
-    np.testing.assert_allclose(merged.embed_images(pictures), plain.embed_images(pictures), atol=1e-5)
+    np.testing.assert_allclose(merged.embed_images(images), plain.embed_images(images), atol=1e-5)
     assert abs(zero_shot.embed_texts(TEXTS) - plain.embed_texts(TEXTS)).max() > 1e-2
 
 
-def test_a_new_adapter_changes_nothing_yet(checkpoint: str, pictures: list) -> None:
+def test_a_new_adapter_changes_nothing_yet(checkpoint: str, images: list) -> None:
     config = ModelConfig(checkpoint=checkpoint, lora_rank=4)
     model = EmbeddingModel(config, Preprocessor(checkpoint, soft_prompts=True)).eval()
     add_adapter(model, config)
     fresh = Embedder(model, config, None, merged=False)
     zero_shot = load_embedder(checkpoint)
     np.testing.assert_allclose(fresh.embed_texts(TEXTS), zero_shot.embed_texts(TEXTS), atol=1e-6)
-    np.testing.assert_allclose(fresh.embed_images(pictures), zero_shot.embed_images(pictures), atol=1e-6)
+    np.testing.assert_allclose(fresh.embed_images(images), zero_shot.embed_images(images), atol=1e-6)
 
 
-def test_soft_prompts_alone_are_an_adapter(checkpoint: str, tmp_path: Path, pictures: list) -> None:
+def test_soft_prompts_alone_are_an_adapter(checkpoint: str, tmp_path: Path, images: list) -> None:
     config = ModelConfig(checkpoint=checkpoint, lora_rank=0)
     model = EmbeddingModel(config, Preprocessor(checkpoint, soft_prompts=True)).eval()
     model.requires_grad_(False)
@@ -123,14 +123,14 @@ def test_soft_prompts_alone_are_an_adapter(checkpoint: str, tmp_path: Path, pict
     for merge in (False, True):
         loaded = load_embedder(str(tmp_path), merge=merge)
         np.testing.assert_allclose(loaded.embed_texts(TEXTS), fresh.embed_texts(TEXTS), atol=1e-5)
-        np.testing.assert_allclose(loaded.embed_images(pictures), fresh.embed_images(pictures), atol=1e-5)
-    assert abs(fresh.embed_images(pictures) - zero_shot.embed_images(pictures)).max() > 1e-2
+        np.testing.assert_allclose(loaded.embed_images(images), fresh.embed_images(images), atol=1e-5)
+    assert abs(fresh.embed_images(images) - zero_shot.embed_images(images)).max() > 1e-2
 
 
-def test_the_summary_token_does_not_see_the_caption(checkpoint: str, pictures: list) -> None:
+def test_the_summary_token_does_not_see_the_caption(checkpoint: str, images: list) -> None:
     model = EmbeddingModel(ModelConfig(checkpoint=checkpoint), Preprocessor(checkpoint)).eval()
-    pixels = as_tensors(model.preprocessor.pixels(pictures), "cpu")
-    sizes = [p.size for p in pictures]
+    pixels = as_tensors(model.preprocessor.pixels(images), "cpu")
+    sizes = [p.size for p in images]
     worded = [captions(scene, random)[-1] for scene, random in islice(scenes("train"), 3)]
     with torch.inference_mode():
         alone = model(as_tensors(model.preprocessor.images(sizes, [None] * 3), "cpu"), pixels)[0]
@@ -142,13 +142,13 @@ def test_the_summary_token_does_not_see_the_caption(checkpoint: str, pictures: l
     assert (shifted - alone).abs().max() > 1e-2
 
 
-def test_batch_and_order_do_not_matter(checkpoint: str, pictures: list) -> None:
+def test_batch_and_order_do_not_matter(checkpoint: str, images: list) -> None:
     embedder = load_embedder(checkpoint)
     texts = [captions(scene, random)[k] for k in range(3) for scene, random in islice(scenes("train"), 7)] + TEXTS
     whole = embedder.embed_texts(texts)
     np.testing.assert_allclose(embedder.embed_texts(texts[::-1], batch_size=2)[::-1], whole, atol=1e-6)
     np.testing.assert_allclose(
-        embedder.embed_images(pictures[::-1], batch_size=1)[::-1], embedder.embed_images(pictures), atol=1e-6
+        embedder.embed_images(images[::-1], batch_size=1)[::-1], embedder.embed_images(images), atol=1e-6
     )
     assert embedder.embed_texts([]).shape == (0, 32)
 
@@ -166,24 +166,24 @@ def test_fingerprint_follows_what_the_embedding_depends_on(checkpoint: str, tmp_
     assert not same & others
 
 
-def test_generation_equals_transformers_own(checkpoint: str, tmp_path: Path, pictures: list) -> None:
+def test_generation_equals_transformers_own(checkpoint: str, tmp_path: Path, images: list) -> None:
     embedder = load_embedder(adapted(checkpoint, tmp_path / "adapter"))
     content = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
     messages = [{"role": "user", "content": content}]
     preprocessor = embedder.preprocessor
     tokens = as_tensors(preprocessor.pad([(preprocessor.render(messages, [(64, 64)]), [])]), "cpu")
-    inputs = embedder.model.inputs(tokens, as_tensors(preprocessor.pixels(pictures[:1]), "cpu"))
+    inputs = embedder.model.inputs(tokens, as_tensors(preprocessor.pixels(images[:1]), "cpu"))
     for adapter in (False, True):
         base = load_embedder(checkpoint).model.base if not adapter else embedder.model.base
         ids = base.generate(**inputs, do_sample=False, max_new_tokens=12)[0, tokens["ids"].shape[1] :]
         expected = preprocessor.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
-        pieces = list(embedder.generate(messages, pictures[:1], max_tokens=12, adapter=adapter))
+        pieces = list(embedder.generate(messages, images[:1], max_tokens=12, adapter=adapter))
         assert "".join(pieces) == expected
         cut = expected[3:6]
-        stopped = "".join(embedder.generate(messages, pictures[:1], max_tokens=12, adapter=adapter, stop=[cut]))
+        stopped = "".join(embedder.generate(messages, images[:1], max_tokens=12, adapter=adapter, stop=[cut]))
         assert stopped == expected[: expected.index(cut)]
     sampled = [
-        "".join(embedder.generate(messages, pictures[:1], temperature=1.5, seed=s, max_tokens=12)) for s in (1, 1, 2)
+        "".join(embedder.generate(messages, images[:1], temperature=1.5, seed=s, max_tokens=12)) for s in (1, 1, 2)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
     with pytest.raises(ValueError, match="1 image parts, but 0 images"):

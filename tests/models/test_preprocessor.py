@@ -19,7 +19,7 @@ def preprocessor(tiny: str) -> Preprocessor:
     return Preprocessor(tiny)
 
 
-def picture(width: int, height: int) -> Image.Image:
+def random_image(width: int, height: int) -> Image.Image:
     values = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
@@ -29,7 +29,7 @@ def test_parity_with_the_hugging_face_processor(preprocessor: Preprocessor, tiny
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(tiny)
-    image = picture(*size)
+    image = random_image(*size)
     content = [{"type": "image"}, {"type": "text", "text": IMAGE_PROMPT}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     expected = processor(images=image, text=text, return_tensors="pt")
@@ -74,8 +74,8 @@ def test_a_batch_survives_the_object_store(ray_cluster: None, preprocessor: Prep
     import ray
 
     examples = [
-        Example("a#0", picture(64, 64), "a red ring", "long " * 30),
-        Example("a#1", picture(80, 64), None, None),
+        Example("a#0", random_image(64, 64), "a red ring", "long " * 30),
+        Example("a#1", random_image(80, 64), None, None),
     ]
     batch = preprocessor.collate(7, examples)
     row = next(iter(ray.data.from_items([0]).map(lambda _: batch.to_row()).iter_rows()))
@@ -92,9 +92,9 @@ def test_a_batch_survives_the_object_store(ray_cluster: None, preprocessor: Prep
 
 def test_hard_negatives_follow_the_captions(preprocessor: Preprocessor) -> None:
     examples = [
-        Example("a#0", picture(64, 64), "a red ring", None, ("a blue ring", "a red star")),
-        Example("a#1", picture(80, 64), None, None),
-        Example("a#2", picture(80, 64), "two stars", None, ("a red ring",)),
+        Example("a#0", random_image(64, 64), "a red ring", None, ("a blue ring", "a red star")),
+        Example("a#1", random_image(80, 64), None, None),
+        Example("a#2", random_image(80, 64), "two stars", None, ("a red ring",)),
     ]
     batch = preprocessor.collate(0, examples)
     texts = ["a red ring", "", "two stars", "a blue ring", "a red star", "a red ring"]

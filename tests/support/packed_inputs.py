@@ -39,8 +39,8 @@ def inputs(model: EmbeddingModel, kind: str) -> tuple[dict[str, torch.Tensor], d
     preprocessor = model.preprocessor
     if kind == "text":
         return as_tensors(preprocessor.texts(TEXTS), "cpu"), None
-    pictures = [render(scene) for scene, _ in islice(scenes("train"), 5)]
-    pictures = [*pictures, pictures[1].resize((90, 40)), pictures[0]]
-    long = [None, *TEXTS[: len(pictures) - 1]]
-    tokens = preprocessor.images([image.size for image in pictures], long)
-    return as_tensors(tokens, "cpu"), as_tensors(preprocessor.pixels(pictures), "cpu")
+    images = [render(scene) for scene, _ in islice(scenes("train"), 5)]
+    images = [*images, images[1].resize((90, 40)), images[0]]
+    long = [None, *TEXTS[: len(images) - 1]]
+    tokens = preprocessor.images([image.size for image in images], long)
+    return as_tensors(tokens, "cpu"), as_tensors(preprocessor.pixels(images), "cpu")

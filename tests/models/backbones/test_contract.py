@@ -60,16 +60,16 @@ def adapter(folder: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str,
     return str(path), Embedder(model.eval(), config, None, merged=False).embed_images(IMAGES)
 
 
-def picture(width: int, height: int) -> Image.Image:
+def random_image(width: int, height: int) -> Image.Image:
     values = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
 
-IMAGES = [picture(*size) for size in SIZES]
+IMAGES = [random_image(*size) for size in SIZES]
 
 
-def asking(prompt: str, pictures: int = 1) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [{"type": "image"}] * pictures + [{"type": "text", "text": prompt}]}]
+def asking(prompt: str, num_images: int = 1) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]}]
 
 
 def by_transformers(folder: str, images: list[Image.Image], messages: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -153,7 +153,7 @@ def test_every_image_that_the_scan_accepts_is_taken(embedder: Embedder, size: tu
 
 
 def test_texts_are_those_of_the_processor(embedder: Embedder, folder: str) -> None:
-    expected = by_transformers(folder, [], asking(f"a red circle\n{TEXT_PROMPT}", pictures=0))
+    expected = by_transformers(folder, [], asking(f"a red circle\n{TEXT_PROMPT}", num_images=0))
     assert embedder.preprocessor.text_prompt("a red circle") == expected["input_ids"][0].tolist()
 
 
@@ -234,7 +234,7 @@ def test_layer_k_is_the_model_cut_off_after_k_layers(
     texts = ["a red circle", "a small blue ring to the left of a large green star"]
     with torch.inference_mode():
         conversations = [by_transformers(folder, [image], asking(IMAGE_PROMPT)) for image in IMAGES]
-        conversations += [by_transformers(folder, [], asking(f"{text}\n{TEXT_PROMPT}", pictures=0)) for text in texts]
+        conversations += [by_transformers(folder, [], asking(f"{text}\n{TEXT_PROMPT}", num_images=0)) for text in texts]
         last = torch.cat([short.model(**inputs).last_hidden_state[:, -1] for inputs in conversations])
         images = as_tensors(preprocessor.images(SIZES, [None] * len(SIZES)), "cpu")
         pixels = as_tensors(preprocessor.pixels(IMAGES), "cpu")
@@ -270,15 +270,15 @@ def test_one_forward_serves_both_losses(embedder: Embedder, folder: str) -> None
     torch.testing.assert_close(beside, alone, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("pictures", [0, 2])
-def test_generation_is_that_of_transformers(embedder: Embedder, folder: str, pictures: int) -> None:
-    messages = asking("What is in it?", pictures)
+@pytest.mark.parametrize("num_images", [0, 2])
+def test_generation_is_that_of_transformers(embedder: Embedder, folder: str, num_images: int) -> None:
+    messages = asking("What is in it?", num_images)
     list(embedder.generate(asking("Before."), IMAGES[3:], max_tokens=2))  # must leave nothing behind
-    inputs = by_transformers(folder, IMAGES[1 : 1 + pictures], messages)
+    inputs = by_transformers(folder, IMAGES[1 : 1 + num_images], messages)
     fresh = cut_off(folder, 3)
     ids = fresh.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
     expected = embedder.preprocessor.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
-    found = "".join(embedder.generate(messages, IMAGES[1 : 1 + pictures], max_tokens=8))
+    found = "".join(embedder.generate(messages, IMAGES[1 : 1 + num_images], max_tokens=8))
     assert found == expected != ""
 
 
