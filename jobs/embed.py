@@ -33,6 +33,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of the model; default: float32, on GPUs that of its run"
     )
+    parser.add_argument(
+        "--store-as",
+        choices=("float32", "float16", "int8"),
+        help="type of the stored numbers: float32 by default, or what a table that is there has",
+    )
     parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="stop when more of the items are bad")
     add_source_arguments(parser)
     options = parser.parse_args(arguments)
@@ -88,12 +93,16 @@ def main() -> None:
         corpus=corpus.uri,
         total=corpus.num_items,
         max_bad_fraction=options.max_bad_fraction,
+        stored_as=options.store_as,
     )
     print(
         f"{options.out}: {summary.rows:,} embeddings of {summary.dimension} numbers by model {summary.fingerprint}; "
         f"{summary.embedded:,} now, {summary.repeated:,} repeats, {summary.skipped:,} from before, "
         f"{summary.quarantined:,} quarantined"
     )
+    if summary.halvings:
+        times = "once" if summary.halvings == 1 else f"{summary.halvings} times"
+        print(f"{times} there was no memory for a batch, and it was halved: a smaller --batch-size would be faster")
     print(
         f"{summary.items_per_s:,.1f} items/s and {summary.tokens_per_s:,.0f} tokens/s over {summary.seconds:.0f} s. "
         f"Next: jobs/index.py {options.out} --out INDEX"

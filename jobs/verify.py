@@ -24,6 +24,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("model", metavar="RUN_OR_MODEL", help="run or checkpoint folder, `tiny` or Hugging Face name")
     parser.add_argument("--data", required=True, help="folder or s3://... of the shards that training reads")
     parser.add_argument("--url", default="", help="of a server, e.g. http://127.0.0.1:8000; its key in VLADVA_API_KEY")
+    parser.add_argument("--out", default=".vladva/verify", help="folder or s3://... for the table that the job writes")
     parser.add_argument("--samples", type=int, default=32, help="images, and as many captions")
     parser.add_argument("--dtype", default="float32", choices=list(TOLERANCE), help="of the model here")
     parser.add_argument("--tolerance", type=float, help="that passes (float32: 1e-5, bfloat16: 0.02)")
@@ -38,13 +39,23 @@ def main() -> None:
     options = parse(sys.argv[1:])
 
     from vladva.core import ray_tasks
+    from vladva.core.shared_path import check_paths
     from vladva.evaluate.parity import compare, differences
     from vladva.models.resolve import describe, pin
 
     describe(pin(options.model), adapter=True, dtype=options.dtype)  # a mistake in a name is told before a cluster
     ray_tasks.connect()
     key = os.environ.get("VLADVA_API_KEY", "")
-    paths = compare(options.model, options.data, samples=options.samples, dtype=options.dtype, url=options.url, key=key)
+    check_paths(reads=[("RUN_OR_MODEL", options.model), ("--data", options.data)], writes=[("--out", options.out)])
+    paths = compare(
+        options.model,
+        options.data,
+        options.out,
+        samples=options.samples,
+        dtype=options.dtype,
+        url=options.url,
+        key=key,
+    )
     largest = 0.0
     for first, second, kind, difference in differences(paths):
         print(f"{first:8} and {second:8} {len(paths[first][kind]):5} {kind}s   largest difference {difference:.1e}")

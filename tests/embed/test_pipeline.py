@@ -25,12 +25,14 @@ from vladva.core.errors import FingerprintMismatch
 from vladva.core.hashing import digest
 from vladva.core.progress import Progress
 from vladva.embed.actor import EmbeddingActor
-from vladva.embed.batching import ContentDeduplicator, PreparedBatch
+from vladva.embed.batching import PreparedBatch
 from vladva.embed.corpus import open_corpus, read_item_images
+from vladva.embed.known_items import Partition, as_digests, contains, known_in_all, partition_of
 from vladva.embed.layers_actor import LayersEmbeddingActor
 from vladva.embed.pipeline import encode, read_embeddings
 from vladva.embed.table import embedding_matrix, find_manifest, keys_of, open_table
-from vladva.embed.table_writer import TableWriter, contains, write_part, write_repeats
+from vladva.embed.table_parts import write_part, write_rejected, write_repeats
+from vladva.embed.table_writer import TableTarget, TableWriter
 from vladva.models.batch import BATCH_TOKENS, cut
 from vladva.models.embedder import load_embedder
 from vladva.models.resolve import describe
@@ -184,7 +186,7 @@ def test_kills_of_driver_and_actors_cost_nothing_but_time(tmp_path: Path, ray_cl
 
 def num_parts(uri: Path) -> int:
     """Batches that have been written and not yet been merged."""
-    return len(list((uri / "_parts").glob("*.parquet")))
+    return len(list((uri / "_parts").rglob("*.parquet")))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
@@ -257,12 +259,12 @@ def test_batches_are_written_while_others_are_computed(
             computed.wait()  # were they computed and written in turn, it would wait in vain
             super().write(items, embeddings)
 
-    one = (str(tmp_path / "table"), describe(tiny, adapter=True, dtype="float32", layer=2)[1])
+    one = TableTarget(str(tmp_path / "table"), describe(tiny, adapter=True, dtype="float32", layer=2)[1])
     encoder = (
-        Watched({"model": tiny, "layer": 2}, *one) if kind is EmbeddingActor else Watched({"model": tiny}, {2: one})
+        Watched({"model": tiny, "layer": 2}, one) if kind is EmbeddingActor else Watched({"model": tiny}, {2: one})
     )
     assert encoder.computed_at_once() == at_once
-    table = TableWriter(*one, "")
+    table = TableWriter(one.uri, one.model, "")
     preprocessor, batches = encoder.embedder.preprocessor, []
     for number in range(3):
         texts = [f"{number} {text}" for text in sentences(40, number)]
@@ -272,8 +274,8 @@ def test_batches_are_written_while_others_are_computed(
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(lambda batch: encoder.encode(batch, {}), batches))
     assert most == at_once
-    table.commit([])
-    found = read_embeddings(one[0])
+    table.commit()
+    found = read_embeddings(one.uri)
     alone = load_embedder(tiny, layer=2).embed_texts(found["text"].to_pylist())
     assert len(found) == 120
     np.testing.assert_allclose(embedding_matrix(found), alone, atol=1e-5)
@@ -282,7 +284,7 @@ def test_batches_are_written_while_others_are_computed(
 
 def test_an_item_that_the_model_fails_on_costs_no_other_of_its_batch(tmp_path: Path, tiny: str) -> None:
     description = describe(tiny, adapter=True, dtype="float32")[1]
-    encoder = EmbeddingActor({"model": tiny}, str(tmp_path), description)
+    encoder = EmbeddingActor({"model": tiny}, TableTarget(str(tmp_path), description))
     table = TableWriter(str(tmp_path), description, "")
     texts = sentences(5)
     items = item_table(texts, []).append_column("content", [[digest("text", text) for text in texts]])
@@ -291,10 +293,10 @@ def test_an_item_that_the_model_fails_on_costs_no_other_of_its_batch(tmp_path: P
     report: dict = {}
     encoder.encode(PreparedBatch(items.drop_columns(["image"]), prompts, None), report)
     assert report["embedded"] == 4
-    (bad,) = report["bad"]
-    assert bad["id"] == "t3"
-    assert "the model failed on it: IndexError" in bad["reason"]
-    table.commit([])
+    assert report["bad"] == 1
+    assert report["last_bad"].startswith("t3: the model failed on it: IndexError")
+    table.commit()
+    assert list(quarantine(tmp_path)) == ["t3"]
     found = read_embeddings(str(tmp_path))
     assert found["id"].to_pylist() == ["t0", "t1", "t2", "t4"]
     alone = encoder.embedder.embed_texts(found["text"].to_pylist())
@@ -317,10 +319,20 @@ def test_long_items_come_in_small_batches() -> None:
 
 
 def test_one_item_owns_a_content_whoever_asks_how_often() -> None:
-    owners = ContentDeduplicator()
-    assert owners.claim([b"x", b"y", b"x"], [b"1", b"2", b"3"]) == [True, True, False]
-    assert owners.claim([b"x", b"y", b"x"], [b"1", b"2", b"3"]) == [True, True, False]  # a task that is run again
-    assert owners.claim([b"y"], [b"1"]) == [False]
+    known = [(as_digests([b"k"]), as_digests([b"z"]))]
+    owners = Partition()
+
+    def claim(contents: list[bytes], keys: list[bytes]) -> list[bool]:
+        return owners.claim(as_digests(contents), as_digests(keys), known).tolist()
+
+    for _ in range(2):  # again with the claims in arrays
+        assert claim([b"x", b"y", b"x"], [b"1", b"2", b"3"]) == [True, True, False]
+        assert claim([b"x", b"y", b"x"], [b"1", b"2", b"3"]) == [True, True, False]  # a task that is run again
+        assert claim([b"y", b"z"], [b"1", b"4"]) == [False, False]  # z has an embedding already
+        owners._order()
+        assert not owners.recent
+    assert claim([b"w"], [b"5"]) == [True]
+    assert owners.has(as_digests([b"k", b"1"]), known).tolist() == [True, False]
 
 
 def test_digests_are_found_whatever_bytes_they_end_with() -> None:
@@ -353,14 +365,21 @@ def test_whatever_was_cut_short_each_id_is_there_once(tmp_path: Path) -> None:
     write_part(uri, made(["b", "c"]), rows(2, 3), MODEL)  # what a driver wrote that was thought dead
     (tmp_path / "embeddings-half-merged.parquet").write_bytes(b"a commit that was cut short")
     table = TableWriter(uri, MODEL, "")
-    assert contains(table.done()[0], keys_of(made(["a", "b", "c", "d"]))).tolist() == [True, True, True, False]
-    assert table.commit([])[0] == 3
+    for partitions in (1, 3):
+        known = known_in_all([table.groups()], partitions)
+        keys = as_digests(keys_of(made(["a", "b", "c", "d"])))
+        of_key = partition_of(keys, partitions)
+        assert [bool(contains(known[p][0], [key])[0]) for key, p in zip(keys, of_key, strict=True)] == [1, 1, 1, 0]
+    assert table.commit().num_rows == 3
     assert read_embeddings(uri)["id"].to_pylist() == ["a", "b", "c"]
     assert {file.name for file in tmp_path.glob("*.parquet")} == {*open_table(uri).files, "_quarantine.parquet"}
 
     write_part(uri, made(["c", "d"]), rows(9, 4), MODEL)  # too late, and new
     assert len(read_embeddings(uri)) == 3  # readers see the table as it was completed
-    assert TableWriter(uri, MODEL, "").commit([])[0] == 4
+    table = TableWriter(uri, MODEL, "")
+    assert table.commit().num_rows == 1
+    assert table.manifest.num_rows == 4
+    assert not list(tmp_path.glob("_parts/**/*.parquet"))
     assert embedding_matrix(read_embeddings(uri))[:, 0].tolist() == [1, 2, 3, 4]
 
 
@@ -368,14 +387,17 @@ def test_repeats_get_the_embedding_or_the_fate_of_their_twin(tmp_path: Path) -> 
     uri = str(tmp_path)
     table = TableWriter(uri, MODEL, "")
     write_part(uri, made(["a", "b"]), rows(1, 2), MODEL)
-    table.commit([])
+    table.commit()
     table = TableWriter(uri, MODEL, "")
     write_part(uri, made(["c"]), rows(3), MODEL)
-    write_repeats(uri, made(["d", "e", "f"], contents=["c", "a", "bad"]))
-    bad = {"id": "g", "kind": "text", "content": digest("bad"), "reason": "it is bad"}
-    number, entries = table.commit([bad])
-    assert number == 5
-    assert [(entry["id"], entry["reason"]) for entry in entries] == [("g", "it is bad"), ("f", "it is bad")]
+    write_repeats(uri, made(["d", "e", "f", "a", "h"], contents=["c", "a", "bad", "c", "nobody's"]))
+    write_rejected(uri, [{"id": "g", "kind": "text", "content": digest("bad"), "reason": "it is bad"}])
+    committed = table.commit()
+    assert (committed.num_rows, committed.num_rejected, committed.first_reason) == (3, 3, "it is bad")
+    assert table.manifest.num_rows == 5
+    found = quarantine(tmp_path)
+    assert (found["g"], found["f"]) == ("it is bad", "it is bad")
+    assert "run the job again" in found["h"]
     assert embedding_matrix(read_embeddings(uri))[:, 0].tolist() == [1, 2, 3, 3, 1]
 
 

@@ -16,7 +16,8 @@ from tests.index.exact_store import ExactStore
 from tests.support.s3_server import BUCKET, s3_server
 from vladva.core.hashing import digest
 from vladva.embed.table import read_embeddings
-from vladva.embed.table_writer import TableWriter, write_part
+from vladva.embed.table_parts import write_part
+from vladva.embed.table_writer import TableWriter
 from vladva.index import build, searcher
 from vladva.index.build import build_index
 from vladva.index.ivf import VECTORS
@@ -52,7 +53,7 @@ def write_table(uri: Path, vectors_ND: np.ndarray, *, kinds: list[str] | None = 
     table = TableWriter(str(uri), model, "a corpus")
     for first in range(0, len(ids), 1000):
         write_part(str(uri), items.slice(first, 1000), vectors_ND[first : first + 1000], model)
-    table.commit([])
+    table.commit()
     return str(uri)
 
 

@@ -18,7 +18,8 @@ from tests.index.exact_store import ExactStore
 from vladva.core.errors import FingerprintMismatch
 from vladva.core.hashing import digest
 from vladva.embed.table import embedding_matrix, open_table, read_embeddings, read_rows
-from vladva.embed.table_writer import TableWriter, write_part
+from vladva.embed.table_parts import write_part
+from vladva.embed.table_writer import TableWriter
 from vladva.index.build import build_index
 from vladva.index.vector_index import open_index
 
@@ -73,7 +74,7 @@ def test_a_table_is_gone_on_with(stored: Path, name: str) -> None:
     writer = TableWriter(str(stored / name), manifest.model, "/corpus")
     row = {"id": ["new"], "kind": ["text"], "content": pa.array([digest("text", "new")], pa.binary(16)), "number": [7]}
     write_part(str(stored / name), pa.table(row), unit_vectors(1, 2), manifest.model)
-    writer.commit([])
+    writer.commit()
     wanted = expected() | {("new", "text"): unit_vectors(1, 2)[0]}
     if name == "interrupted":
         del wanted["repeat", "image"]  # repeats are found again by the run that goes on: here there is none

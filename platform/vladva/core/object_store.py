@@ -43,8 +43,11 @@ class Store(Protocol):
         """Whether there is a file or a folder."""
         ...
 
-    def list(self, path: str) -> Iterator[tuple[str, int, int]]:
-        """(path below `path`, bytes, time of the last change in ns) of every file below a folder, in any order."""
+    def list(self, path: str, *, recursive: bool = True) -> Iterator[tuple[str, int, int]]:
+        """(path below `path`, bytes, time of the last change in ns) of every file below a folder, in any order.
+
+        Not `recursive`: of the files that are in the folder itself.
+        """
         ...
 
     def size(self, path: str) -> int:
@@ -77,8 +80,8 @@ class LocalDisk:
     def exists(self, path: str) -> bool:
         return os.path.exists(path)
 
-    def list(self, path: str) -> Iterator[tuple[str, int, int]]:
-        for info in self.filesystem().get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True)):
+    def list(self, path: str, *, recursive: bool = True) -> Iterator[tuple[str, int, int]]:
+        for info in self.filesystem().get_file_info(fs.FileSelector(path, recursive=recursive, allow_not_found=True)):
             if info.is_file:
                 yield os.path.relpath(info.path, path), info.size, info.mtime_ns
 
@@ -161,10 +164,12 @@ class S3:
         except FileNotFoundError:
             return False
 
-    def list(self, path: str, limit: int = 1000) -> Iterator[tuple[str, int, int]]:
+    def list(self, path: str, *, recursive: bool = True, limit: int = 1000) -> Iterator[tuple[str, int, int]]:
         bucket, _, folder = path.partition("/")
         prefix = f"{folder}/" if folder else ""
         query: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": limit}
+        if not recursive:
+            query["Delimiter"] = "/"
         while True:
             with _faults(path):
                 page = self.client.list_objects_v2(**query)

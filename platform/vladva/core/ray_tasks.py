@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +66,33 @@ def _call(row: dict[str, Any], *, function: Callable[[int], Any]) -> dict[str, s
     return {"result": json.dumps(function(int(row["number"])))}
 
 
+# --- pools of actors, and what feeds them ----------------------------------------------------------------------------
+
+# Tasks that feed a pool of actors ask for next to no CPU, and each actor for that much less than its CPUs. So on a node
+# of fewer than 250 CPUs as many feeders fit beside the actors as there are actors, however many these are: when nodes
+# are lost, and actors begin again on those that are left until every CPU is taken, what feeds them still runs. A node
+# without CPUs (the head of a cluster) takes neither.
+FEEDER_CPUS = 0.004
+
+
+def actor_cpus(cpus_per_actor: int) -> float:
+    """What an actor asks Ray for."""
+    return max(0.0, cpus_per_actor - FEEDER_CPUS)
+
+
+def cluster_cpus() -> int:
+    """CPUs of the cluster that this process has joined; 1 without one."""
+    if not _has_cluster():
+        return 1
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 0))
+
+
 def actor_pool(
     actors: int | tuple[int, int], cpus_per_actor: int, gpus_per_actor: float = 0
 ) -> ray.data.ActorPoolStrategy:
-    """The pool of actors. At its start a CPU is left for the tasks that feed it, or nothing would ever run.
+    """The pool of actors.
 
     Where the cluster has fewer GPUs than the actors would take, there are fewer actors.
 
@@ -77,10 +103,10 @@ def actor_pool(
     least, most = (actors, actors) if isinstance(actors, int) else actors
     if not 1 <= least <= most:
         raise ValueError(f"actors is {actors}; give a positive number, or the least and the most of them")
-    there = ray.cluster_resources()
-    room = (int(there.get("CPU", 0)) - 1) // max(1, cpus_per_actor)
+    share = max(1, cpus_per_actor)
+    room = sum(int(node["Resources"].get("CPU", 0)) // share for node in ray.nodes() if node["Alive"])
     if gpus_per_actor:
-        room = min(room, int(there.get("GPU", 0) / gpus_per_actor))
+        room = min(room, int(ray.cluster_resources().get("GPU", 0) / gpus_per_actor))
     return ray.data.ActorPoolStrategy(
         min_size=max(1, min(least, room)),
         max_size=most,
@@ -105,3 +131,78 @@ def cause_of(error: BaseException) -> BaseException:
                 error.filename = None
             return error
         error = inner
+
+
+def feeder_pool(actors: int | tuple[int, int], cpus_per_actor: int) -> ray.data.TaskPoolStrategy:
+    """How many tasks feed a pool of actors at once: one for each CPU that these leave, and of a growing pool more."""
+    from ray.data import TaskPoolStrategy
+
+    # Ray warns where a data set has fewer blocks than that.
+    warnings.filterwarnings("ignore", "The maximum number of concurrent tasks", UserWarning)
+    least, most = (actors, actors) if isinstance(actors, int) else actors
+    left = cluster_cpus() - least * cpus_per_actor
+    return TaskPoolStrategy(size=max(1, left, 2 * most if most > least else 0))
+
+
+def in_single_rows(batches: ray.data.Dataset, compute: ray.data.TaskPoolStrategy) -> ray.data.Dataset:
+    """The rows that feeders make, each handed on as soon as it is there; it costs no step of its own.
+
+    Ray merges `repartition` into the tasks before it only where both ask for the same, and has no argument for that.
+    """
+    rows = batches.repartition(target_num_rows_per_block=1)
+    step = rows._logical_plan.dag
+    for name, value in {"ray_remote_args": {"num_cpus": FEEDER_CPUS}, "compute": compute}.items():
+        object.__setattr__(step, name, value)
+    return rows
+
+
+# --- single tasks ----------------------------------------------------------------------------------------------------
+
+
+def submit(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A task on the cluster that this process has joined; without one, `function` is called here and now.
+
+    Returns a reference for `collect`, or for the arguments of another task, which then gets the result.
+    """
+    if not _has_cluster():
+        return function(*arguments)
+    return _remote(function, 1).remote(*arguments)
+
+
+def scatter(function: Callable[..., Sequence[Any]], parts: int, *arguments: Any) -> list[Any]:
+    """A task whose result has so many parts, with a reference for each: whoever needs one part fetches no other."""
+    if not _has_cluster():
+        return list(function(*arguments))
+    if parts == 1:  # Ray would give the list itself
+        return [_remote(_only, 1).remote(function, *arguments)]
+    return list(_remote(function, parts).remote(*arguments))
+
+
+def collect(references: Sequence[Any]) -> list[Any]:
+    """The results of `submit` or `scatter`. What a task raised is raised here, without Ray's report around it."""
+    if not _has_cluster():
+        return list(references)
+    import ray
+
+    try:
+        return ray.get(list(references))
+    except ray.exceptions.RayTaskError as error:
+        raise cause_of(error) from None
+
+
+def _has_cluster() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+@lru_cache(maxsize=64)
+def _remote(function: Callable[..., Any], returns: int) -> Any:
+    import ray
+
+    # An error of ours is not tried again; a worker that was lost is, however often.
+    return ray.remote(num_cpus=1, max_retries=-1, num_returns=returns, scheduling_strategy="SPREAD")(function)
+
+
+def _only(function: Callable[..., Sequence[Any]], *arguments: Any) -> Any:
+    (result,) = function(*arguments)
+    return result

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -105,15 +106,18 @@ def exists(uri: str) -> bool:
     return _retry(uri, lambda: store.exists(path))
 
 
-def list_files(uri: str, suffix: str = "") -> list[str]:
-    """URIs of the files anywhere below the folder `uri`, sorted; none where the folder does not exist."""
-    return [info.uri for info in list_infos(uri) if info.uri.endswith(suffix)]
+def list_files(uri: str, suffix: str = "", *, recursive: bool = True) -> list[str]:
+    """URIs of the files anywhere below the folder `uri`, sorted; none where the folder does not exist.
+
+    Not `recursive`: of the files in the folder itself.
+    """
+    return [info.uri for info in list_infos(uri, recursive=recursive) if info.uri.endswith(suffix)]
 
 
-def list_infos(uri: str) -> list[FileInfo]:
-    """What is known of each file anywhere below the folder `uri`, sorted by URI."""
+def list_infos(uri: str, *, recursive: bool = True) -> list[FileInfo]:
+    """What is known of each file anywhere below the folder `uri` (or only in the folder itself), sorted by URI."""
     store, path = _store(uri)
-    infos = _retry(uri, lambda: list(store.list(path)))
+    infos = _retry(uri, lambda: list(store.list(path, recursive=recursive)))
     return sorted(FileInfo(join(uri, below), size, changed) for below, size, changed in infos)
 
 
@@ -133,6 +137,15 @@ def write_bytes_atomically(uri: str, data: bytes) -> None:
     """Write `uri` so that a reader sees the old content or the new, never a part; folders are made as needed."""
     store, path = _store(uri)
     _retry(uri, lambda: store.write(path, data))
+
+
+def delete_folder(uri: str) -> None:
+    """Remove every file below the folder `uri`, and on a disk the folder itself."""
+    for file in list_files(uri):
+        delete_file(file)
+    store, path = _store(uri)
+    if isinstance(store, LocalDisk):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def delete_file(uri: str) -> None:

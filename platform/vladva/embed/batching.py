@@ -19,17 +19,17 @@ import pyarrow.compute as pc
 
 from vladva.config import ModelConfig
 from vladva.core.hashing import digest
+from vladva.core.ray_tasks import FEEDER_CPUS
 from vladva.core.text import clean_text
+from vladva.embed.known_items import KnownItems
 from vladva.embed.source_items import REJECTED
 from vladva.embed.table import CONTENT, keys_of
-from vladva.embed.table_writer import contains, write_repeats
+from vladva.embed.table_parts import write_rejected, write_repeats
 from vladva.models.batch import cut
 from vladva.models.resolve import preprocessor_of
 
 if TYPE_CHECKING:
     import ray.data
-    from ray import ObjectRef
-    from ray.actor import ActorHandle
 
     from vladva.models.batch import Pixels
     from vladva.models.interface import InputPreprocessor
@@ -46,8 +46,7 @@ class BatchingConfig:
     uris: tuple[str, ...]  # of the tables
     batch_size: int
     read_images: Callable[[pa.Table], list[bytes]] | None
-    done: ObjectRef  # of the pair that TableWriter.done gives
-    owners: ActorHandle
+    known: KnownItems
 
 
 @dataclass(frozen=True)
@@ -58,115 +57,92 @@ class PreparedBatch:
     prompts: list[list[int]]
     pixels: list[Pixels] | None
 
-
-class ContentDeduplicator:
-    """Actor: which item embeds a content for all others that have the same.
-
-    One that had to be started again has forgotten; then some contents are embedded twice, and the table is the same.
-    """
-
-    def __init__(self) -> None:
-        self.owners: dict[bytes, bytes] = {}
-
-    def claim(self, contents: list[bytes], keys: list[bytes]) -> list[bool]:
-        """Whether each item, by the key of its (id, kind), is the first with its content. Asking again is harmless."""
-        return [self.owners.setdefault(content, key) == key for content, key in zip(contents, keys, strict=True)]
+    @property
+    def name(self) -> str:
+        """The same for the same items."""
+        return digest(*keys_of(self.items)).hex()
 
 
-def count_done(items: ray.data.Dataset, done: ObjectRef) -> tuple[int, int]:
-    """How many of the items have an embedding, and how many have none; `done` holds what TableWriter.done gives."""
+def count_done(items: ray.data.Dataset, known: KnownItems) -> tuple[int, int]:
+    """How many of the items have an embedding, and how many have none."""
     counts = items.map_batches(
         _count_done,  # type: ignore[arg-type]  # Ray's signature forgets keyword arguments
         batch_size=WINDOW,
         batch_format="pyarrow",
-        fn_kwargs={"done": done},
+        fn_kwargs={"known": known},
+        num_cpus=FEEDER_CPUS,
     )
-    rows = counts.take_all()
-    return sum(row["done"] for row in rows), sum(row["left"] for row in rows)
+    done = left = 0
+    for row in counts.iter_rows():
+        done, left = done + row["done"], left + row["left"]
+    return done, left
 
 
-def _count_done(items: pa.Table, *, done: ObjectRef) -> pa.Table:
-    import ray
-
-    found = int(contains(ray.get(done)[0], keys_of(items)).sum())
+def _count_done(items: pa.Table, *, known: KnownItems) -> pa.Table:
+    found = int(known.are_done(items).sum())
     return pa.table({"done": [found], "left": [len(items) - found]})
 
 
 def make_batches(items: pa.Table, *, settings: BatchingConfig) -> Iterator[pa.Table]:
     """One window: rows of (batch: a pickled PreparedBatch or null, report: JSON of what happened to other items)."""
-    import ray
-
-    keys, contents = ray.get(settings.done)
     if "image" not in items.column_names:
         items = items.append_column("image", pa.nulls(len(items), pa.binary()))
-    fresh = items.filter(pa.array(~contains(keys, keys_of(items))))
+    fresh = items.filter(pa.array(~settings.known.are_done(items)))
     for kind, size, prepare in ("text", WINDOW, _texts), ("image", IMAGES_AT_ONCE, _images):
         rows = fresh.filter(pc.equal(fresh["kind"], kind))
         for first in range(0, len(rows), size):
-            yield from prepare(rows.slice(first, size), contents, settings)
+            yield from prepare(rows.slice(first, size), settings)
     strange = fresh.filter(pc.invert(pc.is_in(fresh["kind"], pa.array(["text", "image"]))))
     if len(strange):
-        yield _row(None, bad=[_bad(item, _why_not(item)) for item in strange.to_pylist()])
+        yield _row(None, settings, [{**item, "reason": _why_not(item)} for item in strange.to_pylist()])
 
 
 def _why_not(item: dict[str, Any]) -> str:
     return item["text"] if item["kind"] == REJECTED else "kind is neither image nor text"
 
 
-def _texts(rows: pa.Table, done: np.ndarray, settings: BatchingConfig) -> Iterator[pa.Table]:
+def _texts(rows: pa.Table, settings: BatchingConfig) -> Iterator[pa.Table]:
     preprocessor = preprocessor_of(settings.config)
     texts = rows["text"].to_pylist()
     rows, texts, bad = _without(
         rows.drop_columns(["image"]), texts, [None if clean_text(text or "") else "the text is empty" for text in texts]
     )
-    rows, texts, repeated = _first_of_content(rows, texts, done, settings)
+    rows, texts, repeated = _first_of_content(rows, texts, settings)
     prompts, reasons = _attempt(lambda text: _fitting(preprocessor, "text", preprocessor.text_prompt(text)), texts)
     rows, prompts, more = _without(rows, prompts, reasons)
-    yield _row(None, bad=bad + more, repeated=repeated)
+    yield _row(None, settings, bad + more, repeated)
     for chosen in cut([len(prompt) for prompt in prompts], settings.batch_size):
-        yield _row(PreparedBatch(rows.take(chosen), [prompts[i] for i in chosen], None))
+        yield _row(PreparedBatch(rows.take(chosen), [prompts[i] for i in chosen], None), settings)
 
 
-def _images(rows: pa.Table, done: np.ndarray, settings: BatchingConfig) -> Iterator[pa.Table]:
+def _images(rows: pa.Table, settings: BatchingConfig) -> Iterator[pa.Table]:
     preprocessor = preprocessor_of(settings.config)
     images, reasons = _read(rows, settings.read_images)
     rows, images, bad = _without(rows.drop_columns(["image"]), images, reasons)
-    rows, images, repeated = _first_of_content(rows, images, done, settings)
+    rows, images, repeated = _first_of_content(rows, images, settings)
     prompts, reasons = _attempt(
         lambda image: _fitting(preprocessor, "image", preprocessor.image_prompt(_size(image))), images
     )
     rows, pairs, more = _without(rows, list(zip(images, prompts, strict=True)), reasons)
-    yield _row(None, bad=bad + more, repeated=repeated)
+    yield _row(None, settings, bad + more, repeated)
     for chosen in cut([len(prompt) for _, prompt in pairs], settings.batch_size):
         pixels, reasons = _attempt(lambda image: _pixels(preprocessor, image), [pairs[i][0] for i in chosen])
         decoded = list(zip(pixels, [pairs[i][1] for i in chosen], strict=True))
         batch, decoded, bad = _without(rows.take(chosen), decoded, reasons)
         prepared = PreparedBatch(batch, [prompt for _, prompt in decoded], [pixel for pixel, _ in decoded])
-        yield _row(prepared if decoded else None, bad=bad)
+        yield _row(prepared if decoded else None, settings, bad)
 
 
-def _first_of_content(
-    rows: pa.Table, payloads: list[Any], done: np.ndarray, settings: BatchingConfig
-) -> tuple[pa.Table, list[Any], int]:
+def _first_of_content(rows: pa.Table, payloads: list[Any], settings: BatchingConfig) -> tuple[pa.Table, list[Any], int]:
     """The rows that are to be embedded, with the column `content`; rows that another serves are noted and counted."""
-    import ray
-
     contents = [digest(kind, payload) for kind, payload in zip(rows["kind"].to_pylist(), payloads, strict=True)]
     rows = rows.append_column("content", pa.array(contents, CONTENT))
-    embedded = contains(done, contents)
-    # Contents that have an embedding are not claimed: nobody is going to embed them.
-    first = ~embedded
-    first[~embedded] = ray.get(
-        settings.owners.claim.remote(
-            [content for content, found in zip(contents, embedded, strict=True) if not found],
-            [key for key, found in zip(keys_of(rows), embedded, strict=True) if not found],
-        )
-    )
-    repeats = rows.filter(pa.array(~first))
+    first_N = settings.known.claim(contents, rows)
+    repeats = rows.filter(pa.array(~first_N))
     if len(repeats):
         for uri in settings.uris:
             write_repeats(uri, repeats)
-    return rows.filter(pa.array(first)), [payloads[i] for i in np.flatnonzero(first)], len(repeats)
+    return rows.filter(pa.array(first_N)), [payloads[i] for i in np.flatnonzero(first_N)], len(repeats)
 
 
 def _read(rows: pa.Table, read_images: Callable[[pa.Table], list[bytes]] | None) -> tuple[list[Any], list[str | None]]:
@@ -227,18 +203,30 @@ def _attempt(function: Callable[[Any], Any], values: Sequence[Any]) -> tuple[lis
 def _without(
     rows: pa.Table, values: list[Any], reasons: Sequence[str | None]
 ) -> tuple[pa.Table, list[Any], list[dict[str, Any]]]:
-    """Rows and values for which there is no reason against, and the others as quarantine entries."""
+    """Rows and values for which there is no reason against, and the others as rejected items."""
     good = [reason is None for reason in reasons]
     items = rows.select([name for name in ("id", "kind", "content") if name in rows.column_names])
-    bad = [_bad(items.slice(i, 1).to_pylist()[0], reason) for i, reason in enumerate(reasons) if reason]
+    bad = [{**items.slice(i, 1).to_pylist()[0], "reason": reason} for i, reason in enumerate(reasons) if reason]
     return rows.filter(pa.array(good, pa.bool_())), [v for v, ok in zip(values, good, strict=True) if ok], bad
 
 
-def _bad(item: dict[str, Any], reason: str) -> dict[str, Any]:
-    content = item.get("content")
-    return {"id": item["id"], "kind": item["kind"], "content": content.hex() if content else None, "reason": reason}
-
-
-def _row(batch: PreparedBatch | None, **report: Any) -> pa.Table:
+def _row(
+    batch: PreparedBatch | None, settings: BatchingConfig, bad: Sequence[dict[str, Any]] = (), repeated: int = 0
+) -> pa.Table:
     data = None if batch is None else pickle.dumps(batch, protocol=5)
+    report: dict[str, Any] = {"repeated": repeated}
+    reject(settings.uris, bad, report)
     return pa.table({"batch": pa.array([data], pa.large_binary()), "report": [json.dumps(report)]})
+
+
+def reject(uris: Sequence[str], bad: Sequence[dict[str, Any]], report: dict[str, Any]) -> None:
+    """Note items (id, kind, content where there is one, reason) in every table; the report says how many, and the last.
+
+    A run may have many, so they are not in the report itself.
+    """
+    if bad:
+        rows = [{name: item.get(name) for name in ("id", "kind", "content", "reason")} for item in bad]
+        for uri in uris:
+            write_rejected(uri, rows)
+        report["bad"] = report.get("bad", 0) + len(bad)
+        report["last_bad"] = f"{bad[-1]['id']}: {bad[-1]['reason']}"

@@ -24,10 +24,12 @@ import pyarrow as pa
 
 from vladva.core import storage
 from vladva.core.errors import InvalidSampleError
-from vladva.core.text import clean_text, text_lines
+from vladva.core.ray_tasks import collect, submit
+from vladva.core.text import UTF_16, clean_text, text_lines
 from vladva.data.columns import IMAGE_COLUMNS, choose_image_column
 from vladva.data.image_refs import ImageRef, fetch_images
 from vladva.data.source import SourceOptions, open_source
+from vladva.embed.item_source import item_dataset
 from vladva.embed.source_items import REJECTED, ROWS_PER_READ, count_items, remarks, sample_items, source_items
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from vladva.data.shard_index import ShardIndex
     from vladva.data.sidecar import CountTokens
 
+TEXT_BLOCK = 1 << 20  # bytes of a text file that are read together
 PLACE = ("shard", "offset", "length", "crc32")
 
 ITEM = pa.schema(
@@ -86,8 +89,8 @@ def open_corpus(
     if source.format == "webdataset":
         return _shards(source.uri, set(source.files), kinds, count_tokens, told)
     pieces = [(part,) for part in source.split()]
-    read = partial(source_items, tuple(kinds))
-    return Corpus(source.uri, _items(pieces, read), count_items(source, kinds), told)
+    items = item_dataset(pieces, partial(source_items, tuple(kinds)), ITEM)
+    return Corpus(source.uri, items, count_items(source, kinds), told)
 
 
 def _read_images(uri: str, items: pa.Table) -> list[bytes]:
@@ -144,7 +147,7 @@ def _shards(
     pieces = [(first, min(ROWS_PER_READ, total - first)) for first in range(0, total, ROWS_PER_READ)]
     read = partial(_shard_items, index, tuple(kinds))
     per_sample = len(next(read(*pieces[0]))) / pieces[0][1]
-    return Corpus(uri, _items(pieces, read), round(total * per_sample), told)
+    return Corpus(uri, item_dataset(pieces, read, ITEM), round(total * per_sample), told)
 
 
 def _shard_items(index: ShardIndex, kinds: Sequence[str], first: int, count: int) -> Iterator[list[dict[str, Any]]]:
@@ -159,44 +162,66 @@ def _text_file(uri: str, kinds: Sequence[str]) -> Corpus:
     folder, _, name = uri.rpartition("/")
     if "text" not in kinds:
         raise ValueError(f"{name} holds texts, and kinds asks for {', '.join(kinds)} only")
-    rows = text_items(uri)
-    pieces = [([rows[i : i + 16 * ROWS_PER_READ]],) for i in range(0, len(rows), 16 * ROWS_PER_READ)]
-    return Corpus(folder, _items(pieces, iter), len(rows))
+    size = storage.file_info(uri).size
+    step = size if _block(uri, 0, min(2, size)).startswith(UTF_16) else TEXT_BLOCK
+    blocks = [(first, min(step, size - first)) for first in range(0, size, max(1, step))]
+    at_once = max(64, -(-len(blocks) // 512))
+    tasks = [submit(_count_lines, uri, blocks[i : i + at_once]) for i in range(0, len(blocks), at_once)]
+    counted = [counts for task in collect(tasks) for counts in task]
+    pieces, number = [], 0
+    for (first, length), (lines, _) in zip(blocks, counted, strict=True):
+        pieces.append((first, length, number))
+        number += lines
+    return Corpus(folder, item_dataset(pieces, partial(_some_items, uri), ITEM), sum(texts for _, texts in counted))
 
 
-def text_items(uri: str) -> list[dict[str, str]]:
-    """One text a line; empty lines are left out, and keep their number; those that are no UTF-8 are rejected."""
+def _count_lines(uri: str, blocks: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """How many lines begin in each block of a file, and how many of them are items."""
+    counts = []
+    for first, length in blocks:
+        lines = _lines(uri, first, length)
+        counts.append((len(lines), sum(_item(line) is not None for line in lines)))
+    return counts
+
+
+def _some_items(uri: str, first: int, length: int, number: int) -> Iterator[list[dict[str, str]]]:
+    items = text_items(uri, first, length, number)
+    for start in range(0, len(items), 16 * ROWS_PER_READ):
+        yield items[start : start + 16 * ROWS_PER_READ]
+
+
+def text_items(uri: str, first: int = 0, length: int | None = None, number: int = 0) -> list[dict[str, str]]:
+    """The items of the lines that begin in a block of a file (by default all of it), before which `number` lines are.
+
+    Empty lines are left out, and keep their number; those that are no UTF-8 are rejected.
+    """
     name = uri.rpartition("/")[2]
-    rows = []
-    for number, line in enumerate(text_lines(storage.read_bytes(uri))):
-        kind, text = (REJECTED, str(line)) if isinstance(line, InvalidSampleError) else ("text", clean_text(line))
-        if text:
-            rows.append({"id": f"{name}#{number}", "kind": kind, "text": text})
-    return rows
+    length = storage.file_info(uri).size if length is None else length
+    items = [(line, _item(text)) for line, text in enumerate(_lines(uri, first, length), start=number)]
+    return [{"id": f"{name}#{line}", "kind": item[0], "text": item[1]} for line, item in items if item]
 
 
-# --- Ray --------------------------------------------------------------------------------------------------------------
+def _item(line: str | InvalidSampleError) -> tuple[str, str] | None:
+    """Kind and text of a line's item; None for an empty line."""
+    if isinstance(line, InvalidSampleError):
+        return REJECTED, str(line)
+    text = clean_text(line)
+    return ("text", text) if text else None
 
 
-def _items(pieces: list[Any], read: Callable[..., Iterator[list[dict[str, Any]]]]) -> ray.data.Dataset:
-    """The items of each piece, read where they are needed."""
-    import ray.data
-
-    if not pieces:
-        return ray.data.from_arrow(ITEM.empty_table())
-    blocks = ray.data.range(len(pieces), override_num_blocks=len(pieces))
-    return blocks.map_batches(
-        _read_piece,  # type: ignore[arg-type]  # Ray's signature forgets keyword arguments
-        batch_size=1,
-        fn_kwargs={"pieces": ray.put(pieces), "read": read},
-        batch_format="pyarrow",
-    )
+def _lines(uri: str, first: int, length: int) -> list[str | InvalidSampleError]:
+    """The lines that begin in a block of a file."""
+    data = _block(uri, first, length)
+    lines = text_lines(data)
+    return lines[:-1] if lines and not lines[-1] else lines  # what follows the last line's end is no line
 
 
-def _read_piece(
-    number: pa.Table, *, pieces: Any, read: Callable[..., Iterator[list[dict[str, Any]]]]
-) -> Iterator[pa.Table]:
-    import ray
-
-    for items in read(*ray.get(pieces)[number["id"][0].as_py()]):
-        yield pa.Table.from_pylist(items, ITEM)
+def _block(uri: str, first: int, length: int) -> bytes:
+    """A block of a file, from the first line feed before which nothing of it is, to the end of its last line."""
+    file = storage.open_stream(uri, TEXT_BLOCK)
+    file.seek(max(0, first - 1))
+    if first > 0:
+        file.readline()  # ends a line that began before the block, or is the end of one
+    begin = file.tell()
+    data = file.read(max(0, first + length - begin))
+    return data if not data or data.endswith(b"\n") else data + file.readline()

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from vladva.core.model_description import ModelDescription
 from vladva.embed.actor import EmbeddingActor
-from vladva.embed.table_writer import write_part
+from vladva.embed.table_parts import write_part
+from vladva.embed.table_writer import TableTarget
 from vladva.models.batch import Pixels, as_tensors
 from vladva.models.embedding_model import EmbeddingModel
 
@@ -54,29 +54,33 @@ def embed_layers(
 class LayersEmbeddingActor(EmbeddingActor):
     """Ray Data stage: as EmbeddingActor, but with a table for each of several layers, all filled in the same pass."""
 
-    def __init__(self, load: dict[str, Any], tables: Mapping[int, tuple[str, ModelDescription]]) -> None:
-        """`tables`: layer -> place of its table and description of the model at that layer."""
-        deepest = max(tables)
-        super().__init__({**load, "layer": deepest}, *tables[deepest])
+    def __init__(self, load: dict[str, Any], targets: Mapping[int, TableTarget]) -> None:
+        """`targets`: layer -> its table."""
+        deepest = max(targets)
+        super().__init__({**load, "layer": deepest}, targets[deepest])
         assert isinstance(self.embedder.model, EmbeddingModel), "`describe` refuses layers of a dual encoder"
         self.lvlm = self.embedder.model
-        self.tables = tables
-        self.width = len(tables) * self.embedder.dimension
+        self.targets = targets
+        self.width = len(targets) * self.embedder.dimension
 
     def computed_at_once(self) -> int:
         """One batch: hooks are the model's, not a pass's."""
         return 1
+
+    def tables(self) -> list[str]:
+        """Where the layers' tables are."""
+        return [target.uri for target in self.targets.values()]
 
     def forward(self, prompts: list[list[int]], pixels: list[Pixels] | None) -> np.ndarray:
         """Embeddings [N, L * D] of prepared items, the layers side by side."""
         tokens = as_tensors(self.embedder.preprocessor.pad([(prompt, []) for prompt in prompts]), self.embedder.device)
         images = None if pixels is None else as_tensors(Pixels.concatenate(pixels), self.embedder.device)
         with torch.inference_mode():
-            embeddings_LND = embed_layers(self.lvlm, tokens, images, list(self.tables))
+            embeddings_LND = embed_layers(self.lvlm, tokens, images, list(self.targets))
         return embeddings_LND.transpose(0, 1).flatten(1).cpu().numpy()
 
     def write(self, items: pa.Table, embeddings: np.ndarray) -> None:
         """Write the batch's part in every layer's table."""
-        parts = np.split(embeddings, len(self.tables), axis=1)
-        for (uri, description), embeddings_ND in zip(self.tables.values(), parts, strict=True):
-            write_part(uri, items, embeddings_ND, description)
+        parts = np.split(embeddings, len(self.targets), axis=1)
+        for target, embeddings_ND in zip(self.targets.values(), parts, strict=True):
+            write_part(target.uri, items, embeddings_ND, target.model, target.stored_as)

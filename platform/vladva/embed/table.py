@@ -1,10 +1,11 @@
 """Embeddings tables: Parquet files of one model's embeddings, each (id, kind) once.
 
-    <uri>/embeddings-<hash>.parquet   rows: id, kind, embedding (fixed_size_list<float32>[D]), content, carried columns
+    <uri>/embeddings-<hash>.parquet   rows: id, kind, embedding (fixed_size_list[D]), content, carried columns
     <uri>/_table.json                 the model, and the files that make up the table; a file not listed is not in it
     <uri>/_quarantine.parquet         id, kind, content, reason of what the last run could not embed
 
-`content` is a digest: equal where the images or texts are equal. `_table.json` is written last, and atomically, so
+`content` is a digest: equal where the images or texts are equal. Embeddings are float32 for whoever reads the table by
+these functions, whatever they are stored in (`stored_vectors.py`). `_table.json` is written last, and atomically, so
 readers see the table as it was completed, whatever is being added to it (`table_writer.py`).
 """
 
@@ -27,6 +28,7 @@ from vladva.core import storage
 from vladva.core.hashing import digest
 from vladva.core.model_description import ModelDescription
 from vladva.core.storage import join
+from vladva.embed.stored_vectors import SCALE, StoredAs, as_float32, float32_type
 
 GROUP_ROWS = 4096  # rows of one Parquet row group
 READERS = 16
@@ -47,6 +49,7 @@ class TableManifest:
     complete: bool
     num_rows: int
     files: list[str]
+    stored_as: StoredAs = "float32"
 
     @property
     def fingerprint(self) -> str:
@@ -78,29 +81,41 @@ def open_table(uri: str) -> TableManifest:
 def read_embeddings(uri: str) -> pa.Table:
     """The rows of a complete table in the order of (kind, id); the schema's metadata (`vladva`) describe the model."""
     manifest = open_table(uri)
-    rows = concat([read_rows(join(uri, file)) for file in manifest.files] or [no_rows(manifest.model)])
+    rows = concat([as_float32(read_rows(join(uri, file))) for file in manifest.files] or [no_rows(manifest.model)])
     return rows.sort_by([("kind", "ascending"), ("id", "ascending")])
 
 
 def stream_rows(uri: str, kind: str) -> pa.RecordBatchReader:
     """The rows of one kind (or "all") of a complete table, without `content`, a file at a time."""
     files = [join(uri, file) for file in open_table(uri).files]
-    schemas = [pq.read_schema(storage.RangedFile(file)) for file in files] or [no_rows(open_table(uri).model).schema]
-    whole = pa.unify_schemas(schemas, promote_options="permissive")
-    fields = [field for field in whole if field.name != "content" and not pa.types.is_null(field.type)]
-    schema = pa.schema(fields, whole.metadata)
+    schema = schema_of(uri)
+    batches = (batch for file in files for batch in rows_of_file(file, kind, schema))
+    return pa.RecordBatchReader.from_batches(schema, batches)
 
-    def batches() -> Iterator[pa.RecordBatch]:
-        for file in files:
-            rows = read_rows(file)
-            if kind != "all":
-                rows = rows.filter(pc.equal(rows["kind"], kind))
-            missing = [field for field in fields if field.name not in rows.column_names]
-            for field in missing:
-                rows = rows.append_column(field, pa.nulls(len(rows), field.type))
-            yield from rows.select(schema.names).cast(schema).to_batches(max_chunksize=GROUP_ROWS)
 
-    return pa.RecordBatchReader.from_batches(schema, batches())
+def schema_of(uri: str) -> pa.Schema:
+    """The columns of a complete table, without `content` and those that are null in every row; float32 embeddings."""
+    manifest = open_table(uri)
+    with ThreadPoolExecutor(READERS) as pool:
+        schemas = list(pool.map(lambda file: pq.read_schema(storage.RangedFile(join(uri, file))), manifest.files))
+    whole = pa.unify_schemas(schemas or [no_rows(manifest.model).schema], promote_options="permissive")
+    fields = [
+        field.with_type(float32_type(field.type)) if field.name == "embedding" else field
+        for field in whole
+        if field.name not in ("content", SCALE) and not pa.types.is_null(field.type)
+    ]
+    return pa.schema(fields, whole.metadata)
+
+
+def rows_of_file(file: str, kind: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """The rows of one kind (or "all") of a table's file, with the columns of `schema`."""
+    rows = as_float32(read_rows(file))
+    if kind != "all":
+        rows = rows.filter(pc.equal(rows["kind"], kind))
+    for field in schema:
+        if field.name not in rows.column_names:
+            rows = rows.append_column(field, pa.nulls(len(rows), field.type))
+    yield from rows.select(schema.names).cast(schema).to_batches(max_chunksize=GROUP_ROWS)
 
 
 def sample_rows(uri: str, count: int, seed: int) -> pa.Table:
@@ -111,7 +126,8 @@ def sample_rows(uri: str, count: int, seed: int) -> pa.Table:
     for name in choice.sample(files, min(4, len(files))):
         file = pq.ParquetFile(storage.RangedFile(join(uri, name)))
         groups = choice.sample(range(file.num_row_groups), min(4, file.num_row_groups))
-        tables += [file.read_row_group(group, ["id", "kind", "embedding"]) for group in groups]
+        columns = [name for name in ("id", "kind", "embedding", SCALE) if name in file.schema_arrow.names]
+        tables += [as_float32(file.read_row_group(group, columns)) for group in groups]
     table = pa.concat_tables(tables)
     return table.take(sorted(choice.sample(range(len(table)), min(count, len(table)))))
 

@@ -165,7 +165,7 @@ def _write(
     """Write what is missing of one model's captions; where those of each image are."""
     import ray.data
 
-    from vladva.core.ray_tasks import actor_pool
+    from vladva.core.ray_tasks import actor_cpus, actor_pool
     from vladva.models.resolve import describe, dtype_for, pin
 
     model = pin(model)
@@ -187,6 +187,7 @@ def _write(
             batch_size=1,
             batch_format="pyarrow",
             compute=actor_pool(min(actors, len(missing)), 1, gpus_per_actor),
+            num_cpus=actor_cpus(1),
             num_gpus=gpus_per_actor,
         )
         with Progress(f"captions, {label}", len(missing)) as progress:

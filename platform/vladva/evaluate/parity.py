@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import base64
 import json
-import tempfile
+import secrets
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vladva.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from vladva.core import storage
 from vladva.models.batch import MicroBatch, Pixels
 
 REQUEST_ITEMS = 32
@@ -64,9 +64,18 @@ class ParitySample:
 
 
 def compare(
-    model: str, data_uri: str, *, samples: int = 32, dtype: str = "float32", url: str = "", key: str = ""
+    model: str,
+    data_uri: str,
+    out_uri: str,
+    *,
+    samples: int = 32,
+    dtype: str = "float32",
+    url: str = "",
+    key: str = "",
 ) -> EmbeddingPaths:
     """Embeddings of a sample on every path; needs a Ray cluster. The server at `url`, if any, is asked with `key`.
+
+    out_uri: folder that every node sees, for the table that the job writes.
 
     Raises ValueError where the server refuses, or serves another model.
     """
@@ -75,7 +84,7 @@ def compare(
     model = pin(model)
     config, description = describe(model, adapter=True, dtype=dtype)
     sample = ParitySample(config, data_uri, samples)
-    paths = {"training": by_training(model, config, sample), "job": by_job(model, dtype, sample)}
+    paths = {"training": by_training(model, config, sample), "job": by_job(model, dtype, sample, out_uri)}
     if url:
         paths["server"] = by_server(url.rstrip("/"), key, description["fingerprint"], sample)
     return paths
@@ -103,8 +112,8 @@ def by_training(model: str, config: ModelConfig, sample: ParitySample) -> dict[s
     return {"image": images, "text": texts[: len(batch.ids)][batch.has_short]}
 
 
-def by_job(model: str, dtype: str, sample: ParitySample) -> dict[str, np.ndarray]:
-    """As jobs/embed.py does."""
+def by_job(model: str, dtype: str, sample: ParitySample, out_uri: str) -> dict[str, np.ndarray]:
+    """As jobs/embed.py does, with a table below `out_uri` that is deleted in the end."""
     import pyarrow as pa
     import ray.data
 
@@ -115,9 +124,12 @@ def by_job(model: str, dtype: str, sample: ParitySample) -> dict[str, np.ndarray
     rows += [{"id": name, "kind": "text", "text": text} for name, text in sample.texts.items()]
     columns = [("id", pa.string()), ("kind", pa.string()), ("image", pa.binary()), ("text", pa.string())]
     items = ray.data.from_arrow(pa.Table.from_pylist(rows, schema=pa.schema(columns)))
-    with tempfile.TemporaryDirectory() as folder:
-        encode(items, model, str(Path(folder, "table")), actors=1, dtype=dtype, max_bad_fraction=0)
-        table = read_embeddings(str(Path(folder, "table")))
+    table_uri = storage.join(out_uri, f"table-{secrets.token_hex(4)}")
+    try:
+        encode(items, model, table_uri, actors=1, dtype=dtype, max_bad_fraction=0)
+        table = read_embeddings(table_uri)
+    finally:
+        storage.delete_folder(table_uri)
     row = {name: i for i, name in enumerate(zip(table["id"].to_pylist(), table["kind"].to_pylist(), strict=True))}
     matrix = embedding_matrix(table)
     return {

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal
 import pyarrow as pa
 
 from vladva.core import storage
+from vladva.core.ray_tasks import collect, submit
 from vladva.core.storage import join
-from vladva.embed.table import TableManifest, open_table, sample_rows, stream_rows
+from vladva.embed.table import TableManifest, open_table, rows_of_file, sample_rows, schema_of
 from vladva.index.ivf import IndexType
 from vladva.index.searcher import EXACT_BELOW, SearchSettings
 from vladva.index.tuning import CANDIDATES_GRID, NUM_QUERIES, TARGET_RECALL, sample_queries, tune
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 
 PARALLEL_FROM = 1_000_000  # rows from which on the whole cluster builds
+ROWS_PER_TASK = 1_000_000  # of a table, that one task writes where the index is to be
 MAX_WORKERS = 8  # each adds a little to the time of a search
 
 
@@ -112,22 +114,48 @@ def _write(
     """The rows of the kind as a new version of the index; each worker will index a file."""
     import lance
 
-    rows = stream_rows(table_uri, kind)
-    if unknown := set(filter_columns) - set(rows.schema.names):
-        names = ", ".join(rows.schema.names)
+    columns = schema_of(table_uri)
+    if unknown := set(filter_columns) - set(columns.names):
+        names = ", ".join(columns.names)
         raise ValueError(f"filter_columns: {', '.join(sorted(unknown))} is not in the table; it has {names}")
-    first = next((batch for batch in rows if len(batch)), None)
-    if first is None:
+    schema = columns.with_metadata({"vladva": json.dumps(manifest.model), "vladva.corpus": manifest.corpus})
+    rows_per_task = min(rows_per_file, ROWS_PER_TASK)
+    per_task = max(1, len(manifest.files) * rows_per_task // max(1, manifest.num_rows))
+    files = [storage.absolute(join(table_uri, file)) for file in manifest.files]
+    written = collect(
+        [
+            submit(_write_fragments, files[i : i + per_task], kind, schema, storage.absolute(index_uri), rows_per_file)
+            for i in range(0, len(files), per_task)
+        ]
+    )
+    fragments = [lance.FragmentMetadata.from_json(fragment) for one in written for fragment in one]
+    if not fragments:
         raise ValueError(f"the table {table_uri} has no rows of kind {kind}")
-    schema = rows.schema.with_metadata({"vladva": json.dumps(manifest.model), "vladva.corpus": manifest.corpus})
-    batches = (batch.cast(schema) for batch in itertools.chain([first], rows))
-    return lance.write_dataset(
-        pa.RecordBatchReader.from_batches(schema, batches),
+    return lance.LanceDataset.commit(
+        index_uri, lance.LanceOperation.Overwrite(schema, fragments), storage_options=lance_options()
+    )
+
+
+def _write_fragments(
+    files: Sequence[str], kind: str, schema: pa.Schema, index_uri: str, rows_per_file: int
+) -> list[str]:
+    """Write the rows of some files of a table where the index is to be; what they become part of it with, as JSON."""
+    import lance
+
+    batches = (batch.cast(schema) for file in files for batch in rows_of_file(file, kind, schema))
+    first = next((batch for batch in batches if len(batch)), None)
+    if first is None:
+        return []
+    rows = pa.RecordBatchReader.from_batches(schema, itertools.chain([first], batches))
+    fragments = lance.fragment.write_fragments(
+        rows,
         index_uri,
+        schema,
         mode="overwrite",
         max_rows_per_file=rows_per_file,
         storage_options=lance_options(),
     )
+    return [json.dumps(fragment.to_json()) for fragment in fragments]
 
 
 def cluster_nodes() -> int:
