@@ -48,6 +48,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--bootstrap", type=int, default=0, metavar="N", help="resamples for 95%% intervals; 1000 is usual"
     )
     parser.add_argument(
+        "--rerank",
+        type=int,
+        default=0,
+        metavar="K",
+        help="score each model again with the K nearest in the order of its generator's P(yes)",
+    )
+    parser.add_argument(
         "--captions", type=int, default=0, metavar="N", help="caption N images with each model (figure 1)"
     )
     parser.add_argument("--images", default="", help="folder of the images to caption, instead of the benchmarks'")
@@ -56,6 +63,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.layers = whole_numbers(options.layers)
     if options.captions < 0 or (options.images and not options.captions):
         raise ValueError(f"--captions is {options.captions}; say how many images to caption, e.g. 16")
+    if options.rerank == 1 or options.rerank < 0:
+        raise ValueError(f"--rerank is {options.rerank}; give how many of the nearest to put in order, e.g. 10")
     if options.bootstrap < 0:
         raise ValueError(f"--bootstrap is {options.bootstrap}; give a number of resamples, e.g. 1000, or 0 for none")
     return options
@@ -155,6 +164,7 @@ def main() -> None:
         batch_size=options.batch_size,
         layers=options.layers,
         bootstrap=options.bootstrap,
+        rerank_top=options.rerank,
         command=command,
         **resources,
     )

@@ -8,7 +8,7 @@ embed, and a `score` that turns their embeddings into numbers without any model 
 
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -35,6 +35,10 @@ class Result:
     outcomes: pa.Table
     samples: Samples
     averages: Averages = field(default_factory=dict)
+
+
+# Numbers of images and of texts, both int [N] -> how well each two fit, float [N].
+PairScores = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class Task(Protocol):

@@ -38,7 +38,7 @@ class ModelScores(LayerScores):
     num_items: int
     num_embedded: int  # of the items; the others had been embedded before
     layers: dict[str, LayerScores]  # by the layer's number
-    seconds: dict[str, float]  # "embed", "score"
+    seconds: dict[str, float]  # "embed", "score"; of a re-ranked model "ask"
 
 
 class ScoreChange(TypedDict):

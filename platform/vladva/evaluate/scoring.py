@@ -21,6 +21,7 @@ from vladva.benchmarks.bootstrap import compare_outcomes, interval, resample
 from vladva.core.storage import join, write_json
 from vladva.embed.table import read_rows, write_rows
 from vladva.evaluate.benchmark_embeddings import embed, open_embeddings
+from vladva.evaluate.reranking import can_answer, rerank
 from vladva.evaluate.scores import BenchmarkFacts, Comparison, LayerScores, ScoreChange, Scores
 from vladva.models.resolve import dtype_for
 
@@ -64,6 +65,7 @@ def evaluate(
     dtype: str | None = None,
     layers: Sequence[int] = (),
     bootstrap: int = 0,
+    rerank_top: int = 0,
     command: str = "",
 ) -> Scores:
     """Score models (label -> run, checkpoint or model name) in the benchmarks of `data_uri`; needs a Ray cluster.
@@ -72,6 +74,8 @@ def evaluate(
     dtype: of the models; None: as `dtype_for` says.
     layers: embed from these too, beside each model's own layer, in the same pass.
     bootstrap: resamples for the intervals of the scores, and for comparing every two models; 0 does neither.
+    rerank_top: score each model that can answer once more, with this many of the nearest in the order that its
+        generator gives them (reranking.py); 0 does not.
     command: noted in the scores, for whoever wants to run it again.
 
     Writes `scores.json` and `outcomes/<label>/<benchmark>.parquet` under `out_uri`, and returns what is in the former.
@@ -113,7 +117,7 @@ def evaluate(
             by_layer[layer] = _layer_scores(embeddings.description["fingerprint"], found, bootstrap)
             descriptions[layer] = embeddings.description
             if own:
-                results[label] = found
+                results[label], own_embeddings = found, embeddings
         scores["models"][label] = {
             "model": model,
             **by_layer[embedded.layer],
@@ -123,6 +127,28 @@ def evaluate(
             "layers": {str(layer): found for layer, found in by_layer.items()} if layers else {},
             "seconds": {"embed": embedding_ended - started, "score": time.monotonic() - embedding_ended},
         }
+        if rerank_top and can_answer(model):
+            began = time.monotonic()
+            again = f"{label}, top {rerank_top} re-ranked"
+            asked = rerank(
+                model,
+                tasks,
+                own_embeddings,
+                rerank_top,
+                actors=actors,
+                gpus_per_actor=gpus_per_actor,
+                dtype=dtype or dtype_for(model, gpus_per_actor),
+            )
+            results[again] = results[label] | asked
+            for name, result in results[again].items():
+                write_rows(outcomes_uri(out_uri, again, name), result.outcomes)
+            scores["models"][again] = {
+                **scores["models"][label],
+                **_layer_scores(scores["models"][label]["fingerprint"], results[again], bootstrap),
+                "num_embedded": 0,
+                "layers": {},
+                "seconds": {"ask": time.monotonic() - began},
+            }
     scores["comparisons"] = _comparisons(results, bootstrap) if bootstrap else []
     write_json(join(out_uri, "scores.json"), scores)
     return cast("Scores", json.loads(json.dumps(scores)))  # intervals are lists in JSON: what a reader of the file gets

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from vladva.benchmarks.benchmark import Result, score_outcomes
+from vladva.benchmarks.benchmark import PairScores, Result, score_outcomes
 from vladva.benchmarks.metrics import Outcomes, Ties, all_above, cosines, unit_rows
 from vladva.benchmarks.protocols.subsets import Subset, read_subsets
 from vladva.benchmarks.protocols.unique_items import UniqueItems
@@ -96,10 +96,14 @@ class CaptionChoiceTask:
     def score(self, text_embeddings: np.ndarray, image_embeddings: np.ndarray) -> Result:
         """See `Task.score`. Metrics: one per subset, one per group, average_macro, average_micro."""
         texts, images = unit_rows(text_embeddings), unit_rows(image_embeddings)
+        return self.score_pairs(lambda image, text: cosines(images[image], texts[text]))
+
+    def score_pairs(self, of_pairs: PairScores) -> Result:
+        """The same by any measure of how well an image and a text fit."""
         outcomes: dict[str, Outcomes] = {}
         tables = []
         for metric, (image, caption, negative) in self.triples.items():
-            right, wrong = cosines(images[image], texts[caption]), cosines(images[image], texts[negative])
+            right, wrong = of_pairs(image, caption), of_pairs(image, negative)
             outcomes[metric] = all_above(right[:, None], wrong[:, None])
             tables.append(_table(metric, self.rows[metric], right, wrong, outcomes[metric].under(self.ties)))
         scores, tie_rates = score_outcomes(outcomes, self.ties)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from vladva.benchmarks.benchmark import Result, check_count, score_outcomes
+from vladva.benchmarks.benchmark import PairScores, Result, check_count, score_outcomes
 from vladva.benchmarks.metrics import Ties, cosines, unit_rows, winoground
 from vladva.benchmarks.protocols.unique_items import UniqueItems
 from vladva.benchmarks.readers.files import read_first
@@ -82,11 +82,14 @@ class MatchingTask:
 
     def score(self, text_embeddings: np.ndarray, image_embeddings: np.ndarray) -> Result:
         """See `Task.score`. Metrics: text, image, group."""
-        texts = unit_rows(text_embeddings)[self.captions]  # [2, N, D]
-        images = unit_rows(image_embeddings)
-        images = images.reshape(2, len(self.examples), *images.shape[1:])
-        pairs = [[cosines(images[image], texts[caption]) for image in (0, 1)] for caption in (0, 1)]
-        cosine = np.array(pairs).transpose(2, 0, 1)  # [N, caption, image]
+        texts, images = unit_rows(text_embeddings), unit_rows(image_embeddings)
+        return self.score_pairs(lambda image, text: cosines(images[image], texts[text]))
+
+    def score_pairs(self, of_pairs: PairScores) -> Result:
+        """The same by any measure of how well an image and a text fit."""
+        numbers = np.arange(2 * len(self.examples)).reshape(2, -1)
+        pairs = [[of_pairs(numbers[image], self.captions[caption]) for image in (0, 1)] for caption in (0, 1)]
+        cosine: np.ndarray = np.array(pairs).transpose(2, 0, 1)  # [N, caption, image]
         outcomes = winoground(cosine)
         columns = {
             "task": ["winoground"] * len(self.examples),

@@ -141,11 +141,28 @@ class RetrievalTask:
 
     def score(self, text_embeddings: np.ndarray, image_embeddings: np.ndarray) -> Result:
         """See `Task.score`. Metrics: t2i_r1, t2i_r5, t2i_r10, i2t_r1, i2t_r5, i2t_r10; of each group, with its name."""
+        return self.result(self.rank(text_embeddings, image_embeddings, NEAREST))
+
+    def rank(self, text_embeddings: np.ndarray, image_embeddings: np.ndarray, keep: int) -> dict[str, Ranks]:
+        """Where the right ones stand in each direction, and the `keep` nearest of each query."""
         captions, images = unit_rows(text_embeddings)[self.caption_text], unit_rows(image_embeddings)
         numbers = np.arange(len(images))
-        to_image = rank(captions, images, self.caption_image, numbers, keep=NEAREST)
-        to_text = rank(images, captions, numbers, self.caption_image, keep=NEAREST)
-        sets = self._hits({"t2i": to_image, "i2t": to_text})
+        return {
+            "t2i": rank(captions, images, self.caption_image, numbers, keep=keep),
+            "i2t": rank(images, captions, numbers, self.caption_image, keep=keep),
+        }
+
+    def nearest_pairs(self, direction: str, ranks: Ranks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each query with its nearest: numbers of image and text, whether they belong together; each [Q, keep]."""
+        nearest = ranks.nearest
+        queries = np.broadcast_to(np.arange(len(nearest))[:, None], nearest.shape)
+        image, caption = (nearest, queries) if direction == "t2i" else (queries, nearest)
+        return image, self.caption_text[caption], self.caption_image[caption] == image
+
+    def result(self, ranks: Mapping[str, Ranks]) -> Result:
+        """The scores and outcomes of ranks in both directions."""
+        to_image, to_text = ranks["t2i"], ranks["i2t"]
+        sets = self._hits(ranks)
         samples = {name: {metric: hits.under(self.ties) for metric, hits in of.items()} for name, of in sets.items()}
         hits = {metric: outcomes for of in sets.values() for metric, outcomes in of.items()}
         return Result(*score_outcomes(hits, self.ties), self._outcomes(to_image, to_text), samples)

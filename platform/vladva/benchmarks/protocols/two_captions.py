@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from vladva.benchmarks.benchmark import Result, check_count, score_outcomes
+from vladva.benchmarks.benchmark import PairScores, Result, check_count, score_outcomes
 from vladva.benchmarks.metrics import Outcomes, Ties, all_above, cosines, unit_rows
 from vladva.benchmarks.protocols.subsets import Subset, read_subsets
 from vladva.benchmarks.protocols.unique_items import UniqueItems
@@ -105,12 +105,18 @@ class TwoCaptionsTask:
 
     def score(self, text_embeddings: np.ndarray, image_embeddings: np.ndarray) -> Result:
         """See `Task.score`. Metrics: four per subset, itt_macro, tot_macro."""
-        texts, images = unit_rows(text_embeddings), unit_rows(image_embeddings)
+        images = unit_rows(image_embeddings)
+        texts = unit_rows(text_embeddings)
+        return self.score_pairs(lambda image, text: cosines(images[image], texts[text]), text_embeddings)
+
+    def score_pairs(self, of_pairs: PairScores, text_embeddings: np.ndarray) -> Result:
+        """The same by any measure of how well an image and a text fit; texts are compared by their embeddings."""
+        texts = unit_rows(text_embeddings)
         outcomes: dict[str, Outcomes] = {}
         tables = []
         for subset, (image, first, second, negative) in self.quadruples.items():
-            i, p1, p2, n = images[image], texts[first], texts[second], texts[negative]
-            i_p1, i_p2, i_n = (cosines(i, text)[:, None] for text in (p1, p2, n))
+            p1, p2, n = texts[first], texts[second], texts[negative]
+            i_p1, i_p2, i_n = (of_pairs(image, text)[:, None] for text in (first, second, negative))
             p1_p2, p1_n, p2_n = (cosines(a, b)[:, None] for a, b in ((p1, p2), (p1, n), (p2, n)))
             found = {
                 "itt": all_above(np.hstack([i_p1, i_p2]), i_n),
