@@ -52,9 +52,7 @@ def embed_query(embedder: Embeds, options: argparse.Namespace) -> np.ndarray:
     return embedder.embed_images([decode_image(storage.read_bytes(options.image))])[0]
 
 
-def in_generators_order(
-    embedder: Embedder | DualEncoder, options: argparse.Namespace, hits: list[Hit], corpus: str
-) -> list[Hit]:
+def in_generators_order(embedder: Embeds, options: argparse.Namespace, hits: list[Hit], corpus: str) -> list[Hit]:
     """The hits with P("yes") as their score, best first. Raises ValueError for a pair of two images, or two texts."""
     from dataclasses import replace
 

@@ -38,34 +38,6 @@ def embedder(adapter: str) -> Embedder:
     return load_embedder(adapter)
 
 
-<<<<<<< HEAD
-=======
-def write_index(folder: Path, model: dict[str, Any], vectors_ND: np.ndarray) -> str:
-    """An index `gallery` of the images `CAPTIONS`, with a second version in which the first has another caption."""
-    from vladva.core.hashing import digest
-    from vladva.embed.table import read_embeddings
-    from vladva.embed.table_parts import write_part
-    from vladva.embed.table_writer import TableWriter
-    from vladva.index.build import build_index
-    from vladva.index.vector_index import open_index
-
-    ids = [f"g#{i}" for i in range(len(CAPTIONS))]
-    content = pa.array([digest(one) for one in ids], pa.binary(16))
-    columns = {"id": ids, "kind": ["image"] * len(ids), "content": content, "caption": CAPTIONS, "size": SIZES}
-    table = TableWriter(str(folder / "embeddings"), model, "tests")
-    write_part(str(folder / "embeddings"), pa.table(columns), vectors_ND, model)
-    table.commit()
-    uri = str(folder / "gallery")
-    build_index(str(folder / "embeddings"), uri, tag="first")
-    rows = read_embeddings(str(folder / "embeddings"))
-    [row] = [i for i, one in enumerate(rows["id"].to_pylist()) if one == ids[0]]
-    changed = rows.slice(row, 1)
-    changed = changed.set_column(changed.schema.get_field_index("caption"), "caption", pa.array(["changed"]))
-    open_index(uri).upsert(changed)
-    return uri
-
-
->>>>>>> 924a0ae (Embedding without a step through one process; failures told apart; feeders keep their share of CPU)
 @pytest.fixture(scope="session")
 def index(tmp_path_factory: pytest.TempPathFactory, embedder: Embedder) -> str:
     """Folder of an index made with the server's model."""

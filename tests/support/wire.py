@@ -69,7 +69,8 @@ def write_index(folder: Path, model: dict[str, Any], vectors_ND: np.ndarray) -> 
     """An index `gallery` of the images `CAPTIONS`, with a second version in which the first has another caption."""
     from vladva.core.hashing import digest
     from vladva.embed.table import read_embeddings
-    from vladva.embed.table_writer import TableWriter, write_part
+    from vladva.embed.table_parts import write_part
+    from vladva.embed.table_writer import TableWriter
     from vladva.index.build import build_index
     from vladva.index.vector_index import open_index
 
@@ -91,7 +92,7 @@ def write_index(folder: Path, model: dict[str, Any], vectors_ND: np.ndarray) -> 
         (folder / "corpus" / name).write_bytes(image)
     table = TableWriter(str(folder / "embeddings"), model, str(folder / "corpus"))
     write_part(str(folder / "embeddings"), pa.table(columns), vectors_ND, model)
-    table.commit([])
+    table.commit()
     uri = str(folder / "gallery")
     build_index(str(folder / "embeddings"), uri, tag="first")
     rows = read_embeddings(str(folder / "embeddings"))

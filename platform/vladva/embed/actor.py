@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from vladva.core.device_errors import is_device_error, is_out_of_memory
 from vladva.core.devices import assigned_device
-from vladva.core.errors import FingerprintMismatch
+from vladva.core.errors import FingerprintMismatch, refusal
 from vladva.embed.batching import PreparedBatch, reject
 from vladva.embed.device_failures import TRIES, DeviceFailures
 from vladva.embed.table_parts import write_part
@@ -65,7 +65,12 @@ class EmbeddingActor:
         (row,) = rows.to_pylist()
         report = json.loads(row["report"])
         if row["batch"] is not None:
-            self.encode(pickle.loads(row["batch"]), report)
+            try:
+                self.encode(pickle.loads(row["batch"]), report)
+            except OSError as error:
+                if refusal(error) is None:
+                    raise
+                report["refused"] = str(error)  # what an actor raises comes to the driver as Ray's own
         return pa.table({"report": [json.dumps(report)]})
 
     def encode(self, batch: PreparedBatch, report: dict[str, Any]) -> None:

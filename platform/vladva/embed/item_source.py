@@ -57,4 +57,7 @@ def item_dataset(
         return ray.data.from_arrow(schema.empty_table())
     source = ItemSource(pieces, read, schema)
     # Half of the CPUs: the others make batches of what is read.
-    return ray.data.read_datasource(source, num_cpus=FEEDER_CPUS, concurrency=max(1, cluster_cpus() // 2))
+    tasks = len(source.get_read_tasks(0))  # told, or Ray would cut what they read into two hundred
+    return ray.data.read_datasource(
+        source, num_cpus=FEEDER_CPUS, concurrency=max(1, cluster_cpus() // 2), override_num_blocks=tasks
+    )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vladva.core import storage
+from vladva.core.errors import StorageRefusedError
 from vladva.core.model_description import ModelDescription
 from vladva.core.progress import Progress
 from vladva.core.ray_tasks import FEEDER_CPUS, actor_cpus, actor_pool, feeder_pool, in_single_rows
@@ -201,7 +202,12 @@ class Run:
         self.began = time.monotonic()
 
     def add(self, report: Mapping[str, Any]) -> int:
-        """Count a report; returns how many items it settles. Raises ValueError where too many are bad."""
+        """Count a report; returns how many items it settles. Raises ValueError where too many are bad.
+
+        Raises StorageRefusedError where the table cannot be written.
+        """
+        if "refused" in report:
+            raise StorageRefusedError(report["refused"])
         before = self.items
         for name in self.counts:
             self.counts[name] += report.get(name, 0)

@@ -106,10 +106,10 @@ def ask_about(
 
 def can_answer(model: str) -> bool:
     """Whether a model can be asked: dual encoders only embed."""
-    from vladva.models.dual_encoders import family_of
+    from vladva.models.dual_encoders import is_dual_encoder
     from vladva.models.resolve import find_model
 
-    return family_of(find_model(model).checkpoint) is None
+    return not is_dual_encoder(find_model(model).checkpoint)
 
 
 def key_of_pair(pair: Pair) -> bytes:
