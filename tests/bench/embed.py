@@ -246,7 +246,7 @@ def job(model: str, data: str, out: str, kinds: list[str], dtype: str) -> dict[s
     def note(table: TableWriter, bad: list[dict[str, Any]]) -> Any:
         import pyarrow.parquet as pq
 
-        parts = Path(out, "_parts").glob("*.parquet")
+        parts = Path(out, "_parts").rglob("*.parquet")
         kinds = ((part.stat().st_mtime, pq.read_table(part, columns=["kind"])["kind"].to_pylist()) for part in parts)
         written.extend((when, Counter(some)) for when, some in kinds)
         began = time.time()

@@ -62,7 +62,7 @@ def start(shards: Path, out: Path) -> psutil.Popen:
 def embedded(out: Path) -> int:
     """Items that are in parts of the table."""
     rows = 0
-    for part in (out / "_parts").glob("*.parquet"):
+    for part in (out / "_parts").rglob("*.parquet"):
         try:
             rows += pq.read_metadata(part).num_rows
         except FileNotFoundError:  # the table was completed meanwhile
