@@ -243,14 +243,14 @@ def job(model: str, data: str, out: str, kinds: list[str], dtype: str) -> dict[s
     written: list[tuple[float, Counter[str]]] = []
     commit = TableWriter.commit
 
-    def note(table: TableWriter, bad: list[dict[str, Any]]) -> Any:
+    def note(table: TableWriter) -> Any:
         import pyarrow.parquet as pq
 
         parts = Path(out, "_parts").rglob("*.parquet")
         kinds = ((part.stat().st_mtime, pq.read_table(part, columns=["kind"])["kind"].to_pylist()) for part in parts)
         written.extend((when, Counter(some)) for when, some in kinds)
         began = time.time()
-        result = commit(table, bad)
+        result = commit(table)
         last = max(when for when, _ in written)
         written.append((last + time.time() - began, Counter()))  # what completing the table takes
         return result
