@@ -105,7 +105,7 @@ class BatchJob:
 
         from vladva.embed.corpus import ITEM
         from vladva.embed.pipeline import encode
-        from vladva.embed.table import embedding_matrix, read_rows
+        from vladva.embed.table import embedding_matrix, read_embeddings
 
         rows = [
             {
@@ -138,7 +138,7 @@ class BatchJob:
             if not str(error).startswith("nothing was embedded"):
                 raise
             return {}
-        found = read_rows(table, ["id", "embedding"])
+        found = read_embeddings(table)
         return dict(zip(found["id"].to_pylist(), embedding_matrix(found), strict=True))
 
     def answer(

@@ -103,21 +103,23 @@ def encode(
         total = items.count()
     unfinished = lacking(items, tables, total) if len(tables) > 1 else tables
     known = what_is_known(unfinished or tables, total)
-    left = None
-    if all(table.begun for table in tables.values()):  # what is left is worth a look, before any model is loaded
-        run.counts["skipped"], left = count_done(items, known)
-    if left != 0:
-        targets = {layer: table.target for layer, table in unfinished.items()}
-        config = next(iter(described.values()))[0]
-        batching = BatchingConfig(
-            config, tuple(target.uri for target in targets.values()), batch_size, read_images, known
-        )
-        load = {"model": model, "adapter": adapter, "merge": adapter, "dtype": dtype}
-        pool = Pool(load, targets, actors, cpus_per_actor, gpus_per_actor)
-        with Progress("embedding", total if left is None else left) as progress:
-            for report in embedded(items, batching, pool):
-                progress.advance(run.add(report), run.figures)
-    known.stop()
+    try:
+        left = None
+        if all(table.begun for table in tables.values()):  # what is left is worth a look, before any model is loaded
+            run.counts["skipped"], left = count_done(items, known)
+        if left != 0:
+            targets = {layer: table.target for layer, table in unfinished.items()}
+            config = next(iter(described.values()))[0]
+            batching = BatchingConfig(
+                config, tuple(target.uri for target in targets.values()), batch_size, read_images, known
+            )
+            load = {"model": model, "adapter": adapter, "merge": adapter, "dtype": dtype}
+            pool = Pool(load, targets, actors, cpus_per_actor, gpus_per_actor)
+            with Progress("embedding", total if left is None else left) as progress:
+                for report in embedded(items, batching, pool):
+                    progress.advance(run.add(report), run.figures)
+    finally:
+        known.stop()
     for layer, table in tables.items():
         committed = table.commit()
         if not table.manifest.num_rows:
