@@ -31,7 +31,7 @@ from vladva.embed.known_items import Partition, as_digests, contains, known_in_a
 from vladva.embed.layers_actor import LayersEmbeddingActor
 from vladva.embed.pipeline import encode, read_embeddings
 from vladva.embed.table import embedding_matrix, find_manifest, keys_of, open_table
-from vladva.embed.table_parts import write_part, write_rejected, write_repeats
+from vladva.embed.table_parts import write_part, write_rejected_items, write_repeats
 from vladva.embed.table_writer import TableTarget, TableWriter
 from vladva.models.batch import BATCH_TOKENS, cut
 from vladva.models.embedder import load_embedder
@@ -391,7 +391,7 @@ def test_repeats_get_the_embedding_or_the_fate_of_their_twin(tmp_path: Path) -> 
     table = TableWriter(uri, MODEL, "")
     write_part(uri, made(["c"]), rows(3), MODEL)
     write_repeats(uri, made(["d", "e", "f", "a", "h"], contents=["c", "a", "bad", "c", "nobody's"]))
-    write_rejected(uri, [{"id": "g", "kind": "text", "content": digest("bad"), "reason": "it is bad"}])
+    write_rejected_items(uri, [{"id": "g", "kind": "text", "content": digest("bad"), "reason": "it is bad"}])
     committed = table.commit()
     assert (committed.num_rows, committed.num_rejected, committed.first_reason) == (3, 3, "it is bad")
     assert table.manifest.num_rows == 5

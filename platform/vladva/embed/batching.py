@@ -24,7 +24,7 @@ from vladva.core.text import clean_text
 from vladva.embed.known_items import KnownItems
 from vladva.embed.source_items import REJECTED
 from vladva.embed.table import CONTENT, keys_of
-from vladva.embed.table_parts import write_rejected, write_repeats
+from vladva.embed.table_parts import write_rejected_items, write_repeats
 from vladva.models.batch import cut
 from vladva.models.resolve import preprocessor_of
 
@@ -227,6 +227,6 @@ def reject(uris: Sequence[str], bad: Sequence[dict[str, Any]], report: dict[str,
     if bad:
         rows = [{name: item.get(name) for name in ("id", "kind", "content", "reason")} for item in bad]
         for uri in uris:
-            write_rejected(uri, rows)
+            write_rejected_items(uri, rows)
         report["bad"] = report.get("bad", 0) + len(bad)
         report["last_bad"] = f"{bad[-1]['id']}: {bad[-1]['reason']}"

@@ -34,7 +34,7 @@ NOWHERE = -1  # group of what serves a repeat that nothing serves
 LOST_TWIN = "an equal item was to be embedded for it and was not: run the job again"
 
 ENTRY = np.dtype([("digest", "S16"), ("group", "<i4"), ("row", "<i8")])
-PLACE = np.dtype([("group", "<i4"), ("row", "<i8")])
+ROW_PLACE = np.dtype([("group", "<i4"), ("row", "<i8")])
 SERVED = np.dtype([("group", "<i4"), ("row", "<i8"), ("by_group", "<i4"), ("by_row", "<i8")])
 
 
@@ -161,7 +161,7 @@ def _duplicates(begin: Numbering, writer_of: np.ndarray, num_targets: int, *entr
     ordered = every[order]
     again = ordered[1:][ordered["digest"][1:] == ordered["digest"][:-1]]
     again = again[again["group"] >= begin.parts]
-    places = np.empty(len(again), PLACE)
+    places = np.empty(len(again), ROW_PLACE)
     places["group"], places["row"] = again["group"], again["row"]
     num_writers = num_targets - (begin.rejected - begin.repeats)
     is_repeat = places["group"] >= begin.repeats
@@ -246,7 +246,7 @@ def _write_files(
 
     references: the rows to drop, from each partition; repeats, from each of their groups; each group's listing.
     """
-    dropped = np.concatenate([np.empty(0, PLACE), *references[:partitions]])
+    dropped = np.concatenate([np.empty(0, ROW_PLACE), *references[:partitions]])
     repeats = [rows for rows in references[partitions : partitions + num_repeats] if len(rows)]
     listings = references[partitions + num_repeats :]
 

@@ -116,7 +116,7 @@ def encode(
             load = {"model": model, "adapter": adapter, "merge": adapter, "dtype": dtype}
             pool = Pool(load, targets, actors, cpus_per_actor, gpus_per_actor)
             with Progress("embedding", total if left is None else left) as progress:
-                for report in embedded(items, batching, pool):
+                for report in reports_of(items, batching, pool):
                     progress.advance(run.add(report), run.figures)
     finally:
         known.stop()
@@ -139,7 +139,7 @@ class Pool:
     gpus_per_actor: float
 
 
-def embedded(items: ray.data.Dataset, batching: BatchingConfig, pool: Pool) -> Iterator[dict[str, Any]]:
+def reports_of(items: ray.data.Dataset, batching: BatchingConfig, pool: Pool) -> Iterator[dict[str, Any]]:
     """The reports of all batches, as they are embedded and written."""
     feeders = feeder_pool(pool.actors, pool.cpus_per_actor)
     batches = items.map_batches(

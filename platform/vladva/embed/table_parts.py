@@ -47,7 +47,7 @@ def write_repeats(uri: str, items: pa.Table) -> None:
     _write(uri, "_repeats", items)
 
 
-def write_rejected(uri: str, items: Sequence[dict[str, Any]]) -> None:
+def write_rejected_items(uri: str, items: Sequence[dict[str, Any]]) -> None:
     """Note items (id, kind, content, reason) that cannot be embedded."""
     _write(uri, "_rejected", pa.Table.from_pylist(list(items), REJECTED_ROWS))
 
