@@ -41,7 +41,7 @@ def choose_kernels(mode: FakeCuda) -> None:
             return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         kernel = kernel_of(query, key, attn_mask)
         shapes = "" if kernel == "flash" else f" {tuple(query.shape)} x {tuple(key.shape)} {str(query.dtype)[6:]}"
-        mode.counts.attention[f"{kernel}{shapes} {place()}"] += 1
+        mode.counts.attention[f"{kernel}{shapes}: {place()}"] += 1
         if kernel == "flash":
             return torch.ops.aten._scaled_dot_product_flash_attention(
                 query, key, value, dropout_p, is_causal, scale=scale

@@ -49,11 +49,11 @@ INDEXING = {"index", "index_put", "index_put_", "_unsafe_index", "_index_put_imp
 class Counts:
     """What happened since the counts began. Places are `file.py:function`, of the project where it is on the stack."""
 
-    waits: Counter[str] = field(default_factory=Counter)  # "KIND PLACE": the host waits for the device
+    waits: Counter[str] = field(default_factory=Counter)  # "KIND: PLACE"; the host waits for the device
     kernels: int = 0  # about: one for every operation that is no view
     flops: Counter[str] = field(default_factory=Counter)  # by operation
     wide: Counter[str] = field(default_factory=Counter)  # the largest product in float32, by place
-    attention: Counter[str] = field(default_factory=Counter)  # "KERNEL PLACE"; of those that are not flash, with shapes
+    attention: Counter[str] = field(default_factory=Counter)  # "KERNEL: PLACE"; of those that are not flash, with shapes
     live: int = 0
     peak: int = 0
     peak_place: str = ""
@@ -233,7 +233,7 @@ class FakeCuda(TorchDispatchMode):
 
     def waits(self, kind: str) -> None:
         """The host waits for the device."""
-        self.counts.waits[f"{kind} {place()}"] += 1
+        self.counts.waits[f"{kind}: {place()}"] += 1
 
     def measure(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
         """Kernels, FLOPs and the memory that a kernel takes for itself."""
@@ -255,6 +255,9 @@ class FakeCuda(TorchDispatchMode):
         small = outs and all(map(worth_keeping, outs))
         if name in ("empty", "new_empty") and small and not outs[0].is_floating_point():
             outs[0].known_values = torch.zeros(outs[0].shape, dtype=outs[0].dtype)
+        elif name == "copy_" and small and known(args[1]) is not None:  # whatever was there
+            with _disable_current_modes():
+                outs[0].known_values = known(args[1]).to(outs[0].dtype).expand(outs[0].shape).clone()
         elif all_known and small and name not in OF_UNKNOWN_VALUES and "rand" not in name and "attention" not in name:
             with _disable_current_modes():
                 found = func(*tree_map(real, args), **real_options(kwargs))

@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,12 +15,13 @@ import torch
 from torch import nn
 
 from tests.gpu.rehearsal.fake_cuda import CUDA, FakeCuda
+from vladva.models.backbones import find_backbone, real_config
 from vladva.models.batch import MicroBatch, Pixels, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from vladva.config import RunConfig
+    from vladva.config import DataConfig, RunConfig
     from vladva.models.embedding_model import EmbeddingModel
 
 SOFT = {"llava": 32002, "qwen2_vl": 151657, "llava_next": 128258}  # the first id of the soft prompts, by family
@@ -44,32 +43,41 @@ class StandInPreprocessor:
         return [122.77, 116.75, 104.09], [68.5, 66.63, 70.32]
 
 
-def shortened(config: PreTrainedConfig, layers: int | None) -> PreTrainedConfig:
-    """The configuration with so many layers in the language model and in the vision tower; None: as it is."""
-    if layers is None:
-        return config
+Depth = tuple[int, int]
+"""Layers of the language model, and of the vision tower."""
+
+
+def depth_of(config: PreTrainedConfig) -> Depth:
+    """The layers of a configuration."""
+    return config.get_text_config().num_hidden_layers, getattr(config.vision_config, vision_depth(config))
+
+
+def vision_depth(config: PreTrainedConfig) -> str:
+    """The name of the number of the vision tower's layers."""
+    return "depth" if hasattr(config.vision_config, "depth") else "num_hidden_layers"
+
+
+def with_depth(config: PreTrainedConfig, depth: Depth) -> PreTrainedConfig:
+    """The configuration with so many layers."""
     config = copy.deepcopy(config)
-    config.text_config.num_hidden_layers = layers
-    config.text_config.layer_types = (getattr(config.text_config, "layer_types", None) or [])[:layers] or None
-    name = "depth" if hasattr(config.vision_config, "depth") else "num_hidden_layers"
-    setattr(config.vision_config, name, layers)
+    text = config.get_text_config()
+    text.num_hidden_layers = depth[0]
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[: depth[0]]
+    setattr(config.vision_config, vision_depth(config), depth[1])
     return config
 
 
-def stand_in_preprocessor(checkpoint: str, layers: int | None, *, soft: bool) -> StandInPreprocessor:
+def stand_in_preprocessor(checkpoint: str, depth: Depth, *, soft: bool) -> StandInPreprocessor:
     """For a checkpoint whose configuration the package has."""
-    from vladva.models.backbones import real_config
-
-    config = shortened(real_config(checkpoint), layers)
-    module = import_module(f"vladva.models.backbones.{config.model_type}")
-    # A copy, whose `load` makes what it would have loaded.
-    backbone = ModuleType(module.__name__)
-    vars(backbone).update(vars(module))
-    backbone.load = lambda name, dtype, *_, **__: without_weights(config, dtype)  # type: ignore[attr-defined]
+    config = with_depth(real_config(checkpoint), depth)
+    backbone = find_backbone(config.model_type)
+    load = {"load": lambda self, name, dtype, *_, **__: without_weights(config, dtype)}
+    published = type("Published", (type(backbone),), load)(**vars(backbone))
     first = SOFT[config.model_type]
     soft_ids = {"image": list(range(first, first + PROMPT)), "text": list(range(first + PROMPT, first + 2 * PROMPT))}
     written = {"image": list(range(300, 300 + PROMPT)), "text": list(range(400, 400 + PROMPT))}
-    return StandInPreprocessor(config, backbone, soft_ids if soft else {"image": [], "text": []}, written)
+    return StandInPreprocessor(config, published, soft_ids if soft else {"image": [], "text": []}, written)
 
 
 def without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
@@ -79,14 +87,14 @@ def without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
     return AutoModelForImageTextToText.from_config(config, dtype=dtype)
 
 
-def build(mode: FakeCuda, run: RunConfig, *, layers: int | None, train: bool, adapter: bool = True) -> EmbeddingModel:
+def build(mode: FakeCuda, run: RunConfig, depth: Depth, *, train: bool, adapter: bool = True) -> EmbeddingModel:
     """The model of a run on the pretended device, as DeepSpeed leaves it where it is trained."""
     from vladva.losses.contrastive import find_loss
     from vladva.models.adapter import add_adapter
     from vladva.models.embedding_model import EmbeddingModel, checkpoint_activations
 
     scalars = find_loss(run.loss).scalars()
-    preprocessor: Any = stand_in_preprocessor(run.model.checkpoint, layers, soft=run.model.soft_prompts and adapter)
+    preprocessor: Any = stand_in_preprocessor(run.model.checkpoint, depth, soft=run.model.soft_prompts and adapter)
     with torch.device("meta"):
         model = EmbeddingModel(run.model, preprocessor, scalars={name: each.start for name, each in scalars.items()})
         for name, scalar in scalars.items():
@@ -157,9 +165,9 @@ class StandInEngine:
         """The model's forward."""
         return self.model(*args, **kwargs)
 
-    def see(self, pixels: Any) -> Any:
+    def vision_features(self, pixels: Any) -> Any:
         """The vision tower alone."""
-        return self.model.see(pixels)
+        return self.model.vision_features(pixels)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Gradients of the loss; under ZeRO they leave the parameters."""
@@ -194,15 +202,13 @@ class Lengths:
     grid: tuple[int, int] | None
 
 
-def chunk(
-    preprocessor: StandInPreprocessor, number: int, size: int, lengths: Lengths, *, texts_only: bool, negatives: int
-) -> MicroBatch:
-    """A chunk of `size` pairs, all of these lengths: the largest that can come."""
-    random = np.random.default_rng(number)
+def chunk(preprocessor: Any, number: int, size: int, lengths: Lengths, data: DataConfig) -> MicroBatch:
+    """A chunk of `size` pairs, all of these lengths."""
+    random, negatives = np.random.default_rng(number), data.hard_negatives
     text = tokens(preprocessor, random, [(0, lengths.short, 0)] * size * (1 + negatives), "text")
     owners = np.concatenate([np.arange(size), np.repeat(np.arange(size), negatives)])
     captions = random.integers(0, 1 << 60, size * (1 + negatives))
-    if texts_only:
+    if data.texts_only:
         pixels, image = None, tokens(preprocessor, random, [(0, lengths.short, 0)] * size, "text")
     else:
         pixels, count = images(preprocessor.config, size, lengths.grid)
@@ -225,7 +231,7 @@ def images(config: PreTrainedConfig, size: int, grid: tuple[int, int] | None) ->
     if config.model_type == "llava":
         return Pixels(np.zeros((size, 3, edge, edge), np.uint8), np.tile([edge, edge], (size, 1))), side * side
     width, height = 640, 480  # LLaVA-Next: the image as one tile, and as 2 x 2
-    count = import_module("vladva.models.backbones.llava_next").num_image_tokens(config, None, (width, height))
+    count = find_backbone(config.model_type).num_image_tokens(config, None, (width, height))  # type: ignore[arg-type]
     values = np.zeros((size * 5, 3, edge, edge), np.uint8)
     return Pixels(values, np.tile([height, width], (size, 1))), count
 
