@@ -13,7 +13,6 @@ A process that rehearses is good for nothing else: PyTorch thinks that it has a 
 from __future__ import annotations
 
 import sys
-import traceback
 import weakref
 from collections import Counter
 from contextlib import AbstractContextManager
@@ -31,6 +30,7 @@ CUDA = torch.device("cuda", 0)
 MOST_VALUES = 4_000_000  # of a tensor whose values are kept
 MOST_FLOATS = 64
 PROJECT = Path(__file__).resolve().parents[3]
+PACKAGE, SERVE = f"{PROJECT / 'platform/vladva'}/", f"{PROJECT / 'serve'}/"
 
 VIEWS = {
     *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "split", "split_with_sizes"),
@@ -72,17 +72,17 @@ class Counts:
 
 def place() -> str:
     """Where in the project this is, or in the library that the project did not call."""
-    library = ""
-    for frame in reversed(traceback.extract_stack(limit=80)):
-        path = Path(frame.filename)
-        if frame.name.startswith("<"):  # a comprehension: newer versions of Python have none of their own
-            continue
-        if PROJECT / "platform/vladva" in path.parents or path.parent == PROJECT / "serve/deployments":
-            inside = path.relative_to(PROJECT)
-            found = f"{inside.relative_to('platform/vladva') if inside.parts[0] == 'platform' else inside}:{frame.name}"
+    library, frame = "", sys._getframe(1)
+    while frame is not None:
+        name, file = frame.f_code.co_name, frame.f_code.co_filename
+        if name.startswith("<"):  # a comprehension: newer versions of Python have none of their own
+            pass
+        elif file.startswith((PACKAGE, SERVE)):
+            found = f"{file.removeprefix(PACKAGE).removeprefix(SERVE)}:{name}"
             return f"{found} <- {library}" if library else found
-        if not library and any(name in path.parts for name in ("transformers", "peft")):
-            library = f"{path.name}:{frame.name}"
+        elif not library and ("/transformers/" in file or "/peft/" in file):
+            library = f"{file.rsplit('/', 1)[1]}:{name}"
+        frame = frame.f_back  # type: ignore[assignment]
     return library or "elsewhere"
 
 
