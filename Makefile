@@ -10,7 +10,7 @@ BROWSER  := $(if $(CHROMIUM),,-m "not browser")
 PYTEST   := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test lint format bench rehearse clean
+.PHONY: help install demo check test lint format bench rehearse gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -39,10 +39,14 @@ format: $(STAMP)  ## rewrite the code as `make lint` wants it
 	$(BIN)/ruff format .
 
 bench: $(STAMP)  ## run the side-by-side benchmarks, one after the other; each ends with one line of JSON
-	set -e; for script in tests/bench/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	set -e; for script in $(filter-out tests/bench/gpu.py,$(wildcard tests/bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 rehearse: $(STAMP)  ## a cluster of three hosts on this machine, and all that can happen to it: half an hour; Linux, root
 	$(BIN)/python tests/cluster/rehearsal/run.py
+
+gpu: $(STAMP)  ## on a machine with a GPU, in ten minutes: its tests, then training, embedding and serving measured; a line of JSON last
+	$(PYTEST) tests/gpu
+	$(BIN)/python tests/bench/gpu.py
 
 clean:  ## delete what the demo, the tests and the tools wrote, runs in .vladva included; .venv stays
 	rm -rf .vladva .pytest_cache .ruff_cache .mypy_cache .import_linter_cache build dist platform/*.egg-info

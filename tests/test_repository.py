@@ -328,7 +328,7 @@ def test_make_help_lists_every_target() -> None:
     phony = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
     shown = subprocess.run(["make", "help"], cwd=ROOT, text=True, capture_output=True, check=True).stdout
     assert re.findall(r"^  make (\w+) ", shown, re.MULTILINE) == phony
-    assert phony == ["help", "install", "demo", "check", "test", "lint", "format", "bench", "rehearse", "clean"]
+    assert phony == ["help", "install", "demo", "check", "test", "lint", "format", "bench", "rehearse", "gpu", "clean"]
 
 
 def readme_commands() -> list[str]:

@@ -44,6 +44,10 @@ def tiny_e5_v() -> RunConfig:
 # --- VladVA (method: arXiv 2412.04378; what is not published is a default of ours, see the classes of config.py)
 
 
+# What a process can have of a card that is sold as 80, 48 and 24 GB (H100, A100; L40S, A6000; L4, A10G).
+OF_80_GB, OF_48_GB, OF_24_GB = 79, 44, 22
+
+
 def llava_1_5_7b() -> RunConfig:
     """VladVA on LLaVA-1.5-7B: global batch 1024, 7 epochs of 8.1M pairs (55,000 steps), on 32 GPUs of 80 GB."""
     return RunConfig(
@@ -51,34 +55,74 @@ def llava_1_5_7b() -> RunConfig:
         storage="s3://CHANGE-ME/runs",
         model=ModelConfig(checkpoint="llava-hf/llava-1.5-7b-hf", dtype="bfloat16"),
         data=DataConfig(uri="s3://CHANGE-ME/pairs"),
-        train=TrainConfig(
-            steps=55_000, global_batch=1024, chunk_size=16, checkpoint_every=500, activation_checkpointing=True
-        ),
-        cluster=ClusterConfig(workers=32, cpus_per_worker=8, gpus_per_worker=1, device_memory_gib=79),
+        train=TrainConfig(steps=55_000, global_batch=1024, chunk_size=8, checkpoint_every=500),
+        # Workers wait for their device, and readers need the other CPUs of the node.
+        cluster=ClusterConfig(workers=32, cpus_per_worker=1, gpus_per_worker=1, device_memory_gib=OF_80_GB),
+    )
+
+
+def llava_1_5_7b_48gb() -> RunConfig:
+    """As llava_1_5_7b, on GPUs of 48 GB: smaller chunks, which cost no work, only larger products."""
+    seven = with_small_chunks(llava_1_5_7b(), 4)
+    return replace(seven, cluster=replace(seven.cluster, device_memory_gib=OF_48_GB))
+
+
+def llava_1_5_7b_24gb() -> RunConfig:
+    """As llava_1_5_7b, on GPUs of 24 GB: activations are computed again, a third more work."""
+    seven = with_small_chunks(llava_1_5_7b(), 4)
+    return replace(
+        seven,
+        train=replace(seven.train, activation_checkpointing=True),
+        cluster=replace(seven.cluster, device_memory_gib=OF_24_GB),
     )
 
 
 def llava_1_5_13b() -> RunConfig:
-    """VladVA on LLaVA-1.5-13B: as the 7B, with the weights partitioned (ZeRO-3)."""
-    seven = llava_1_5_7b()
+    """VladVA on LLaVA-1.5-13B: as the 7B, in chunks of half the size."""
+    seven = with_small_chunks(llava_1_5_7b(), 4)
+    return replace(seven, name="llava-1.5-13b", model=replace(seven.model, checkpoint="llava-hf/llava-1.5-13b-hf"))
+
+
+def llava_1_5_13b_48gb() -> RunConfig:
+    """As llava_1_5_13b, on GPUs of 48 GB: activations are computed again, a third more work."""
+    thirteen = llava_1_5_13b()
     return replace(
-        seven,
-        name="llava-1.5-13b",
-        model=replace(seven.model, checkpoint="llava-hf/llava-1.5-13b-hf"),
-        train=replace(seven.train, zero_stage=3),
+        thirteen,
+        train=replace(thirteen.train, activation_checkpointing=True),
+        cluster=replace(thirteen.cluster, device_memory_gib=OF_48_GB),
     )
 
 
 def qwen2_vl_2b() -> RunConfig:
-    """VladVA on Qwen2-VL-2B: as LLaVA-1.5-7B, without computing activations again."""
+    """VladVA on Qwen2-VL-2B: as LLaVA-1.5-7B."""
     seven = llava_1_5_7b()
     return replace(
         seven,
         name="qwen2-vl-2b",
         # The published files allow 16,384 tokens an image.
         model=replace(seven.model, checkpoint="Qwen/Qwen2-VL-2B-Instruct", max_image_tokens=1280),
-        train=replace(seven.train, activation_checkpointing=False),
     )
+
+
+def qwen2_vl_2b_48gb() -> RunConfig:
+    """As qwen2_vl_2b, on GPUs of 48 GB."""
+    two = qwen2_vl_2b()
+    return replace(two, cluster=replace(two.cluster, device_memory_gib=OF_48_GB))
+
+
+def qwen2_vl_2b_24gb() -> RunConfig:
+    """As qwen2_vl_2b, on GPUs of 24 GB: chunks of half the size, images of at most 960 tokens."""
+    two = with_small_chunks(qwen2_vl_2b(), 4)
+    return replace(
+        two,
+        model=replace(two.model, max_image_tokens=960),
+        cluster=replace(two.cluster, device_memory_gib=OF_24_GB),
+    )
+
+
+def with_small_chunks(run: RunConfig, size: int) -> RunConfig:
+    """The run in chunks of `size` pairs, which are read with one request."""
+    return replace(run, data=replace(run.data, run_length=size), train=replace(run.train, chunk_size=size))
 
 
 # --- E5-V (arXiv 2407.12580): trained on texts alone, used on images
@@ -115,7 +159,7 @@ def e5_v_llava_next_8b() -> RunConfig:
         loss=E5_V_LOSS,
         optim=OptimConfig(lr=4e-4, warmup_fraction=100 / 716),
         train=TrainConfig(steps=716, global_batch=768, chunk_size=16, checkpoint_every=100),
-        cluster=ClusterConfig(workers=8, cpus_per_worker=8, gpus_per_worker=1, device_memory_gib=79),
+        cluster=ClusterConfig(workers=8, cpus_per_worker=1, gpus_per_worker=1, device_memory_gib=OF_80_GB),
     )
 
 
@@ -140,7 +184,7 @@ def vlm2vec_qwen2_vl_2b() -> RunConfig:
             options=("directions=one-way",), temperature=0.02, learn_temperature=False, next_token_weight=0.0
         ),
         optim=OptimConfig(lr=2e-5),
-        train=replace(vladva.train, steps=2_000, chunk_size=8),
+        train=replace(vladva.train, steps=2_000),
     )
 
 
@@ -150,8 +194,13 @@ RECIPES = {
         tiny,
         tiny_e5_v,
         llava_1_5_7b,
+        llava_1_5_7b_48gb,
+        llava_1_5_7b_24gb,
         llava_1_5_13b,
+        llava_1_5_13b_48gb,
         qwen2_vl_2b,
+        qwen2_vl_2b_48gb,
+        qwen2_vl_2b_24gb,
         e5_v_llava_next_8b,
         e5_v_llava_1_5_7b,
         vlm2vec_qwen2_vl_2b,

@@ -25,6 +25,7 @@ from vladva.train.compile_lock import extensions_folder, wait_for_locks
 if TYPE_CHECKING:
     from vladva.models.embedding_model import EmbeddingModel
 
+BUCKET_ELEMENTS = 50_000_000  # gradients that are reduced at once: DeepSpeed's own 500 million would take 1 GB
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHT = "weight"
 
@@ -40,7 +41,7 @@ def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's settings for a run."""
     micro_steps = config.chunks_per_worker if config.caches_gradients else 1
-    zero: dict[str, Any] = {"stage": config.train.zero_stage}
+    zero: dict[str, Any] = {"stage": config.train.zero_stage, "reduce_bucket_size": BUCKET_ELEMENTS}
     if config.train.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     # At stage 0 DeepSpeed has no float32 copy of bfloat16 weights: there the adapter itself is float32.

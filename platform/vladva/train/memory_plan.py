@@ -1,7 +1,7 @@
 """Memory: what a run needs on each worker's device, told before there is a device, a weight or a cluster.
 
-The model is built on the meta device from its configuration. Texts and captions are taken as long as the run's
-settings allow, images as 640 x 480: the plan errs on the high side. b pairs a chunk, G pairs in the global batch,
+The model is built on the meta device from its configuration. Images, texts and captions are taken as long as the run's
+settings allow: the plan errs on the high side. b pairs a chunk, G pairs in the global batch,
 W workers, D width, V vocabulary.
 """
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 GIB = 1 << 30
-PLANNED_IMAGE = (640, 480)
+LARGEST_EDGES = (336, 672, 1008, 1344, 4096, 8192)  # of images, among which is one with as many tokens as can be
+PUBLISHED_IMAGE_TOKENS = 16_384  # of an image, at most, by the files of Qwen's checkpoints
 PROMPT_TOKENS = 32  # around an image or a text: chat template, written or soft prompt
 LOGIT_ROWS = 512  # positions of a block in the next-token loss
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: gathered at a time
@@ -98,7 +99,9 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
         host["optimizer"] = device.pop("optimizer")
     device["activations"] = kept * activation_bytes(text_settings, config, image, plain)
     if config.train.activation_checkpointing:
-        device["one layer again"] = kept * layer_bytes(text_settings, config, image, plain)
+        # With what its backward makes: without checkpointing, the last layer is done and freed before a whole one is.
+        gradients = element_bytes(config) * (4 * text_settings.intermediate_size + 4 * text_settings.hidden_size)
+        device["one layer again"] = kept * (layer_bytes(text_settings, config, image, plain) + gradients)
     if plain and config.model.soft_prompts:
         device["token table"] = table_bytes(settings, config)
     if not plain and config.caches_gradients and not config.data.texts_only:
@@ -158,12 +161,18 @@ def side_tokens(settings: PreTrainedConfig, config: RunConfig) -> tuple[int, int
     processor = getattr(transformers, IMAGE_PROCESSOR_MAPPING_NAMES[settings.model_type]["pil"])()
     if config.model.max_image_tokens is not None:
         backbone.limit_image_tokens(settings, processor, config.model.max_image_tokens)
+    elif "longest_edge" in processor.size:  # the published files allow more than the processor's own defaults
+        backbone.limit_image_tokens(settings, processor, PUBLISHED_IMAGE_TOKENS)
     caption = data.long_below if config.loss.next_token_weight else 0
-    return backbone.num_image_tokens(settings, processor, PLANNED_IMAGE) + PROMPT_TOKENS + caption, text
+    sizes = [(width, height) for width in LARGEST_EDGES for height in LARGEST_EDGES]
+    most = config.model.max_image_tokens or max(backbone.num_image_tokens(settings, processor, size) for size in sizes)
+    return most + PROMPT_TOKENS + caption, text
 
 
 def states(config: RunConfig, parameters: int, trainable: int) -> dict[str, int]:
     """Weights, gradients and AdamW's state, as the ZeRO stage spreads them over the workers."""
+    from vladva.train.engine import BUCKET_ELEMENTS
+
     stage, world = config.train.zero_stage, config.cluster.workers
     width = element_bytes(config)
     in_float32 = width == 2 and stage == 0  # what is trained; see engine.py
@@ -174,7 +183,8 @@ def states(config: RunConfig, parameters: int, trainable: int) -> dict[str, int]
         "optimizer": optimizer // (world if stage >= 1 else 1),
     }
     if stage >= 1:
-        parts["collectives"] = 2 * trainable * width  # buckets of gradients and of weights
+        parts["gradients of a pass"] = trainable * width  # until they are reduced
+        parts["collectives"] = BUCKET_ELEMENTS * width
     if stage == 3:
         parts["gathered weights"] = min(parameters, LIVE_PARAMETERS) * width
     return parts
@@ -241,7 +251,8 @@ def loss_bytes(text_settings: PreTrainedConfig, config: RunConfig) -> dict[str, 
     pairs = config.train.global_batch
     blocks = find_loss(config.loss).block_bytes(pairs, pairs * texts)
     if config.loss.next_token_weight:
-        blocks = max(blocks, LOGIT_ROWS * text_settings.vocab_size * (4 + 2 * element_bytes(config)))
+        # Logits, their softmax and its gradient, of one block and, until they are overwritten, of the one before.
+        blocks = max(blocks, LOGIT_ROWS * text_settings.vocab_size * (3 * 4 + 2 * element_bytes(config)))
     return {
         "gradient cache": 2 * vectors * pairs // config.cluster.workers if config.caches_gradients else 0,
         "gathered embeddings": 2 * vectors * pairs * (1 + len(config.loss.matryoshka)),

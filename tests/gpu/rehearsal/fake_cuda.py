@@ -35,9 +35,20 @@ PACKAGE, SERVE = f"{PROJECT / 'platform/vladva'}/", f"{PROJECT / 'serve'}/"
 VIEWS = {
     *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "split", "split_with_sizes"),
     *("unsqueeze", "squeeze", "detach", "alias", "as_strided", "unbind", "diagonal", "narrow", "unfold", "lift_fresh"),
-    *("_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_local_scalar_dense"),
+    *(
+        "_reshape_alias",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+        "_local_scalar_dense",
+    ),
 }
-ASKS_HOW_MANY = {"nonzero", "masked_select", "unique_consecutive", "_unique2", "unique_dim", "unique_dim_consecutive"}
+ASKS_FOR_VALUES = {
+    *("_local_scalar_dense", "equal", "nonzero", "masked_select"),
+    *("unique_consecutive", "_unique2", "unique_dim", "unique_dim_consecutive"),
+}
 OF_UNKNOWN_VALUES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "multinomial"}
 INDEXING = {"index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"}
 
@@ -53,7 +64,9 @@ class Counts:
     kernels: int = 0  # about: one for every operation that is no view
     flops: Counter[str] = field(default_factory=Counter)  # by operation
     wide: Counter[str] = field(default_factory=Counter)  # the largest product in float32, by place
-    attention: Counter[str] = field(default_factory=Counter)  # "KERNEL: PLACE"; of those that are not flash, with shapes
+    attention: Counter[str] = field(
+        default_factory=Counter
+    )  # "KERNEL: PLACE"; of those that are not flash, with shapes
     live: int = 0
     peak: int = 0
     peak_place: str = ""
@@ -158,7 +171,7 @@ class FakeCuda(TorchDispatchMode):
 
     # --- dispatch
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: C901, PLR0912
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
         if func.namespace == "prim":
@@ -173,21 +186,12 @@ class FakeCuda(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         touches = any(map(on_device, tensors))
         all_known = all(known(tensor) is not None for tensor in tensors)
-
-        if name in ("_local_scalar_dense", "equal"):
-            if touches:
-                self.waits(".item()" if name != "equal" else "equal")
-            if all_known:
-                return func(*tree_map(real, args))
-            return unknown_scalar(tensors[0]) if name != "equal" else True
         if name == "is_pinned":
             return getattr(args[0], "pinned", False)
-        if name in ASKS_HOW_MANY or (name == "repeat_interleave" and kwargs.get("output_size") is None):
+        if name in ASKS_FOR_VALUES or (name == "repeat_interleave" and kwargs.get("output_size") is None):
             if touches:
-                self.waits(name)
-            assert all_known, f"{name} of values that are not known, at {place()}"
-            found = func(*tree_map(real, args), **real_options(kwargs))
-            return tree_map(lambda t: self.of_values(t, tensors[0].device), found)
+                self.waits(".item()" if name == "_local_scalar_dense" else name)
+            return self.answer(func, name, args, kwargs, tensors, all_known=all_known)
         if name in ("_to_copy", "copy_"):
             self.copied(name, args, kwargs)
 
@@ -201,6 +205,16 @@ class FakeCuda(TorchDispatchMode):
         self.keep_values(func, name, args, kwargs, outs, all_known=all_known)
         self.account(out)
         return out
+
+    def answer(
+        self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[torch.Tensor], *, all_known: bool
+    ) -> Any:
+        """What the host is told of values: a number, or a tensor as large as they say."""
+        if not all_known:
+            assert name in ("_local_scalar_dense", "equal"), f"{name} of values that are not known, at {place()}"
+            return unknown_scalar(tensors[0]) if name == "_local_scalar_dense" else True
+        found = func(*tree_map(real, args), **real_options(kwargs))
+        return tree_map(lambda t: self.of_values(t, tensors[0].device) if isinstance(t, torch.Tensor) else t, found)
 
     def without_masks(self, indices: Any) -> Any:
         """Indices whose boolean masks are places; finding them makes the host wait."""

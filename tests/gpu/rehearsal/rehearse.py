@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from tests.gpu.rehearsal.cases import Measured
     from tests.gpu.rehearsal.fake_cuda import FakeCuda
-    from tests.gpu.rehearsal.models import Depth
+    from tests.support.published import Depth
 
     Case = tuple[str, Callable[[FakeCuda, Depth], Measured]]  # its checkpoint, and what it runs
 
@@ -66,11 +66,12 @@ def main() -> int:
         found[name] = run_case(mode, case, quick=options.quick, whole=options.whole)
         if not options.record and not options.whole:
             broken[name] = broken_rules(found[name], recorded.get(name))
+        if options.record:
+            recorded[name] = found[name]
+            RECORDED.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
         print(told(name, found[name], time.perf_counter() - began), file=sys.stderr)
         for line in broken.get(name, []):
             print(f"    BROKEN: {line}", file=sys.stderr)
-    if options.record:
-        RECORDED.write_text(json.dumps(recorded | found, indent=1, sort_keys=True) + "\n")
     report: dict[str, Any] = {"measured": found, "broken": {name: lines for name, lines in broken.items() if lines}}
     if options.controls:
         from tests.gpu.rehearsal.controls import by_hand, controls

@@ -12,8 +12,7 @@ ROOM = 1.02  # over what was recorded, for kernels and memory
 def broken_rules(parts: dict[str, Any], recorded: dict[str, Any] | None) -> list[str]:
     """The rules that what was measured breaks, each in a line."""
     lines = []
-    for part in parts:
-        found = parts[part]
+    for part, found in parts.items():
         lines += [
             f"{part}: a product in float32 of {flops / 1e9:.1f} GFLOP at {where}"
             for where, flops in found["wide"].items()
@@ -29,7 +28,7 @@ def broken_rules(parts: dict[str, Any], recorded: dict[str, Any] | None) -> list
 
 def not_flash(attention: str) -> str | None:
     """An attention of several queries a row that does not get the flash kernel; KERNEL SHAPES: PLACE."""
-    kernel = attention.split(":")[0]
+    kernel = attention.split(":", maxsplit=1)[0]
     if kernel == "flash":
         return None
     name, shapes = kernel.split(" ", 1)
