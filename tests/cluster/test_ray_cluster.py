@@ -10,6 +10,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from vladva.recipes import RECIPES
+
 ROOT = Path(__file__).parents[2]
 PATH = ROOT / "ray_cluster.yaml"
 
@@ -55,6 +57,16 @@ def test_spot_comes_before_its_on_demand_twin(config: dict[str, Any]) -> None:
     # The autoscaler compares utilisation, then availability, then priority: other resources would decide before it.
     assert spot["resources"] == twin["resources"]
     assert spot["node_config"] == twin["node_config"]
+
+
+def test_either_gpu_pool_alone_holds_every_recipe(config: dict[str, Any]) -> None:
+    for name in ("gpu_spot", "gpu_on_demand"):
+        pool = config["available_node_types"][name]
+        gpus = pool["max_workers"] * pool["resources"]["GPU"]
+        assert pool["max_workers"] <= config["max_workers"]
+        for recipe, make in RECIPES.items():
+            cluster = make().cluster
+            assert cluster.workers * cluster.gpus_per_worker <= gpus, (name, recipe)
 
 
 def test_every_node_has_safe_machine_settings(config: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from vladva.core import storage
 from vladva.core.errors import StorageRefusedError
+from vladva.core.job_metrics import JobMetrics
 from vladva.core.model_description import ModelDescription
 from vladva.core.progress import Progress
 from vladva.core.ray_tasks import FEEDER_CPUS, actor_cpus, actor_pool, feeder_pool, in_single_rows
@@ -115,9 +116,17 @@ def encode(
             )
             load = {"model": model, "adapter": adapter, "merge": adapter, "dtype": dtype}
             pool = Pool(load, targets, actors, cpus_per_actor, gpus_per_actor)
+            metrics = JobMetrics(storage.absolute(next(iter(uris.values()))))
             with Progress("embedding", total if left is None else left) as progress:
                 for report in reports_of(items, batching, pool):
                     progress.advance(run.add(report), run.figures)
+                    metrics.count(
+                        {
+                            "vladva_embed_items": report.get("embedded", 0),
+                            "vladva_embed_tokens": report.get("tokens", 0),
+                            "vladva_embed_quarantined": len(report.get("bad", ())),
+                        }
+                    )
     finally:
         known.stop()
     for layer, table in tables.items():

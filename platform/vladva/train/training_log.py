@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vladva.config import RunConfig
+from vladva.core.job_metrics import JobMetrics
 from vladva.losses.contrastive import find_loss
 from vladva.models.checkpoint import AsyncSaver
 from vladva.train.audit_log import AuditLog
@@ -16,6 +17,8 @@ from vladva.train.tracking import Tracker
 if TYPE_CHECKING:
     from vladva.models.batch import MicroBatch
     from vladva.train.grad_cache import StepLoss
+
+SHOWN_IN_PROMETHEUS = ("loss", "in_batch_accuracy", "effective_negatives", "pairs_per_s")
 
 
 class TrainingLog:
@@ -32,6 +35,7 @@ class TrainingLog:
             self.tracker = Tracker(
                 config.uri, first_step=start, config=config.to_json(), mlflow=chosen.mlflow, wandb=chosen.wandb
             )
+            self.metrics = JobMetrics(config.name)
             kept = config.train
             self.saver = AsyncSaver(config.uri, keep_last=kept.keep_last, keep_best=kept.keep_best or None)
 
@@ -56,29 +60,35 @@ class TrainingLog:
         tokens = sum(int(chunk.image.lengths.sum() + chunk.text.lengths.sum()) for chunk in batch)
         next_token = losses.next_token.item()
         scalars = dict(zip(self.loss.scalars(), losses.scalars, strict=True))
-        self.tracker.log(
-            step,
+        values = {
+            "loss": contrastive.loss.item() + self.config.loss.next_token_weight * next_token,
+            "contrastive_loss": contrastive.loss.item(),
+            **({"next_token_loss": next_token} if losses.caption_tokens else {}),
+            **{name: value.item() for name, value in self.loss.figures(scalars).items()},
+            "in_batch_accuracy": contrastive.accuracy.item(),
+            "in_batch_recall_i2t": contrastive.image_recall.item(),
+            "in_batch_recall_t2i": contrastive.text_recall.item(),
+            "effective_negatives": contrastive.effective_negatives.item(),
+            "duplicates": contrastive.duplicates.item(),
+            "lr": rate,
+            "grad_norm": norm,
+            "pairs_per_s": self.config.train.global_batch / seconds,
+            "pairs_per_s_per_worker": self.config.train.global_batch / seconds / self.config.cluster.workers,
+            "tokens_per_s_per_worker": tokens / seconds,
+            "data_wait_s": waited,
+            "step_s": seconds,
+            "peak_memory_gib": peak_memory() / 2**30,
+            **scores,
+        }
+        self.tracker.log(step, values)
+        self.metrics.set(
             {
-                "loss": contrastive.loss.item() + self.config.loss.next_token_weight * next_token,
-                "contrastive_loss": contrastive.loss.item(),
-                **({"next_token_loss": next_token} if losses.caption_tokens else {}),
-                **{name: value.item() for name, value in self.loss.figures(scalars).items()},
-                "in_batch_accuracy": contrastive.accuracy.item(),
-                "in_batch_recall_i2t": contrastive.image_recall.item(),
-                "in_batch_recall_t2i": contrastive.text_recall.item(),
-                "effective_negatives": contrastive.effective_negatives.item(),
-                "duplicates": contrastive.duplicates.item(),
-                "lr": rate,
-                "grad_norm": norm,
-                "pairs_per_s": self.config.train.global_batch / seconds,
-                "pairs_per_s_per_worker": self.config.train.global_batch / seconds / self.config.cluster.workers,
-                "tokens_per_s_per_worker": tokens / seconds,
-                "data_wait_s": waited,
-                "step_s": seconds,
-                "peak_memory_gib": peak_memory() / 2**30,
-                **scores,
-            },
+                "vladva_train_step": step + 1,
+                "vladva_train_wait_share": waited / seconds,
+                **{f"vladva_train_{name}": values[name] for name in SHOWN_IN_PROMETHEUS},
+            }
         )
+        self.metrics.count({"vladva_train_pairs": self.config.train.global_batch})
 
     def flush(self) -> None:
         """Wait until the last checkpoint is where it belongs."""

@@ -19,8 +19,38 @@ import ray
 import yaml
 from ray.cluster_utils import AutoscalingCluster
 
+# What Ray's class reads from a file that its wheels leave out.
+MADE_UP: dict[str, Any] = {
+    "cluster_name": "rehearsal",
+    "provider": {
+        "type": "fake_multinode",
+        "use_node_id_as_ip": True,
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+    },
+    "head_node_type": "ray.head.default",
+    "auth": {},
+    "docker": {},
+    "file_mounts": {},
+    "file_mounts_sync_continuously": False,
+    **{f"{role}commands": [] for role in ("initialization_", "setup_", "head_setup_", "worker_setup_")},
+    **{f"{role}_start_ray_commands": [] for role in ("head", "worker")},
+    **{name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
+}
 IDLE_MINUTES = 0.15
+MOST_NODES = 2  # of a type: each is a raylet of this machine
 WITHIN_S = 120.0
+
+
+class MadeUpMachines(AutoscalingCluster):
+    """Ray's cluster of made-up machines."""
+
+    def _generate_config(
+        self, head_resources: dict[str, Any], worker_node_types: dict[str, Any], **others: Any
+    ) -> dict[str, Any]:
+        others.pop("autoscaler_v2")
+        head = {"resources": head_resources, "node_config": {}, "max_workers": 0}
+        return {**MADE_UP, "available_node_types": {**worker_node_types, "ray.head.default": head}, **others}
 
 
 def main() -> None:
@@ -30,7 +60,8 @@ def main() -> None:
     for name, node_type in types.items():
         node_type["node_config"] = {}
         node_type["resources"][name] = 1  # so that a node tells its type
-    cluster = AutoscalingCluster(
+        node_type["max_workers"] = min(node_type["max_workers"], MOST_NODES)
+    cluster = MadeUpMachines(
         head_resources=dict(head["resources"]),
         worker_node_types=types,
         max_workers=content["max_workers"],
@@ -61,7 +92,7 @@ def observe(names: list[str]) -> dict[str, Any]:
     ray.get(group.ready(), timeout=WITHIN_S)
     seen["for a GPU"] = running(names)
     # More than the spot pool holds: its twin on demand takes the rest.
-    spot = [ray.util.placement_group([{"GPU": 4}]) for _ in range(5)]
+    spot = [ray.util.placement_group([{"GPU": 4}]) for _ in range(MOST_NODES + 1)]
     ray.get([each.ready() for each in spot], timeout=WITHIN_S)
     seen["for more GPUs than spot has"] = running(names)
     for each in (group, *spot):

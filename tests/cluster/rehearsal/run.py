@@ -52,15 +52,20 @@ def main() -> None:
 def rehearse(options: argparse.Namespace) -> int:
     """Run the steps; returns the exit status."""
     from tests.cluster.rehearsal.cluster import Cluster, use
+    from tests.cluster.rehearsal.prometheus import prometheus
     from tests.cluster.rehearsal.steps import STEPS
     from tests.support.s3_server import s3_server
 
     began = time.monotonic()
     compile_op()
     rows = []
-    with hosts.hosts() as machines, s3_server(machines.folder / "s3", hosts.SWITCH) as s3:
+    with (
+        hosts.hosts() as machines,
+        s3_server(machines.folder / "s3", hosts.SWITCH) as s3,
+        prometheus(machines.folder / "prometheus", [host.address for host in machines.all[:-1]]) as metrics,
+    ):
         use(s3)
-        cluster = Cluster(machines, s3, machines.folder)
+        cluster = Cluster(machines, s3, machines.folder, metrics)
         for step in STEPS:
             if not (step.short or (options.only in step.name and not options.short)):
                 continue

@@ -18,6 +18,7 @@ from PIL import Image
 from tests.cluster.rehearsal.cluster import API_KEY, BUCKET, RAY, WITHIN, Cluster, StepError, check, wait_until
 from tests.cluster.rehearsal.hosts import PROJECT
 from tests.cluster.rehearsal.load import Load
+from tests.cluster.rehearsal.prometheus import seen
 from vladva.core import storage
 from vladva.embed.table import read_embeddings
 from vladva.train.audit import audit
@@ -399,6 +400,38 @@ def serving_while_a_host_dies(cluster: Cluster) -> str:
     cluster.laptop(f"serve shutdown --address {RAY['RAY_API_SERVER_ADDRESS']} --yes")
     check(load.failed == 0, load.figures())
     return f"replicas {replicas}; {load.figures()}"
+
+
+@step()
+def every_panel_of_the_dashboard_has_figures(cluster: Cluster) -> str:
+    check(bool(cluster.prometheus), "no prometheus on PATH: apt-get install prometheus")
+    panels = json.loads((PROJECT / "cluster/grafana.json").read_text())["panels"]
+    asked = {
+        target["expr"].replace("$__rate_interval", "30s"): panel["title"]
+        for panel in panels
+        for target in panel.get("targets", [])
+    }
+    empty = [
+        f"{title}: {expression}" for expression, title in asked.items() if not seen(cluster.prometheus, expression)
+    ]
+    check(not empty, f"without a figure: {empty}")
+    check(seen(cluster.prometheus, "ray_vladva_train_loos") == 0, "a figure that there is not was found")
+    return f"{len(asked)} expressions, each with figures of what was run above"
+
+
+@step()
+def node_types_of_ray_cluster_yaml(cluster: Cluster) -> str:
+    output = cluster.laptop("python tests/cluster/rehearsal/node_types.py ray_cluster.yaml", timeout=600)
+    found = json.loads(last_line(output))
+    none = {"data": 0, "gpu_on_demand": 0, "gpu_spot": 0}
+    check(found["before"] == none, found)
+    check(found["for a CPU task"]["data"] == 1, found)  # neither the head, which has no CPUs, nor a GPU machine
+    check(found["for a CPU task"]["gpu_spot"] == found["for a CPU task"]["gpu_on_demand"] == 0, found)
+    check(found["for a GPU"]["gpu_spot"] == 1 and found["for a GPU"]["gpu_on_demand"] == 0, found)
+    more = found["for more GPUs than spot has"]
+    check(more["gpu_spot"] == 2 and more["gpu_on_demand"] >= 1, found)
+    check(found["idle"] == none, found)
+    return json.dumps(found)
 
 
 # --- the head
