@@ -62,6 +62,9 @@ class OneShape:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await refuse_websocket(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -98,6 +101,18 @@ class OneShape:
         kept = {name: headers[name] for name in ("retry-after", "x-request-id") if name in headers}
         kept.setdefault("x-request-id", str(uuid.uuid4()))
         await reply(FAILURES.get(error["status"], INTERNAL), kept)(scope, receive, send)
+
+
+async def refuse_websocket(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer who wants to speak another protocol: there is none here."""
+    await receive()  # the request to connect
+    if "websocket.http.response" not in scope.get("extensions", {}):
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    response = reply(FAILURES[404], {"x-request-id": str(uuid.uuid4())})
+    start = {"type": "websocket.http.response.start", "status": response.status_code, "headers": response.raw_headers}
+    await send(start)
+    await send({"type": "websocket.http.response.body", "body": bytes(response.body)})
 
 
 class KeptBody:

@@ -147,6 +147,14 @@ def test_what_is_not_http_gets_the_one_shape_too(client: httpx.Client) -> None:
         error_of(raw_reply(client, sent), 400, "invalid_http")
 
 
+def test_who_wants_a_websocket_gets_it_too(client: httpx.Client) -> None:
+    handshake = (
+        b"GET /v1/embeddings HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    error_of(raw_reply(client, handshake), 404, "not_found")
+
+
 def test_errors_of_serves_own_proxy_have_it_too(client: httpx.Client) -> None:
     late = client.post("/v1/embeddings", json={"input": "a"}, headers={"x-request-timeout-seconds": "0.0001"})
     error_of(late, 408, "deadline_exceeded")
