@@ -5,6 +5,7 @@ whoever next asks after the batch, and goes on with the embeddings table that it
 """
 
 import json
+import logging
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from serve.protocol.errors import INTERNAL, ApiError, Failure
 from serve.protocol.items import EmbedItem, ItemOptions, Limits, as_list, parse_items
 from serve.protocol.schema import EmbeddingRequest
 from serve.protocol.vectors import embedding_object
+
+logger = logging.getLogger("ray.serve")
 
 ENDPOINT = "/v1/embeddings"
 NAMESPACE = "vladva"
@@ -53,10 +56,16 @@ class BatchJob:
             return
         try:
             self.compute(batch)
-        except (ValueError, ApiError) as error:
-            failure = error.failure if isinstance(error, ApiError) else Failure(422, str(error), "invalid_value")
-            errors = {"object": "list", "data": [{"code": failure.code, "message": failure.body()["message"]}]}
-            self.files.write_batch(self.files.read(self.name, "batch"), status="failed", errors=errors)
+        except ApiError as error:
+            self.fail(error.failure)
+        except Exception:  # tried again, it would fail again, for as long as somebody asks after it
+            logger.exception("the batch %s cannot be computed", self.name)
+            self.fail(INTERNAL)
+
+    def fail(self, failure: Failure) -> None:
+        """Say why there will be no result."""
+        errors = {"object": "list", "data": [{"code": failure.code, "message": failure.body()["message"]}]}
+        self.files.write_batch(self.files.read(self.name, "batch"), status="failed", errors=errors)
 
     def compute(self, batch: dict[str, Any]) -> None:
         """Read the input file, embed, and write the output files."""

@@ -81,7 +81,12 @@ class BoundedBodies:
             pending: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
             async def replay() -> Message:
-                return pending.pop() if pending else await receive()
+                if pending:
+                    return pending.pop()
+                try:
+                    return await receive()
+                except Exception:  # Serve raises where the client has gone, rather than saying so
+                    return {"type": "http.disconnect"}
 
             await self.app(scope, replay, send)
         finally:

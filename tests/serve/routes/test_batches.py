@@ -35,7 +35,7 @@ def jsonl(*lines: dict[str, Any]) -> bytes:
 
 def wait_for(client: OpenAI, name: str) -> Any:
     """The batch once it is done."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while (batch := client.batches.retrieve(name)).status not in ("completed", "failed", "cancelled"):
         assert time.monotonic() < deadline, batch
         time.sleep(1)
