@@ -12,12 +12,13 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from ipaddress import ip_address
 from typing import Any
 
 import click
 import ray
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
@@ -68,18 +69,19 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application, made in the replica."""
         app = FastAPI(title="vladva", docs_url=None, redoc_url=None, redirect_slashes=False)
-        for noun in ROUTES:
-            app.include_router(noun.routes(self.backend))
+        routers = [noun.routes(self.backend) for noun in ROUTES]
+        for router in routers:
+            app.include_router(router)
         handle_errors(app)
         bounded = BoundedBodies(app, self.args.body_limits)
         guarded = LastResort(Auth(bounded, self.key_digests, self.write_digests))
-        counted = RequestMetrics(with_origins(guarded, self.args.cors_origins), paths_of(app))
+        counted = RequestMetrics(with_origins(guarded, self.args.cors_origins), paths_of(routers))
         return Forgiving(counted)
 
 
-def paths_of(app: FastAPI) -> list[str]:
+def paths_of(routers: Sequence[APIRouter]) -> list[str]:
     """The paths of the routes that there are."""
-    return [route.path for route in app.routes if isinstance(route, Route)]
+    return [route.path for router in routers for route in router.routes if isinstance(route, Route)]
 
 
 def build(arguments: dict[str, Any]) -> Application:

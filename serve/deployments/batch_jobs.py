@@ -1,7 +1,7 @@
 """Batch jobs: OpenAI's batches of embedding requests, computed by the same job as `jobs/embed.py`.
 
-Each batch has an actor of its own, which outlives the application. One that is killed is started again, by Ray or by
-whoever next asks after the batch, and goes on with the embeddings table that it has written so far.
+Each batch has an actor of its own, which outlives the application. One that is killed is started again when somebody
+next asks after the batch, and goes on with the embeddings table that it has written so far.
 """
 
 import json
@@ -246,7 +246,7 @@ def output_line(custom_id: str, status: int, body: dict[str, Any]) -> dict[str, 
 
 def ensure_running(args: ServeArgs, name: str) -> None:
     """Start the actor of a batch that is not done, where there is none."""
-    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(BatchJob)
+    actor: Any = ray.remote(num_cpus=0)(BatchJob)
     try:
         ray.get_actor(name, NAMESPACE)
     except ValueError:

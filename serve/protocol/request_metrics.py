@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Collection
 
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LATENCY_BUCKETS_S = [0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120]
@@ -19,7 +20,8 @@ class RequestMetrics:
         from ray.util.metrics import Counter, Histogram
 
         self.app = app
-        self.routes = frozenset(routes)
+        self.routes = {path for path in routes if "{" not in path}
+        self.patterns = [(compile_path(path)[0], path) for path in routes if "{" in path]
         self.requests = Counter("vladva_requests", "Requests by route, status and reason", ("route", "status", "code"))
         self.seconds = Histogram("vladva_request_seconds", "Time to the whole answer", LATENCY_BUCKETS_S, ("route",))
         self.first_byte = Histogram(
@@ -31,7 +33,7 @@ class RequestMetrics:
             await self.app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        route = {"route": path if path in self.routes else "other"}
+        route = {"route": self.route_of(path)}
         began, status, code = time.monotonic(), 0, ""
 
         async def watch(message: Message) -> None:
@@ -48,6 +50,12 @@ class RequestMetrics:
         finally:  # without a status, the client has gone
             self.seconds.observe(time.monotonic() - began, route)
             self.requests.inc(1, {**route, "status": str(status), "code": code or "left"})
+
+    def route_of(self, path: str) -> str:
+        """The route of a path, by the name under which it is counted."""
+        if path in self.routes:
+            return path
+        return next((name for pattern, name in self.patterns if pattern.match(path)), "other")
 
 
 def code_in(body: bytes) -> str:

@@ -14,7 +14,7 @@ from serve.deployments.client import Backend
 from serve.protocol.json_route import json_router
 
 SHOWN_METRICS = ("ray_vladva_", "ray_serve_", "vladva_", "serve_")
-NODE_S = 5.0
+NODE_S = 10.0
 
 
 def routes(backend: Backend) -> APIRouter:
