@@ -78,7 +78,7 @@ def test_of_a_task_only_our_words_are_told(
     for make, message in errors:
         error = raise_in_a_task(make, data=data)
         assert len(str(error)) > len(message) + 50  # what Ray makes of it
-        assert type(cause_of(error)) is type(make())
+        assert str(cause_of(error)) == str(make())
 
         def main(error: BaseException = error) -> None:
             raise error

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vladva.core.errors import StorageRefusedError
 from vladva.core.quiet import be_quiet, is_verbose, worker_variables
 
 if TYPE_CHECKING:
     import ray.data
 
+CAUSE = re.compile(
+    r"^(?P<name>[\w.]+): (?P<text>(?:(?!^[\w.]+: ).)*?)\n\nThe above exception was the direct cause",
+    re.DOTALL | re.MULTILINE,
+)
+USER_ERRORS: dict[str, type[Exception]] = {
+    **dict.fromkeys(("ValueError", "InvalidSampleError", "FingerprintMismatch"), ValueError),
+    **dict.fromkeys(("OSError", "PermissionError", "StorageRefusedError"), StorageRefusedError),
+    "FileNotFoundError": FileNotFoundError,
+}
 # What Ray Data adds to the text of whatever a task of its raises.
 RAY_ADVICE = re.compile(r"\n?Failed to [^\n]* after \d+/\d+ attempts \(total backoff .*", re.DOTALL)
 
@@ -34,11 +45,11 @@ def connect() -> None:
     if ray.is_initialized():
         return
     # Jobs show progress and raise errors themselves; what workers print besides goes to the screen on request only.
-    shown = {"logging_level": "WARNING", "log_to_driver": is_verbose()}
+    start = partial(ray.init, logging_level=logging.WARNING, log_to_driver=is_verbose())
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env={"env_vars": worker_variables()}, **shown)
+        start(runtime_env={"env_vars": worker_variables()})
         return
-    ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **shown)
+    start("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False)
     protect_token()
 
 
@@ -58,12 +69,12 @@ def each(function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any
     import ray.data
 
     rows = [{"number": number} for number in numbers]
-    done = ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).map(_call, fn_kwargs={"function": function})
+
+    def call(row: dict[str, Any]) -> dict[str, str]:
+        return {"result": json.dumps(function(int(row["number"])))}
+
+    done = ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).map(call)
     return (json.loads(row["result"]) for row in done.iter_rows())
-
-
-def _call(row: dict[str, Any], *, function: Callable[[int], Any]) -> dict[str, str]:
-    return {"result": json.dumps(function(int(row["number"])))}
 
 
 # --- pools of actors, and what feeds them ----------------------------------------------------------------------------
@@ -121,16 +132,24 @@ def cause_of(error: BaseException) -> BaseException:
     from ray.data.exceptions import UserCodeException
     from ray.exceptions import RayTaskError
 
-    while True:
-        inner = error.cause if isinstance(error, RayTaskError) else None
-        if isinstance(error, UserCodeException) and inner is None:
-            inner = error.__cause__
+    while isinstance(error, RayTaskError):
+        inner = error.cause
+        if isinstance(inner, UserCodeException):  # Ray Data's own; what it was raised for is left as text only
+            return _as_told(error.traceback_str) or error
         if not isinstance(inner, BaseException) or inner is error:
-            error.args = tuple(RAY_ADVICE.sub("", each) if isinstance(each, str) else each for each in error.args)
-            if isinstance(error, OSError) and RAY_ADVICE.search(str(error.filename)):
-                error.filename = None
-            return error
+            break
         error = inner
+    error.args = tuple(RAY_ADVICE.sub("", each) if isinstance(each, str) else each for each in error.args)
+    if isinstance(error, OSError) and RAY_ADVICE.search(str(error.filename)):
+        error.filename = None
+    return error
+
+
+def _as_told(traceback: str) -> BaseException | None:
+    """The user's error that a traceback tells of as the cause of another; None for others."""
+    found = CAUSE.search(traceback)
+    kind = USER_ERRORS.get(found["name"].rpartition(".")[2]) if found else None
+    return kind(RAY_ADVICE.sub("", found["text"])) if found and kind else None
 
 
 def feeder_pool(actors: int | tuple[int, int], cpus_per_actor: int) -> ray.data.TaskPoolStrategy:

@@ -23,7 +23,6 @@ from vladva.core.hashing import key_number
 from vladva.data.epoch_plan import EpochPlan
 
 if TYPE_CHECKING:
-    from vladva.data.sampler import SampleRange
     from vladva.data.sidecar import SampleRef
 
 
@@ -33,7 +32,7 @@ class SampleRange(NamedTuple):
     source: int
     epoch: int
     first: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's own method of this name is not used
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,6 @@ class SampleFinder:
     """Chunk number -> the samples in it, by the indexes of the run's data sets. Reads no shard."""
 
     def __init__(self, config: RunConfig) -> None:
-        from vladva.data.sampler import Sampler
         from vladva.data.shard_index import ShardIndex
 
         self.indexes = [ShardIndex.open(uri) for uri in config.data.uris]
