@@ -8,6 +8,7 @@ line is JSON; of each loss, the memory that the process takes at its peak above 
 
     *_growth   at G = 32,768 over that at 8,192: linear is 4, a matrix of G x G would make it 16
     *_gib      at G = 32,768; the matrix of the naive loss alone is 4 GiB, and its gradient another
+    *_share    processor time of one of 64 workers for its share of G = 4,096, over that for the whole loss
     *_error    largest difference of the gradients from the naive loss's at G = 512, relative to their largest value
 """
 
@@ -18,6 +19,8 @@ import json
 import math
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -63,6 +66,20 @@ def naive(loss: str, images: Tensor, texts: Tensor) -> Tensor:
     return torch.stack(values).mean()
 
 
+def share_of(loss: str, workers: int = 64, pairs: int = 4096) -> float:
+    """Time for one worker's rows and columns, figures included, over that for all of them."""
+    found = find_loss(LossConfig(contrastive="sigmoid" if loss == "sigmoid" else "info_nce"))
+    scalars = {"log_scale": torch.tensor(SCALE), "bias": torch.tensor(BIAS)}
+    widths, sides = DIMS if loss == "matryoshka" else (), embeddings(pairs)
+    whole = select_pairs(*sides)
+    seconds = []
+    for pairs_of in (whole, whole, replace(whole, share=range(pairs // 2, pairs // 2 + pairs // workers))):
+        began = time.process_time()
+        torch.autograd.grad(contrastive_loss(found, pairs_of, scalars, widths=widths).loss, sides)
+        seconds.append(time.process_time() - began)
+    return seconds[-1] / seconds[1]
+
+
 def error(loss: str, pairs: int = 512) -> float:
     """Largest relative difference of both gradients."""
     sides = embeddings(pairs)
@@ -105,6 +122,7 @@ def main() -> None:
     for loss in LOSSES:
         small, large = map(partial(in_a_process, loss), (options.large // 4, options.large))
         figures |= {f"{loss}_growth": round(large / small, 2), f"{loss}_gib": round(large / 2**30, 3)}
+        figures[f"{loss}_share"] = round(share_of(loss), 3)
         figures[f"{loss}_error"] = float(f"{error(loss):.1e}")
         print(loss, figures, flush=True)
     print(json.dumps(figures))

@@ -112,7 +112,7 @@ def two_forward_step(checkpoint: str, pairs: int) -> Callable[[], None]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
     pixels = as_tensors(batch.pixels, "cpu")
     prompts, captions, short = (
-        prompts_only(batch.image, "cpu"),
+        prompts_only(batch.image, as_tensors(batch.image, "cpu")),
         as_tensors(batch.image, "cpu"),
         as_tensors(batch.text, "cpu"),
     )

@@ -25,9 +25,10 @@ from vladva.losses.pairs import Pairs
 from vladva.models.adapter import add_adapter
 from vladva.models.batch import MicroBatch, as_tensors
 from vladva.models.embedding_model import EmbeddingModel, caption_labels, checkpoint_activations
+from vladva.train import global_batch, grad_cache
+from vladva.train.collectives import gather_ragged
 from vladva.train.data_loader import run_preprocessor
 from vladva.train.engine import Engine
-from vladva.train.grad_cache import pixels_of
 from vladva.train.setup import make_backward
 
 CHUNKS, PAIRS, STEPS, RATE = 4, 3, 2, 1e-2
@@ -43,12 +44,14 @@ class Case:
     train: tuple[tuple[str, Any], ...] = ()
     model: tuple[tuple[str, Any], ...] = ()
     reference: str | None = None  # another case's, whose options it must equal; its own otherwise
+    shares: bool = False  # each worker computes its own rows and columns of the loss, as three and more do anyway
 
 
 E5_V = LossConfig(options=("directions=one-way",), temperature=0.05, learn_temperature=False, next_token_weight=0.0)
 SIGLIP = LossConfig(contrastive="sigmoid", temperature=0.1, options=("bias=-3.0",), next_token_weight=0.5)
 NESTED = LossConfig(matryoshka=(8, 16), next_token_weight=0.5)
 DROPOUT = (("lora_dropout", 0.3),)
+HARD = "matryoshka and hard negatives"
 CASES = {
     "info_nce": Case(),
     "matryoshka and hard negatives": Case(kind="negatives", loss=NESTED),
@@ -69,6 +72,16 @@ CASES = {
     "activation checkpointing, ZeRO-3, offload": Case(
         train=(("activation_checkpointing", True), ("offload", True), ("zero_stage", 3)), reference="info_nce"
     ),
+    "shares, one worker": Case(world=1, shares=True, reference="info_nce"),
+    "shares, two workers": Case(shares=True, reference="info_nce"),
+    "shares, three workers": Case(world=3, reference="info_nce"),
+    "shares, single pass": Case(
+        kind="negatives", loss=NESTED, train=(("gradient_cache", False),), shares=True, reference=HARD
+    ),
+    "shares, three workers, hard negatives": Case(world=3, kind="negatives", loss=NESTED, reference=HARD),
+    "shares, one-way": Case(kind="texts", loss=E5_V, shares=True, reference="texts, one-way, fixed temperature"),
+    "shares, sigmoid": Case(kind="negatives", loss=SIGLIP, shares=True, reference="sigmoid"),
+    "shares, sigmoid, three workers": Case(world=3, kind="negatives", loss=SIGLIP, reference="sigmoid"),
     "dropout": Case(world=1, model=DROPOUT),
     "dropout, activation checkpointing, ZeRO-3": Case(
         world=1,
@@ -96,7 +109,7 @@ def config_of(checkpoint: str, case: Case) -> RunConfig:
             chunk_size=PAIRS,
             **({"gradient_cache": True} | dict(case.train)),
         ),
-        cluster=ClusterConfig(workers=case.world),
+        cluster=ClusterConfig(workers=case.world, min_workers=1),
     )
 
 
@@ -190,7 +203,9 @@ def plain_steps(config: RunConfig, kind: str) -> dict[str, Any]:
         images, captions, negatives, caption_sum, count = [], [], [], 0.0, 0
         for chunk in chunks:
             tokens = as_tensors(chunk.image, "cpu")
-            hidden = model.base.model(**model.inputs(tokens, pixels_of(chunk, "cpu"))).last_hidden_state
+            hidden = model.base.model(
+                **model.inputs(tokens, as_tensors(chunk.pixels, "cpu") if chunk.pixels else None)
+            ).last_hidden_state
             images.append(normalize(hidden[torch.arange(PAIRS), tokens["prompt_lengths"] - 1], dim=-1))
             labels = caption_labels(tokens)[:, 1:].flatten()
             if config.loss.next_token_weight and (labels != -100).any():
@@ -227,8 +242,10 @@ def run_cases(rank: int, checkpoint: str, out: Path, world: int) -> None:
     # A wrong one for each: dropout whose masks are not drawn again, and hard negatives that the loss forgets.
     if world == 1:
         engine_steps(rank, checkpoint, out, "dropout, wrong", CASES["dropout"], lambda options: {"dropout": False})
-    else:
+    elif world == 2:
         engine_steps(rank, checkpoint, out, "sigmoid, wrong", CASES["sigmoid"], without_negatives)
+        global_batch.gather_ragged = lambda local, summed=False: gather_ragged(local)  # gradients are not exchanged
+        engine_steps(rank, checkpoint, out, "shares, two workers, wrong", CASES["shares, two workers"])
 
 
 def engine_steps(
@@ -240,6 +257,7 @@ def engine_steps(
     change: Callable[[dict], dict] = lambda options: {},
 ) -> None:
     config = config_of(checkpoint, case)
+    grad_cache.SHARING_RANKS = 1 if case.shares else 3
     model, chunks = build(config, case.kind)
     engine = Engine(model, config)
     backward = make_backward(config)
@@ -259,7 +277,7 @@ def engine_steps(
 
 def main() -> None:
     checkpoint, out = sys.argv[1], Path(sys.argv[2])
-    for world in (1, 2):
+    for world in (1, 2, 3):
         ranks.run(world, run_cases, checkpoint, out, world)
     torch.set_num_threads(1)
     for name, case in CASES.items():

@@ -337,18 +337,20 @@ class ChunkReader:
         from vladva.data.examples import Example, choose_captions, choose_negatives, read_text
 
         data = self.config.data
-        drawn_by = {"seed": self.config.seed, "epoch": run.epoch, "sample_id": ref.id}
+        seed = self.config.seed
         short, long = choose_captions(
             ref.captions,
             ref.caption_tokens,
             short_below=data.short_below,
             long_below=data.long_below,
-            **drawn_by,
+            seed=seed,
+            epoch=run.epoch,
+            sample_id=ref.id,
         )
         image = decode_image(content) if ref.width else self.cut(read_text(content))
         short = None if short is None else self.cut(short)
         long = long if ref.width and with_captions else None
-        negatives = choose_negatives(ref.negatives, data.hard_negatives, **drawn_by)
+        negatives = choose_negatives(ref.negatives, data.hard_negatives, seed=seed, epoch=run.epoch, sample_id=ref.id)
         return Example(self.find.name(run.source, ref.id), image, short, long, tuple(map(self.cut, negatives)))
 
     def cut(self, text: str) -> str:

@@ -46,11 +46,15 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     # At stage 0 DeepSpeed has no float32 copy of bfloat16 weights: there the adapter itself is float32.
     bf16 = config.model.dtype == "bfloat16" and config.train.zero_stage > 0
+    exact = bf16 and config.train.zero_stage > 1
     return {
         "train_micro_batch_size_per_gpu": config.train.chunk_size,
         "gradient_accumulation_steps": micro_steps,
         "gradient_clipping": config.optim.clip_norm,
         "bf16": {"enabled": bf16},
+        # Gradients of bfloat16 weights are reduced and added up over chunks in float32, 40 to 80 MB for an adapter. At
+        # stage 1 DeepSpeed would take another optimizer for that, which keeps its state in another form.
+        **({"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"} if exact else {}),
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

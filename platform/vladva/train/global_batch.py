@@ -6,9 +6,10 @@ b pairs a chunk, n hard negatives in it, G pairs and H hard negatives in the glo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,10 +32,11 @@ class GlobalBatch:
     negatives: Tensor | None = None  # [H, D]
     negative_owners: Tensor | None = None  # [H]
     negative_keys: Tensor | None = None  # [H]
+    own: range | None = None  # the pairs of this rank, where each computes its share of the loss
 
     def pairs(self, *, mask_duplicates: bool) -> Pairs:
         """The pairs that take part; those with the same image or caption are negatives of each other or not."""
-        return select_pairs(
+        pairs = select_pairs(
             self.images,
             self.texts,
             valid=self.valid,
@@ -44,37 +46,52 @@ class GlobalBatch:
             negative_owners=self.negative_owners,
             negative_keys=self.negative_keys if mask_duplicates else None,
         )
+        if self.own is None:
+            return pairs
+        before, until = (int(self.valid[:end].sum()) for end in (self.own.start, self.own.stop))
+        return replace(pairs, share=range(before, until))
 
 
-def gather_batch(chunks: Sequence[MicroBatch], images: Sequence[Tensor], texts: Sequence[Tensor]) -> GlobalBatch:
+def gather_batch(
+    chunks: Sequence[MicroBatch], images: Sequence[Tensor], texts: Sequence[Tensor], *, shared: bool = False
+) -> GlobalBatch:
     """The global batch from each local chunk's images [b, D] and texts [b + n, D].
 
     Rows are ordered by rank, then by chunk, the hard negatives after all captions.
+    shared: each rank computes its share of the loss; the gradients of its embeddings are then summed over all ranks.
     """
     device = images[0].device
     counts = [len(chunk.image_keys) for chunk in chunks]
     # Pairs are numbered over all ranks: the first of this rank follows the last of the rank before.
     first = int(gather(torch.tensor([sum(counts)], device=device))[: rank_and_world()[0]].sum())
-    keys, owners = [], []
+    own = range(first, first + sum(counts)) if shared else None
+    owners = []
     for chunk, count in zip(chunks, counts, strict=True):
-        keys.append(torch.tensor(chunk.caption_keys, device=device))
-        owners.append(torch.tensor(chunk.text_owners, device=device) + first)
+        owners.append(chunk.text_owners + first)
         first += count
 
-    def captions(columns: Sequence[Tensor]) -> Tensor:
-        return gather_ragged(torch.cat([column[:count] for column, count in zip(columns, counts, strict=True)]))
+    def numbers(arrays: Sequence[np.ndarray]) -> Tensor:
+        """Of all ranks, by one copy to the device."""
+        return gather_ragged(torch.from_numpy(np.concatenate(arrays).astype(np.int64)).to(device, non_blocking=True))
 
-    def negatives(columns: Sequence[Tensor]) -> Tensor:
-        return gather_ragged(torch.cat([column[count:] for column, count in zip(columns, counts, strict=True)]))
+    def captions(columns: Sequence[Tensor], *, summed: bool = False) -> Tensor:
+        local = torch.cat([column[:count] for column, count in zip(columns, counts, strict=True)])
+        return gather_ragged(local, summed=summed)
+
+    def negatives(columns: Sequence[Tensor], *, summed: bool = False) -> Tensor:
+        local = torch.cat([column[count:] for column, count in zip(columns, counts, strict=True)])
+        return gather_ragged(local, summed=summed)
 
     batch = GlobalBatch(
-        images=gather_ragged(torch.cat(list(images))),
-        texts=captions(texts),
-        valid=gather_ragged(torch.cat([torch.tensor(c.has_short, device=device) for c in chunks]).long()).bool(),
-        image_keys=gather_ragged(torch.cat([torch.tensor(c.image_keys, device=device) for c in chunks])),
-        caption_keys=captions(keys),
+        images=gather_ragged(torch.cat(list(images)), summed=shared),
+        texts=captions(texts, summed=shared),
+        valid=numbers([chunk.has_short for chunk in chunks]).bool(),
+        image_keys=numbers([chunk.image_keys for chunk in chunks]),
+        caption_keys=numbers([chunk.caption_keys[:count] for chunk, count in zip(chunks, counts, strict=True)]),
+        own=own,
     )
-    owners_H = negatives(owners)
+    owners_H = numbers([column[count:] for column, count in zip(owners, counts, strict=True)])
     if len(owners_H):
-        batch.negatives, batch.negative_owners, batch.negative_keys = negatives(texts), owners_H, negatives(keys)
+        batch.negatives, batch.negative_owners = negatives(texts, summed=shared), owners_H
+        batch.negative_keys = numbers([chunk.caption_keys[n:] for chunk, n in zip(chunks, counts, strict=True)])
     return batch

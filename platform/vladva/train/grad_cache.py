@@ -10,9 +10,10 @@ A contrastive loss needs every embedding of the global batch at once, a forward 
 By the chain rule the parameters get the gradient of one big batch. When the activations of all chunks fit, the single
 pass does the same without the second forward. (Gao et al., arXiv 2101.06983.)
 
-Every rank computes the same contrastive loss, and its own share of the caption loss; the engine averages gradients over
-the W ranks, hence the factors W below. b pairs a chunk, n hard negatives in it, S scalars
-of the contrastive loss, D width.
+The engine averages gradients over the W ranks, hence the factors W below. Every rank computes its own share of the
+caption loss. Of the contrastive loss one or two ranks compute the whole; more compute each their own rows and columns
+of the matrix of similarities, which share only a corner, and exchange the gradients of the embeddings. b pairs a chunk,
+n hard negatives in it, S scalars of the contrastive loss, D width.
 
 Where W does not divide the chunks of a global batch, some ranks have one less. They run their last one again, at weight
 zero: every rank must take part in each forward and backward (ZeRO-3 gathers parameters there).
@@ -28,13 +29,15 @@ import torch
 from torch import Tensor
 
 from vladva.losses.pairs import PairLoss, Pairs
-from vladva.models.batch import MicroBatch, as_tensors
+from vladva.models.batch import MicroBatch
 from vladva.train.collectives import all_reduce_sum, gather, rank_and_world
+from vladva.train.device_chunk import DeviceChunk, feed
 from vladva.train.global_batch import gather_batch
 
 if TYPE_CHECKING:
     from vladva.models.batch import Tokens
 
+SHARING_RANKS = 3  # from so many on, rows and columns of one rank are fewer entries than the whole matrix
 KEPT_FEATURES = 1 << 30  # bytes of image features that a worker keeps from step 1 to step 3
 
 Contrastive = Callable[[Pairs, Tensor], PairLoss]
@@ -101,16 +104,10 @@ def count_caption_tokens(chunks: Sequence[MicroBatch], device: torch.device) -> 
     return int(all_reduce_sum(torch.tensor(local, device=device)))
 
 
-def pixels_of(chunk: MicroBatch, device: torch.device) -> dict[str, Tensor] | None:
-    """The images on the device; None where the chunk has texts instead."""
-    return None if chunk.pixels is None else as_tensors(chunk.pixels, device)
-
-
-def prompts_only(tokens: Tokens, device: torch.device) -> dict[str, Tensor]:
+def prompts_only(tokens: Tokens, on_device: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tokens without the captions that follow the prompt: all that an embedding needs, as attention is causal."""
-    width = int(tokens.prompt_lengths.max())
-    cut = as_tensors(tokens, device)
-    return cut | {"ids": cut["ids"][:, :width], "lengths": cut["prompt_lengths"]}
+    width = int(tokens.prompt_lengths.max())  # of the host's copy: nobody waits for the device
+    return on_device | {"ids": on_device["ids"][:, :width], "lengths": on_device["prompt_lengths"]}
 
 
 # ------------------------------------------------------------------------------------------------------ the two paths
@@ -129,9 +126,9 @@ def single_pass(
     tokens = count_caption_tokens(chunks, device) if next_token_weight else 0
     images, texts, captions = [], [], []
     idle = torch.zeros((), device=device)
-    for each in padded_passes(chunks, device):
-        pixels = pixels_of(each.chunk, device)
-        found = forward(engine, each, pixels, captions=bool(tokens), caption_tokens=tokens or None)
+    passes = padded_passes(chunks, device)
+    for each, there in zip(passes, feed([(each.chunk, True) for each in passes], device), strict=True):
+        found = forward(engine, each, there, there.pixels, captions=bool(tokens), caption_tokens=tokens or None)
         if each.weight:
             images.append(found.image)
             texts.append(found.text)
@@ -140,12 +137,14 @@ def single_pass(
             idle = idle + 0.0 * (found.image.sum() + found.text.sum() + found.caption_loss)
     # The scalars' exact values, with the gradient of the model's own.
     scalars = engine.scalars + (found.scalars - found.scalars.detach())
-    # Every rank has the whole gradient of the scalars: a W-th of it on each adds up to one.
-    shared_scalars = scalars / world + (scalars * (1 - 1 / world)).detach()
-    loss = contrastive(gather_batch(chunks, images, texts).pairs(mask_duplicates=mask_duplicates), shared_scalars)
+    shared = world >= SHARING_RANKS
+    if not shared:  # every rank has the whole gradient of the scalars: a W-th of it on each adds up to one
+        scalars = scalars / world + (scalars * (1 - 1 / world)).detach()
+    batch = gather_batch(chunks, images, texts, shared=shared)
+    loss = contrastive(batch.pairs(mask_duplicates=mask_duplicates), scalars)
     caption_loss = torch.stack(captions).sum()
     engine.backward(world * (loss.loss + next_token_weight * caption_loss) + idle, last=True)
-    return StepLoss(detached(loss), all_reduce_sum(caption_loss), engine.scalars.clone(), tokens)
+    return StepLoss(of_all_ranks(loss, shared), all_reduce_sum(caption_loss), engine.scalars.clone(), tokens)
 
 
 def cached(
@@ -169,13 +168,13 @@ def cached(
 
     # --- step 1: embeddings, without gradients but for the newest pass
     outputs: list[Outputs] = []
-    for each in passes:
+    for each, there in zip(passes, feed([(each.chunk, True) for each in passes], device), strict=True):
         with torch.set_grad_enabled(each is newest):
-            pixels = engine.vision_features(pixels_of(each.chunk, device))
+            pixels = engine.vision_features(there.pixels)
             each.features = keep_features(pixels, [other.features for other in passes])
             whole = bool(tokens) and (dropout or each is newest)
             found = forward(
-                engine, each, pixels, captions=whole, caption_tokens=tokens or None if each is newest else None
+                engine, each, there, pixels, captions=whole, caption_tokens=tokens or None if each is newest else None
             )
         outputs.append(found)
     newest_outputs, after = outputs[-1], rng_state(device)
@@ -185,21 +184,25 @@ def cached(
     texts = [leaf(found.text) for found in outputs[: len(chunks)]]
     scalars = leaf(engine.scalars)
     del outputs, found
-    loss = contrastive(gather_batch(chunks, images, texts).pairs(mask_duplicates=mask_duplicates), scalars)
+    shared = world >= SHARING_RANKS
+    batch = gather_batch(chunks, images, texts, shared=shared)
+    loss = contrastive(batch.pairs(mask_duplicates=mask_duplicates), scalars)
     # A fixed temperature has no gradient: zeros.
     gradients = torch.autograd.grad(loss.loss, [*images, *texts, scalars], materialize_grads=True)
     image_gradients, text_gradients = gradients[: len(chunks)], gradients[len(chunks) : -1]
-    scalar_gradient = gradients[-1]
+    scalar_gradient = all_reduce_sum(gradients[-1]) if shared else gradients[-1]
 
     # --- step 3: each pass again, the newest first
     caption_total = torch.zeros((), device=device)
+    again = feed([(each.chunk, each.features is None) for each in reversed(passes[:-1])], device)
     for each in reversed(passes):
         if each is newest:
             found = newest_outputs
             del newest_outputs
         else:
-            pixels = each.features or engine.vision_features(pixels_of(each.chunk, device))
-            found = forward(engine, each, pixels, captions=bool(tokens), caption_tokens=tokens or None)
+            there = next(again)
+            pixels = each.features or engine.vision_features(there.pixels)
+            found = forward(engine, each, there, pixels, captions=bool(tokens), caption_tokens=tokens or None)
         surrogate = (found.image * image_gradients[each.index]).sum() + (found.text * text_gradients[each.index]).sum()
         surrogate = each.weight * (surrogate + next_token_weight * found.caption_loss)
         # The scalars' gradient is the same on all W ranks, and is handed in with every pass.
@@ -207,18 +210,25 @@ def cached(
         engine.backward(world * surrogate, last=each is passes[0])
         caption_total += each.weight * found.caption_loss.detach()
     set_rng_state(after, device)
-    return StepLoss(detached(loss), all_reduce_sum(caption_total), engine.scalars.clone(), tokens)
+    return StepLoss(of_all_ranks(loss, shared), all_reduce_sum(caption_total), engine.scalars.clone(), tokens)
 
 
 def forward(
-    engine: Backward, each: Pass, pixels: dict[str, Tensor] | None, *, captions: bool, caption_tokens: int | None
+    engine: Backward,
+    each: Pass,
+    there: DeviceChunk,
+    pixels: dict[str, Tensor] | None,
+    *,
+    captions: bool,
+    caption_tokens: int | None,
 ) -> Outputs:
     """Both sides of a chunk through the model. The second time dropout draws what it drew the first time.
 
+    there: the chunk on the device. pixels: its images, or what the vision tower made of them.
     captions: whether the long captions go in. caption_tokens: None for no caption loss.
     """
     device, chunk, again = engine.device, each.chunk, each.rng_states
-    inputs = as_tensors(chunk.image, device) if captions else prompts_only(chunk.image, device)
+    inputs = there.image if captions else prompts_only(chunk.image, there.image)
     if again:
         set_rng_state(again[0], device)
     before_images = rng_state(device)
@@ -226,7 +236,7 @@ def forward(
     if again:
         set_rng_state(again[1], device)
     each.rng_states = [before_images, rng_state(device)]
-    text, _, scalars = engine(as_tensors(chunk.text, device))
+    text, _, scalars = engine(there.text)
     return Outputs(image, text, caption_loss, scalars)
 
 
@@ -245,9 +255,10 @@ def keep_features(
     return pixels if sum(features.nbytes for features in held) <= KEPT_FEATURES else None
 
 
-def detached(loss: PairLoss) -> PairLoss:
-    """The loss and its statistics without graph."""
-    return PairLoss(*(value.detach() for value in loss))
+def of_all_ranks(loss: PairLoss, shared: bool) -> PairLoss:
+    """The loss of the global batch and its statistics, without graph. The statistics are those of all ranks already."""
+    value, *figures = (value.detach() for value in loss)
+    return PairLoss(all_reduce_sum(value) if shared else value, *figures)
 
 
 class RngState(NamedTuple):

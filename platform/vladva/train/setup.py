@@ -11,10 +11,12 @@ import torch
 from vladva.config import LossConfig, RunConfig
 from vladva.core import storage
 from vladva.losses.contrastive import contrastive_loss, find_loss
+from vladva.losses.pairs import add_nothing
 from vladva.models import checkpoint
 from vladva.models.adapter import add_adapter, load_adapter
 from vladva.models.embedding_model import EmbeddingModel, checkpoint_activations
 from vladva.train import grad_cache
+from vladva.train.collectives import all_reduce_sum
 from vladva.train.data_loader import run_preprocessor
 from vladva.train.engine import Engine
 
@@ -96,6 +98,8 @@ def make_contrastive(config: LossConfig) -> Contrastive:
     names = tuple(loss.scalars())
 
     def contrastive(pairs: Pairs, scalars: Tensor) -> PairLoss:
-        return contrastive_loss(loss, pairs, dict(zip(names, scalars, strict=True)), widths=config.matryoshka)
+        add_up = add_nothing if pairs.share is None else all_reduce_sum
+        values = dict(zip(names, scalars, strict=True))
+        return contrastive_loss(loss, pairs, values, widths=config.matryoshka, add_up=add_up)
 
     return contrastive
