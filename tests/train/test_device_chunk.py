@@ -11,7 +11,7 @@ from vladva.data.scenes.corpus import scenes
 from vladva.data.scenes.scene import render
 from vladva.models.batch import MicroBatch, as_tensors
 from vladva.models.preprocessor import Preprocessor
-from vladva.train.device_chunk import ALIGNMENT, arrays_of, feed, from_parts, on_device, pack, unpack
+from vladva.train.device_chunk import ALIGNMENT, arrays_of, feed, from_parts, in_one_buffer, on_device, views_of
 
 CPU = torch.device("cpu")
 
@@ -30,9 +30,9 @@ def chunks(tiny: str) -> list[MicroBatch]:
 
 def test_every_array_is_a_view_of_the_buffer(chunks: list[MicroBatch]) -> None:
     for chunk in chunks:
-        buffer, places = pack(arrays_of(chunk, with_pixels=True))
+        buffer, places = in_one_buffer(arrays_of(chunk, with_pixels=True))
         assert all(place.offset % ALIGNMENT == 0 for place in places.values())
-        tensors = unpack(buffer, places)
+        tensors = views_of(buffer, places)
         start = buffer.untyped_storage().data_ptr()
         assert all(tensor.untyped_storage().data_ptr() == start for tensor in tensors.values())
         found = from_parts(tensors)
@@ -56,7 +56,7 @@ def test_arrays_of_all_types_and_lengths_stay_apart() -> None:
         "a.turned": np.arange(6, dtype=np.float32).reshape(2, 3).T,
         "a.one": np.array(5, np.int64),
     }
-    tensors = unpack(*pack(arrays))
+    tensors = views_of(*in_one_buffer(arrays))
     for name, array in arrays.items():
         assert torch.equal(tensors[name], torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape)), name
 

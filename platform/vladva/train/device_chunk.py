@@ -47,7 +47,7 @@ def arrays_of(chunk: MicroBatch, *, with_pixels: bool) -> dict[str, np.ndarray]:
     return {f"{name}.{f.name}": getattr(record, f.name) for name, record in records.items() for f in fields(record)}
 
 
-def pack(arrays: dict[str, np.ndarray]) -> tuple[Tensor, dict[str, Place]]:
+def in_one_buffer(arrays: dict[str, np.ndarray]) -> tuple[Tensor, dict[str, Place]]:
     """All arrays in one buffer of bytes, and where each is."""
     places, end = {}, 0
     for name, array in arrays.items():
@@ -60,7 +60,7 @@ def pack(arrays: dict[str, np.ndarray]) -> tuple[Tensor, dict[str, Place]]:
     return torch.from_numpy(whole), places
 
 
-def unpack(buffer: Tensor, places: dict[str, Place]) -> dict[str, Tensor]:
+def views_of(buffer: Tensor, places: dict[str, Place]) -> dict[str, Tensor]:
     """The arrays as views of the buffer."""
     return {
         name: buffer[place.offset : place.offset + place.dtype.itemsize * int(np.prod(place.shape))]
@@ -75,8 +75,8 @@ def on_device(chunk: MicroBatch, device: torch.device, *, with_pixels: bool) -> 
     if device.type != "cuda":
         pixels = as_tensors(chunk.pixels, device) if with_pixels and chunk.pixels is not None else None
         return DeviceChunk(as_tensors(chunk.image, device), as_tensors(chunk.text, device), pixels)
-    buffer, places = pack(arrays_of(chunk, with_pixels=with_pixels))
-    return from_parts(unpack(buffer.pin_memory().to(device, non_blocking=True), places))
+    buffer, places = in_one_buffer(arrays_of(chunk, with_pixels=with_pixels))
+    return from_parts(views_of(buffer.pin_memory().to(device, non_blocking=True), places))
 
 
 def from_parts(tensors: dict[str, Tensor]) -> DeviceChunk:
