@@ -71,10 +71,11 @@ def main() -> None:
     cluster.start(override_env={"RAY_AUTH_MODE": "disabled"})
     try:
         ray.init("auto", logging_level="ERROR", log_to_driver=False)
-        print(json.dumps(observe(list(types))))
+        seen = observe(list(types))
     finally:
         ray.shutdown()
         cluster.shutdown()
+    print(json.dumps(seen))
 
 
 def observe(names: list[str]) -> dict[str, Any]:
