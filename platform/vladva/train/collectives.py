@@ -10,21 +10,22 @@ from torch import Tensor, distributed
 from vladva.core.ranks import rank_and_world
 
 
-def gather(local: Tensor, *, summed: bool = False) -> Tensor:
-    """Rows of all ranks, [n, ...] -> [W n, ...], in the order of ranks; only the rank's own rows carry gradient.
-
-    summed: for a loss of which each rank computes a part; the gradient of the rank's rows is then the sum of what all
-        ranks have for them. Each rank must take part in backward.
-    """
+def gather(local: Tensor) -> Tensor:
+    """Rows of all ranks, [n, ...] -> [W n, ...], in the order of ranks; only the rank's own rows carry gradient."""
     rank, world = rank_and_world()
     if world == 1:
         return local
-    if summed:
-        return _SummedGather.apply(local)
     parts = [torch.empty_like(local) for _ in range(world)]
     distributed.all_gather(parts, local.detach().contiguous())
     parts[rank] = local
     return torch.cat(parts)
+
+
+def gather_summed(local: Tensor) -> Tensor:
+    """As `gather`, for a loss of which each rank computes a part: the gradient of the rank's rows is the sum of what all
+    ranks have for them. Each rank must take part in backward.
+    """
+    return _SummedGather.apply(local) if rank_and_world()[1] > 1 else local
 
 
 class _SummedGather(torch.autograd.Function):
@@ -44,12 +45,12 @@ class _SummedGather(torch.autograd.Function):
 
 
 def gather_ragged(local: Tensor, *, summed: bool = False) -> Tensor:
-    """As `gather`, where ranks have different numbers of rows, or none."""
+    """As `gather`, or `gather_summed`, where ranks have different numbers of rows, or none."""
     if rank_and_world()[1] == 1:
         return local
     counts = gather(torch.tensor([len(local)], device=local.device)).tolist()
     padded = torch.cat([local, local.new_zeros(max(counts) - len(local), *local.shape[1:])])
-    rows = gather(padded, summed=summed).view(len(counts), *padded.shape)
+    rows = (gather_summed(padded) if summed else gather(padded)).view(len(counts), *padded.shape)
     return torch.cat([part[:count] for part, count in zip(rows, counts, strict=True)])
 
 
