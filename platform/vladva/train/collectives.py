@@ -22,8 +22,9 @@ def gather(local: Tensor) -> Tensor:
 
 
 def gather_summed(local: Tensor) -> Tensor:
-    """As `gather`, for a loss of which each rank computes a part: the gradient of the rank's rows is the sum of what all
-    ranks have for them. Each rank must take part in backward.
+    """As `gather`, for a loss of which each rank computes a part.
+
+    The gradient of the rank's rows is the sum of what all ranks have for them; each must take part in backward.
     """
     return _SummedGather.apply(local) if rank_and_world()[1] > 1 else local
 
