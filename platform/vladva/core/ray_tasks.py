@@ -135,7 +135,7 @@ def cause_of(error: BaseException) -> BaseException:
     while isinstance(error, RayTaskError):
         inner = error.cause
         if isinstance(inner, UserCodeException):  # Ray Data's own; what it was raised for is left as text only
-            return _as_told(error.traceback_str) or error
+            return _as_told(str(error)) or error
         if not isinstance(inner, BaseException) or inner is error:
             break
         error = inner
