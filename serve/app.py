@@ -2,8 +2,8 @@
 
     serve run serve.app:build model=.vladva/demo index=.vladva/demo/index
 
-Three deployments: an ingress that speaks HTTP, and behind it Discriminative (embeds, adapter on) and Generative
-(answers, adapter off), each scaling by itself.
+An ingress that speaks HTTP, and behind it either Colocated (embeds with the adapter on and answers with it off, from
+one copy of the weights) or, with `layout=separate`, Discriminative and Generative, each scaling by itself.
 """
 
 import logging
@@ -28,6 +28,7 @@ from starlette.types import ASGIApp
 
 from serve.config import ArgumentError, ServeArgs
 from serve.deployments.client import Backend
+from serve.deployments.colocated import Colocated
 from serve.deployments.embedding import Discriminative
 from serve.deployments.generation import Generative
 from serve.protocol import proxy_errors
@@ -45,6 +46,7 @@ API_KEYS = "VLADVA_API_KEYS"  # environment variable: keys, separated by commas
 WRITE_KEYS = "VLADVA_WRITE_KEYS"  # the same: keys that may change the index as well, which the others then may not
 ROUTES = (status, metrics, embeddings, search, index_changes, scores, tokenize, cohere, batches, chat)
 INGRESS_REQUESTS = 1000
+EMBEDDING_BUSY, ANSWERING_BUSY, COLOCATED_BUSY = 32, 8, 16  # requests at which a replica has enough to do
 START_S = 600
 
 
@@ -137,7 +139,7 @@ def application(args: ServeArgs) -> Application:
         "upscale_delay_s": 30,
         "downscale_delay_s": 600,
     }
-    gpus = gpus_for(args.num_gpus, actors=2)  # a replica that embeds and one that answers
+    gpus = gpus_for(args.num_gpus, actors=1 if args.layout == "colocated" else 2)
     dtype = args.dtype or dtype_for(args.model, gpus)
     if gpus and args.num_gpus is None:
         logger.warning("replicas have %g GPU each and compute in %s (num_gpus, dtype)", gpus, dtype)
@@ -147,23 +149,21 @@ def application(args: ServeArgs) -> Application:
     # A new model or index: new replicas are up before old ones stop; one that cannot start is not tried for ever.
     update = {"max_surge_percent": 100, "max_constructor_retry_count": 3}
     full = BackpressureConfig(status_code=429, retry_after_s=1)
-    discriminative = Discriminative.options(
-        ray_actor_options=resources,
-        # Every item costs a token or more, so a batch never waits for requests that Serve holds back.
-        max_ongoing_requests=args.max_batch_tokens,
-        autoscaling_config={**autoscaling, "target_ongoing_requests": 32},
-        backpressure_config=full,
-        **update,
-    ).bind(args)
-    generative = Generative.options(
-        ray_actor_options=resources,
-        max_ongoing_requests=64,
-        max_queued_requests=256,
-        autoscaling_config={**autoscaling, "target_ongoing_requests": 4},
-        backpressure_config=full,
-        **update,
-    ).bind(args)
-    ingress = Ingress.options(
+    options = {"ray_actor_options": resources, "backpressure_config": full, **update}
+    # The replica refuses by the time that its work takes; Serve holds nothing back, or batches would not form.
+    ongoing = {"max_ongoing_requests": args.max_batch_tokens}
+
+    def bound(replica: type, busy: int) -> Application:
+        scaling = {**autoscaling, "target_ongoing_requests": busy}
+        deployment: Any = serve.deployment(replica)
+        return deployment.options(**options, **ongoing, autoscaling_config=scaling).bind(args)
+
+    if args.layout == "colocated":
+        discriminative = generative = bound(Colocated, COLOCATED_BUSY)
+    else:
+        discriminative, generative = bound(Discriminative, EMBEDDING_BUSY), bound(Generative, ANSWERING_BUSY)
+    entrance: Any = Ingress  # what the decorators made of it
+    ingress = entrance.options(
         num_replicas=args.ingress_replicas,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=INGRESS_REQUESTS,
@@ -219,7 +219,7 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            reason = os.strerror(error.errno)
+            reason = os.strerror(error.errno or 0)
             raise ValueError(f"port {port} on {host} cannot be used ({reason}); choose another port") from None
 
 

@@ -30,19 +30,27 @@ class ServeArgs(BaseModel):
         2 << 30, ge=0, description="vectors that a replica may hold in memory; an index of more is searched on disk"
     )
     name: str | None = Field(None, description="what clients call the adapter; default: the name of the run folder")
+    layout: Literal["colocated", "separate"] = Field(
+        "colocated", description="colocated: one copy of the weights for both modes; separate: each mode scales apart"
+    )
     dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="of the model; default: float32, on GPUs that of its run"
     )
     num_cpus: float = Field(1, ge=0, description="CPUs of a replica")
     num_gpus: float | None = Field(
-        None, ge=0, description="GPUs of a replica; 0: on the CPU; default: one where the cluster has two, half of one"
+        None, ge=0, description="GPUs of a replica; 0: on the CPU; default: one, where the cluster has any"
     )
     min_replicas: int = Field(1, ge=0, description="of each deployment; 0: scale to zero when idle")
     max_replicas: int = Field(2, ge=1, description="of each deployment")
     ingress_replicas: int = Field(2, ge=1, description="processes that speak HTTP: with two, one may die")
     max_batch_tokens: int = Field(4096, ge=1, description="cost at which a batch of embeddings is full")
-    batch_wait_s: float = Field(0.005, ge=0, description="how long a batch waits for more items")
-    max_queued_tokens: int = Field(65_536, ge=1, description="work a replica takes on before it answers 429")
+    step_tokens: int = Field(512, ge=1, description="cost of a batch, or of prompts, between two tokens of answers")
+    batch_wait_s: float = Field(0.002, ge=0, description="how long an idle replica waits for more items")
+    max_conversations: int = Field(32, ge=1, description="answered at the same time by a replica")
+    max_cache_tokens: int = Field(16_384, ge=1, description="of all conversations that a replica answers at a time")
+    max_queue_s: float = Field(10, gt=0, description="how long waiting work may take before more is answered 429")
+    max_queued_tokens: int = Field(65_536, ge=1, description="waiting work that a replica has memory for")
+    prepare_threads: int = Field(2, ge=1, description="threads of a replica that tokenise and decode images")
     max_tokens: int = Field(256, ge=1, description="length of a generated answer, where the request does not say")
     max_items: int = Field(2048, ge=1, description="items of one request")
     max_body_bytes: int = Field(64 << 20, ge=1, description="size of a request's body")

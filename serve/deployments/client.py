@@ -11,11 +11,13 @@ from ray.serve.handle import DeploymentHandle
 
 from serve.config import ServeArgs
 from serve.deployments.embedding import ItemEmbedding
+from serve.deployments.generation import Conversation, Judged, Sampling, Started, WholeAnswer
 from serve.deployments.served_models import Served
 from serve.protocol.errors import REPLICA_OUTDATED, ApiError, Failure
 from serve.protocol.items import EmbedItem, Limits
 
-CALL_ATTEMPTS = 3
+CALL_ATTEMPTS = 7
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 3.0  # between them
 DESCRIBE_S = 30.0
 DESCRIBED_S = 5.0  # how long an answer is believed: an update may bring another model
 OUTDATED_WAIT_S = 1.0
@@ -52,6 +54,7 @@ async def call(method: DeploymentHandle, *args: Any, deadline_s: float) -> Any:
             deaths += 1
             if deaths == CALL_ATTEMPTS:
                 raise ApiError(*REPLICA_UNAVAILABLE) from None
+            await asyncio.sleep(again_in(deaths - 1))
             continue
         if result == REPLICA_OUTDATED and time.monotonic() + OUTDATED_WAIT_S < end:
             await asyncio.sleep(OUTDATED_WAIT_S)
@@ -62,25 +65,44 @@ async def call(method: DeploymentHandle, *args: Any, deadline_s: float) -> Any:
 
 
 async def stream(method: DeploymentHandle, *args: Any, deadline_s: float) -> AsyncGenerator[Any, None]:
-    """What a generator method yields; cancelled when the caller stops listening or the time is up.
+    """What `answer` yields; cancelled when the caller stops listening or the time is up.
 
-    Raises ApiError for what the method refuses, 408, 429 and 503. Not tried again: part of the answer may be out.
+    `Started` is told with what comes after it: until then nothing is out, and where the replica dies another one
+    answers. Raises ApiError for what the method refuses, 408, 429 and 503.
     """
     end = time.monotonic() + deadline_s
-    responses = method.options(stream=True).remote(*args)
-    try:
-        while True:
-            yield await asyncio.wait_for(anext(responses), end - time.monotonic())
-    except StopAsyncIteration:
-        return
-    except asyncio.TimeoutError:
-        raise deadline_error(deadline_s) from None
-    except BackPressureError:
-        raise ApiError(*OVERLOADED) from None
-    except (RayActorError, DeploymentUnavailableError):
-        raise ApiError(*REPLICA_UNAVAILABLE) from None
-    finally:
-        responses.cancel()
+    for attempt in range(CALL_ATTEMPTS):
+        responses: Any = method.options(stream=True).remote(*args)
+        untold: list[Any] = []
+        told = False
+        try:
+            while True:
+                event = await asyncio.wait_for(anext(responses), end - time.monotonic())
+                if told and isinstance(event, Failure):
+                    raise ApiError.of(event)
+                untold.append(event)
+                if not isinstance(event, Started):
+                    told = True
+                    for one in untold:
+                        yield one
+                    untold.clear()
+        except StopAsyncIteration:
+            return
+        except asyncio.TimeoutError:
+            raise deadline_error(deadline_s) from None
+        except BackPressureError:
+            raise ApiError(*OVERLOADED) from None
+        except (RayActorError, DeploymentUnavailableError):
+            if told or attempt + 1 == CALL_ATTEMPTS:
+                raise ApiError(*REPLICA_UNAVAILABLE) from None
+        finally:
+            responses.cancel()
+        await asyncio.sleep(again_in(attempt))
+
+
+def again_in(attempt: int) -> float:
+    """Seconds to wait after so many deaths before this one: the router hears of them a moment later than we do."""
+    return min(FIRST_WAIT_S * 2**attempt, LONGEST_WAIT_S)
 
 
 class Backend:
@@ -134,3 +156,15 @@ class Backend:
             result = item if isinstance(item, Failure) else next(embedded)
             results.append(result.with_param(field) if isinstance(result, Failure) and item is not result else result)
         return results
+
+    def answer(self, conversation: Conversation, sampling: Sampling) -> AsyncGenerator[Any, None]:
+        """`Started`, pieces of text, `Finished`; or a `Failure` and nothing else."""
+        return stream(self.generative.answer, conversation, sampling, deadline_s=self.args.deadline_s)
+
+    async def whole_answer(self, conversation: Conversation, sampling: Sampling) -> WholeAnswer:
+        """The answer at once; tried again on another replica where one dies."""
+        return await call(self.generative.whole_answer, conversation, sampling, deadline_s=self.args.deadline_s)
+
+    async def judge(self, queries: list[EmbedItem], documents: list[EmbedItem]) -> list[Judged | Failure]:
+        """By the generator, how probably each document matches its query, or the one there is."""
+        return await call(self.generative.judge, queries, documents, deadline_s=self.args.deadline_s)

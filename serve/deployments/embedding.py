@@ -1,36 +1,34 @@
 """Discriminative: the deployment that embeds (adapter on), and searches and changes the index of the same model.
 
-Items of all waiting requests share batches. A batch is full by cost, not by count: an item costs its tokens, and at
-least its pixels / PIXELS_PER_TOKEN, because a model that makes 16 tokens of every image still holds it decoded.
+Items of all waiting requests share batches (engine.py). A batch is full by cost, not by count: an item costs its
+tokens, and at least its pixels / PIXELS_PER_TOKEN, because a model that makes 16 tokens of every image still has to
+decode it.
 """
 
 import asyncio
-import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-from ray import serve
+from PIL import Image
 
 from serve.config import ServeArgs
+from serve.deployments.model_replica import HEALTH_S, SHORT_CHARACTERS, ModelReplica
+from serve.deployments.runner import Encoded
 from serve.deployments.served_index import Changed, Found, IndexEntry, ServedIndex
-from serve.deployments.token_budget import TokenBudget
-from serve.protocol.errors import INTERNAL, Failure
+from serve.protocol.errors import Failure
 from serve.protocol.items import EmbedItem
 
-logger = logging.getLogger("ray.serve")
-
 PIXELS_PER_TOKEN = 10_000
+UNIT_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
 class Work:
-    """An item, the tokens it takes, and what it costs in a batch."""
+    """An item as token ids, and what it costs in a batch; an image is not decoded yet."""
 
-    item: EmbedItem
-    tokens: int
+    ids: list[int]
+    image: bytes | None
     cost: int
 
 
@@ -46,71 +44,66 @@ class ItemEmbedding:
     fingerprint: str
 
 
-def batch_cost(work: Sequence[Work]) -> int:
-    """What a batch costs. Serve refuses an item that alone exceeds a batch; here it makes a batch by itself."""
-    return sum(one.cost for one in work) if len(work) > 1 else 1
-
-
-@serve.deployment
-class Discriminative:
+class Discriminative(ModelReplica):
     """Embeds texts and images, and searches. Methods return a `Failure` for what they refuse."""
 
     def __init__(self, args: ServeArgs) -> None:
-        from vladva.core.devices import assigned_device
+        super().__init__(args)
+        self.index = ServedIndex(args, dict(self.embedder.description()))
 
-        device = assigned_device()
-
-        from vladva.models.embedder import load_embedder
-
-        self.args = args
-        self.embedder = load_embedder(args.model, dtype=args.dtype or "float32", device=device)
-        self.context: int = self.embedder.preprocessor.config.get_text_config().max_position_embeddings
-        self.budget = TokenBudget(args.max_queued_tokens)
-        # The event loop only hands out work, so that it always answers.
-        self.model_thread = ThreadPoolExecutor(1)
-        self.token_thread = ThreadPoolExecutor(1)
-        self.index = ServedIndex(args, self.embedder.description())
-        self.embed_batched.set_max_batch_size(args.max_batch_tokens)
-        self.embed_batched.set_batch_wait_timeout_s(args.batch_wait_s)
-        self.embedder.embed_texts(["ready"])
-
-    async def describe(self) -> dict[str, Any]:
-        """What the embedder says of itself; the constructor has embedded something by then."""
-        return {**self.embedder.description(), "context": self.context, "cuts": False, "generates": True}
+    async def probe(self) -> None:
+        """Embed an image. Raises RuntimeError where that does not give a unit vector."""
+        preprocessor, image = self.embedder.preprocessor, Image.new("RGB", (32, 32))
+        ids = preprocessor.image_prompt(image.size)
+        encoded = Encoded(ids, preprocessor.pixels([image]), len(ids))
+        results = await self.engine.items(self.engine.embeddings, [encoded], HEALTH_S)
+        vector = None if isinstance(results, Failure) else results[0]
+        if not isinstance(vector, np.ndarray) or not abs(float(np.linalg.norm(vector)) - 1) < UNIT_TOLERANCE:
+            raise RuntimeError("the model does not embed")
 
     async def costs(self, items: list[EmbedItem]) -> list[tuple[int, int] | Failure]:
         """(tokens, cost in a batch) of each item, with a `Failure` in the place of a bad one."""
-        counted = await asyncio.get_running_loop().run_in_executor(self.token_thread, self.count, items)
-        return [one if isinstance(one, Failure) else (one.tokens, one.cost) for one in counted]
+        return [one if isinstance(one, Failure) else (len(one.ids), one.cost) for one in await self.counted(items)]
 
     async def embed(self, items: list[EmbedItem]) -> list[ItemEmbedding | Failure] | Failure:
         """Embeddings of the items, in order, with a `Failure` in the place of a bad one."""
-        work = await asyncio.get_running_loop().run_in_executor(self.token_thread, self.count, items)
-        cost = sum(one.cost for one in work if isinstance(one, Work))
-        refusal = self.budget.refusal(cost)
+        work = await self.counted(items)
+        queue, cost = self.engine.embeddings, sum(one.cost for one in work if isinstance(one, Work))
+        refusal = self.engine.refusal(queue, cost)
         if refusal:
             return refusal
-
-        async def embed_one(one: Work | Failure) -> ItemEmbedding | Failure:
-            return one if isinstance(one, Failure) else await self.embed_batched(one)
-
-        with self.budget.hold(cost):
-            return await asyncio.gather(*[embed_one(one) for one in work])
+        with queue.hold(cost):
+            encoded = await asyncio.gather(*[self.encoded(one) for one in work])
+            good = [one for one in encoded if isinstance(one, Encoded)]
+            vectors = await self.engine.items(queue, good, self.args.deadline_s) if good else []
+        if isinstance(vectors, Failure):
+            return vectors
+        computed = iter(vectors)
+        results: list[ItemEmbedding | Failure] = []
+        for one in encoded:
+            found = next(computed) if isinstance(one, Encoded) else one
+            if isinstance(one, Encoded) and not isinstance(found, Failure):
+                found = ItemEmbedding(found, len(one.ids), self.embedder.fingerprint)
+            results.append(found)
+        return results
 
     async def search(
         self, query: EmbedItem | np.ndarray, k: int, where: str | None, version: int | str | None
     ) -> Found | Failure:
         """The k rows of the index nearest to an item, or to a vector [D] of unit norm."""
-        vector, tokens = query, 0
+        tokens = 0
         if isinstance(query, EmbedItem):
             embedded = await self.embed([query])
             if isinstance(embedded, Failure):
                 return embedded
-            if isinstance(embedded[0], Failure):
-                return embedded[0].with_param("query")
-            vector, tokens = embedded[0].vector, embedded[0].tokens
-        elif len(query) != self.embedder.dimension:
-            message = f"the vector has {len(query)} numbers; the model's have {self.embedder.dimension}"
+            [one] = embedded
+            if isinstance(one, Failure):
+                return one.with_param("query")
+            vector, tokens = one.vector, one.tokens
+        else:
+            vector = query
+        if len(vector) != self.embedder.dimension:
+            message = f"the vector has {len(vector)} numbers; the model's have {self.embedder.dimension}"
             return Failure(422, message, "invalid_value").with_param("query")
         found = await asyncio.get_running_loop().run_in_executor(
             self.index.search_threads, self.index.search, vector, k, where, version
@@ -128,42 +121,50 @@ class Discriminative:
         embedded = await self.embed(items)
         if isinstance(embedded, Failure):
             return embedded
+        good = []
         for i, one in enumerate(embedded):
             if isinstance(one, Failure):
                 return one.with_param(f"items[{i}]")
-        vectors_ND = np.stack([one.vector for one in embedded])
+            good.append(one)
+        vectors_ND = np.stack([one.vector for one in good])
         changed = await asyncio.get_running_loop().run_in_executor(
             self.index.write_thread, self.index.upsert, entries, vectors_ND
         )
-        return replace(changed, tokens=sum(one.tokens for one in embedded)) if isinstance(changed, Changed) else changed
+        return replace(changed, tokens=sum(one.tokens for one in good)) if isinstance(changed, Changed) else changed
 
     async def delete(self, ids: list[str]) -> Changed | Failure:
         """Remove rows from the index."""
         return await asyncio.get_running_loop().run_in_executor(self.index.write_thread, self.index.delete, ids)
 
-    def count(self, items: Sequence[EmbedItem]) -> list[Work | Failure]:
+    async def counted(self, items: Sequence[EmbedItem]) -> list[Work | Failure]:
         """What each item costs; a `Failure` where the model cannot take it."""
+        if sum(len(item.text or "") for item in items) + len(items) < SHORT_CHARACTERS:
+            return self.count(items)
+        return await self.beside(self.count, items)
+
+    def count(self, items: Sequence[EmbedItem]) -> list[Work | Failure]:
+        """The same, in this thread."""
         return [self.count_one(item) for item in items]
 
     def count_one(self, item: EmbedItem) -> Work | Failure:
         """What an item costs."""
+        preprocessor = self.embedder.preprocessor
         if item.text is None:
             try:
-                tokens = self.embedder.num_image_tokens(*item.size)
+                ids = preprocessor.image_prompt(item.size)
             except ValueError as error:
                 return Failure(422, str(error), "invalid_image")
-            return Work(item, tokens, max(tokens, item.pixels // PIXELS_PER_TOKEN))
+            return Work(ids, item.image, max(len(ids), item.pixels // PIXELS_PER_TOKEN))
         try:
-            [tokens] = self.embedder.count_text_tokens([item.text])
-            if tokens > self.context and item.truncate != "none":
-                text, tokens = self.shorter(item.text, tokens - self.context, item.truncate)
-                item = replace(item, text=text)
+            ids = preprocessor.text_prompt(item.text)
+            if len(ids) > self.context and item.truncate != "none":
+                ids = preprocessor.text_prompt(self.shorter(item.text, len(ids) - self.context, item.truncate)[0])
         except ValueError as error:
             return Failure(422, str(error), "invalid_value")
-        if tokens > self.context:
-            message = f"the text takes {tokens:,} tokens with its prompt; the model takes {self.context:,}"
+        if len(ids) > self.context:
+            message = f"the text takes {len(ids):,} tokens with its prompt; the model takes {self.context:,}"
             return Failure(422, message, "context_length_exceeded")
-        return Work(item, tokens, tokens)
+        return Work(ids, None, len(ids))
 
     def shorter(self, text: str, drop: int, side: str) -> tuple[str, int]:
         """A text without its first (`start`) or last (`end`) tokens, at least `drop`, so that it fits; its new count.
@@ -180,35 +181,21 @@ class Discriminative:
             drop += max(tokens - self.context, drop // 32)  # what is left may be cut into other tokens
         raise ValueError("the model's context is shorter than its prompt")
 
-    @serve.batch(max_batch_size=1, batch_size_fn=batch_cost)  # the constructor sets size and wait
-    async def embed_batched(self, work: list[Work]) -> list[ItemEmbedding | Failure]:
-        """One caller's item, embedded together with those of others."""
-        return await asyncio.get_running_loop().run_in_executor(self.model_thread, self.embed_now, work)
+    async def encoded(self, work: Work | Failure) -> Encoded | Failure:
+        """An item as the model takes it, its image decoded beside the model."""
+        if isinstance(work, Failure):
+            return work
+        if work.image is None:
+            return Encoded(work.ids, None, work.cost)
+        return await self.beside(self.decoded, work)
 
-    def embed_now(self, work: Sequence[Work]) -> list[ItemEmbedding | Failure]:
-        """Decode and embed one batch. An error in it is laid at the door of the item that causes it."""
+    def decoded(self, work: Work) -> Encoded | Failure:
+        """The same of an image, in this thread."""
         from vladva.core.images import decode_image
 
-        results: list[ItemEmbedding | Failure | None] = [None] * len(work)
-        texts, images = [], {}
-        for i, one in enumerate(work):
-            if one.item.image is None:
-                texts.append(i)
-                continue
-            try:
-                images[i] = decode_image(one.item.image, self.args.max_image_pixels)
-            except ValueError as error:
-                results[i] = Failure(422, str(error), "invalid_image")
+        assert work.image is not None
         try:
-            vectors = [
-                *zip(texts, self.embedder.embed_texts([work[i].item.text for i in texts]), strict=True),
-                *zip(images, self.embedder.embed_images(list(images.values())), strict=True),
-            ]
-        except Exception:
-            if len(work) == 1:
-                logger.exception("an item cannot be embedded")
-                return [INTERNAL]
-            return [self.embed_now([one])[0] for one in work]
-        for i, vector in vectors:
-            results[i] = ItemEmbedding(vector, work[i].tokens, self.embedder.fingerprint)
-        return results
+            image = decode_image(work.image, self.args.max_image_pixels)
+        except ValueError as error:
+            return Failure(422, str(error), "invalid_image")
+        return Encoded(work.ids, self.embedder.preprocessor.pixels([image]), work.cost)

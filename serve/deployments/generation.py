@@ -1,18 +1,18 @@
 """Generative: the deployment that answers conversations about images, by default with the adapter off."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
-from ray import serve
 
-from serve.config import ServeArgs
-from serve.deployments.token_budget import TokenBudget
+from serve.deployments.engine import TokenSampling
+from serve.deployments.model_replica import HEALTH_S, ModelReplica
+from serve.deployments.runner import Encoded
+from serve.deployments.yes_or_no import question
 from serve.protocol.errors import Failure
+from serve.protocol.items import EmbedItem
 
 
 @dataclass(frozen=True)
@@ -45,105 +45,149 @@ class Started:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last thing an answer gives: its tokens, and whether it ended (`stop`) or was cut (`length`)."""
+    """The last thing an answer gives: tokens that were made, and whether it ended (`stop`) or was cut (`length`)."""
 
     completion_tokens: int
     reason: str
 
 
-@serve.deployment
-class Generative:
-    """Answers conversations, piece by piece."""
+@dataclass(frozen=True)
+class WholeAnswer:
+    """An answer at once."""
 
-    def __init__(self, args: ServeArgs) -> None:
-        from vladva.core.devices import assigned_device
+    started: Started
+    text: str
+    finished: Finished
 
-        device = assigned_device()
 
-        from vladva.models.embedder import load_embedder
+@dataclass(frozen=True)
+class Judged:
+    """The probability that a document matches its query, by the generator, and the tokens that it took to ask."""
 
-        self.args = args
-        self.embedder = load_embedder(args.model, dtype=args.dtype or "float32", device=device)
-        self.context: int = self.embedder.preprocessor.config.get_text_config().max_position_embeddings
-        self.budget = TokenBudget(args.max_queued_tokens)
-        # One thread for the model: conversations that run at the same time take turns, token by token.
-        self.model_thread = ThreadPoolExecutor(1)
-        self.sampling_lock = asyncio.Lock()  # one random state: answers that draw from it take turns as a whole
+    probability: float
+    tokens: int
+
+
+class Generative(ModelReplica):
+    """Answers conversations, in pieces or whole, and judges pairs. Methods return a `Failure` for what they refuse."""
+
+    async def probe(self) -> None:
+        """Say a token about an image. Raises RuntimeError where that fails."""
+        preprocessor, image = self.embedder.preprocessor, Image.new("RGB", (32, 32))
         content = [{"type": "image"}, {"type": "text", "text": "ready?"}]
-        list(self.embedder.generate([{"role": "user", "content": content}], [Image.new("RGB", (32, 32))], max_tokens=1))
-
-    async def describe(self) -> dict[str, Any]:
-        """What the model says of itself; the constructor has generated something by then."""
-        return self.embedder.description()
+        ids = preprocessor.render([{"role": "user", "content": content}], [image.size])
+        encoded = Encoded(ids, preprocessor.pixels([image]), len(ids))
+        async for said in self.engine.answer(encoded, TokenSampling(max_tokens=1), HEALTH_S):
+            if isinstance(said, Failure):
+                raise RuntimeError("the model does not answer")
 
     async def answer(
         self, conversation: Conversation, sampling: Sampling
     ) -> AsyncIterator[Started | str | Finished | Failure]:
         """`Started`, pieces of text, `Finished`; or a `Failure` and nothing else."""
-        loop = asyncio.get_running_loop()
-        planned = await loop.run_in_executor(self.model_thread, self.plan, conversation, sampling.max_tokens)
+        planned = await self.beside(self.plan, conversation, sampling.max_tokens)
         if isinstance(planned, Failure):
             yield planned
             return
-        prompt_tokens, max_tokens = planned
-        refusal = self.budget.refusal(prompt_tokens + max_tokens)
+        ids, max_tokens = planned
+        refusal = self.engine.answer_refusal(len(ids) + max_tokens)
         if refusal:
             yield refusal
             return
-        with self.budget.hold(prompt_tokens + max_tokens):
-            images = await loop.run_in_executor(self.model_thread, self.decode, conversation.images)
-            if isinstance(images, Failure):
-                yield images
+        with self.engine.hold_answer(len(ids) + max_tokens):
+            encoded = await self.beside(self.decode, ids, conversation.images)
+            if isinstance(encoded, Failure):
+                yield encoded
                 return
-            yield Started(prompt_tokens)
-            text = ""
-            pieces = self.embedder.generate(
-                conversation.messages,
-                images,
-                max_tokens=max_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=sampling.seed,
-                stop=sampling.stop,
-                adapter=sampling.adapter,
+            yield Started(len(ids))
+            how = TokenSampling(
+                max_tokens, sampling.temperature, sampling.top_p, sampling.seed, sampling.stop, sampling.adapter
             )
-            async with self.sampling_lock if sampling.temperature else nullcontext():
-                async for piece in self.in_thread(pieces):
-                    text += piece
-                    yield piece
-            completion_tokens = self.embedder.preprocessor.count_tokens([text])[0]
-            yield Finished(completion_tokens, "length" if completion_tokens >= max_tokens else "stop")
+            events = self.engine.answer(encoded, how, self.args.deadline_s)
+            try:
+                async for said in events:
+                    if isinstance(said, Failure):
+                        yield said
+                        return
+                    if said.text:
+                        yield said.text
+                    if said.reason is not None:
+                        yield Finished(said.tokens, said.reason)
+            finally:
+                await events.aclose()
 
-    def plan(self, conversation: Conversation, max_tokens: int | None) -> tuple[int, int] | Failure:
-        """Tokens of the prompt, and tokens that the answer may have."""
+    async def whole_answer(self, conversation: Conversation, sampling: Sampling) -> WholeAnswer | Failure:
+        """The same at once: it takes less of everything between the model and the client."""
+        events = [event async for event in self.answer(conversation, sampling)]
+        match events:
+            case [Started() as started, *pieces, Finished() as finished]:
+                return WholeAnswer(started, "".join(str(piece) for piece in pieces), finished)
+        failure = events[-1]
+        assert isinstance(failure, Failure)
+        return failure
+
+    async def judge(self, queries: list[EmbedItem], documents: list[EmbedItem]) -> list[Judged | Failure] | Failure:
+        """How probably each document matches its query, or the one there is; a `Failure` for a pair that is bad.
+
+        By the base model: adapter off.
+        """
+        pairs = list(zip(queries * (len(documents) // len(queries)), documents, strict=True))
+        planned = await self.beside(lambda: [self.plan_question(*pair) for pair in pairs])
+        queue = self.engine.scores
+        cost = sum(len(one[0]) for one in planned if not isinstance(one, Failure))
+        refusal = self.engine.refusal(queue, cost)
+        if refusal:
+            return refusal
+        with queue.hold(cost):
+            encoded = await asyncio.gather(
+                *[self.as_value(one) if isinstance(one, Failure) else self.beside(self.decode, *one) for one in planned]
+            )
+            good = [one for one in encoded if isinstance(one, Encoded)]
+            scores = await self.engine.items(queue, good, self.args.deadline_s) if good else []
+        if isinstance(scores, Failure):
+            return scores
+        computed = iter(scores)
+        results: list[Judged | Failure] = []
+        for one in encoded:
+            found = next(computed) if isinstance(one, Encoded) else one
+            if isinstance(one, Encoded) and not isinstance(found, Failure):
+                found = Judged(found, len(one.ids))
+            results.append(found)
+        return results
+
+    async def as_value(self, failure: Failure) -> Failure:
+        """What needs no work, among what does."""
+        return failure
+
+    def plan_question(self, query: EmbedItem, document: EmbedItem) -> tuple[list[int], list[bytes]] | Failure:
+        """Token ids of the question about a pair, and its images, encoded."""
+        messages, images = question(query, document)
+        data = [item.image for item in images if item.image is not None]
+        planned = self.plan(Conversation(messages, data, [item.size for item in images]), 1)
+        return planned if isinstance(planned, Failure) else (planned[0], data)
+
+    def plan(self, conversation: Conversation, max_tokens: int | None) -> tuple[list[int], int] | Failure:
+        """Token ids of the prompt, and the number of tokens that the answer may have."""
         try:
-            prompt_tokens = len(self.embedder.preprocessor.render(conversation.messages, conversation.sizes))
+            ids = self.embedder.preprocessor.render(conversation.messages, conversation.sizes)
         except ValueError as error:
-            return Failure(422, str(error), "invalid_image").with_param("messages")
-        room = self.context - prompt_tokens
+            code = "invalid_image" if conversation.sizes else "invalid_value"
+            return Failure(422, str(error), code).with_param("messages")
+        room = self.context - len(ids)
         if max_tokens is None:
             max_tokens = min(self.args.max_tokens, max(room, 1))
         if max_tokens > room:
-            text = f"the conversation takes {prompt_tokens:,} tokens and the answer up to {max_tokens:,}"
+            text = f"the conversation takes {len(ids):,} tokens and the answer up to {max_tokens:,}"
             text = f"{text}; the model takes {self.context:,} in all"
             return Failure(422, text, "context_length_exceeded").with_param("messages")
-        return prompt_tokens, max_tokens
+        return ids, max_tokens
 
-    def decode(self, images: Sequence[bytes]) -> list[Image.Image] | Failure:
-        """The images, decoded."""
+    def decode(self, ids: list[int], images: Sequence[bytes]) -> Encoded | Failure:
+        """A prompt as the model takes it, its images decoded."""
         from vladva.core.images import decode_image
 
         try:
-            return [decode_image(data, self.args.max_image_pixels) for data in images]
+            decoded = [decode_image(data, self.args.max_image_pixels) for data in images]
         except ValueError as error:
             return Failure(422, str(error), "invalid_image").with_param("messages")
-
-    async def in_thread(self, pieces: Iterator[str]) -> AsyncIterator[str]:
-        """The pieces, each made in the model's thread; none after the caller has gone away."""
-        loop = asyncio.get_running_loop()
-        try:
-            while (piece := await loop.run_in_executor(self.model_thread, next, pieces, None)) is not None:
-                yield piece
-        finally:
-            # In the same thread, because a piece may still be in the making there.
-            self.model_thread.submit(pieces.close)
+        return Encoded(ids, self.embedder.preprocessor.pixels(decoded) if decoded else None, len(ids))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from pydantic import JsonValue
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from vladva.index.vector_index import Hit, VectorIndex
+
+T = TypeVar("T")
 
 logger = logging.getLogger("ray.serve")
 
@@ -83,10 +85,10 @@ class ServedIndex:
         """The index at a version or tag; None is the newest."""
         from vladva.index.vector_index import open_index
 
+        assert self.args.index is not None  # `refusing` has seen to it
         index = open_index(self.args.index, version=version, fingerprint=self.model["fingerprint"])
-        if (
-            warm
-        ):  # the vectors of one version only: there may be memory for them, but not for those of all that are open
+        if warm:
+            # The vectors of one version only: there may be memory for them, but not for those of all that are open.
             index.warm(self.args.index_memory if version == self.args.index_version else 0)
         return index
 
@@ -149,7 +151,7 @@ class ServedIndex:
 
         return self.refusing(remove)
 
-    def refusing(self, work: Callable[[], Found | Changed]) -> Found | Changed | Failure:
+    def refusing(self, work: Callable[[], T]) -> T | Failure:
         """The result of the work, or why there is none."""
         from vladva.index.vector_index import FingerprintMismatch
 
@@ -158,7 +160,9 @@ class ServedIndex:
         try:
             return work()
         except ValueError as error:
-            message = str(error).replace(self.args.index, self.args.index_name)  # where it lies is nobody's business
+            message = str(error).replace(
+                self.args.index, self.args.index_name or ""
+            )  # where it lies is nobody's business
             if isinstance(error, FingerprintMismatch):
                 return Failure(409, message, "fingerprint_mismatch")
             return Failure(422, message, "invalid_value")

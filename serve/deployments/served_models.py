@@ -47,6 +47,11 @@ class Served:
             raise self.unknown(asked, [self.embedding_model])
         return self.embedding_model
 
+    def check_judge(self, asked: str | None) -> str:
+        """The model that judges pairs: the base model. Raises ApiError where another is asked for, or none answers."""
+        self.check_generation(asked)
+        return self.base
+
     def check_generation(self, asked: str | None) -> tuple[str, bool]:
         """The model that answers, and whether it is the adapter. Raises ApiError where another is asked for."""
         if not self.generates:

@@ -55,12 +55,16 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a request, or one item of it, is not answered: HTTP status, text for people, code for programs, field."""
+    """Why a request, or one item of it, is not answered: HTTP status, text for people, code for programs, field.
+
+    `retry_after`: seconds after which it may be sent again, where more is known than that it may be soon.
+    """
 
     status: int
     message: str
     code: str
     param: str | None = None
+    retry_after: int | None = None
 
     def body(self) -> dict[str, Any]:
         """The value of `error` in the reply."""
@@ -83,7 +87,9 @@ class ApiError(Exception):
     @classmethod
     def of(cls, failure: Failure) -> "ApiError":
         """The exception for a refusal that came as a value."""
-        return cls(failure.status, failure.message, failure.code, failure.param)
+        error = cls(failure.status, failure.message, failure.code, failure.param)
+        error.failure = failure
+        return error
 
 
 def printable(text: str) -> str:
@@ -100,9 +106,9 @@ REPLICA_OUTDATED = Failure(503, "the application is being updated; try again lat
 
 def reply(failure: Failure, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The HTTP reply for a refusal."""
-    return JSONResponse(
-        {"error": failure.body()}, failure.status, headers={**HEADERS.get(failure.status, {}), **(headers or {})}
-    )
+    when = {} if failure.retry_after is None else {"Retry-After": str(failure.retry_after)}
+    every = {**HEADERS.get(failure.status, {}), **when, **(headers or {})}
+    return JSONResponse({"error": failure.body()}, failure.status, headers=every)
 
 
 def handle_errors(app: FastAPI) -> None:

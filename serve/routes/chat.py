@@ -10,8 +10,8 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from serve.deployments.client import Backend, stream
-from serve.deployments.generation import Conversation, Finished, Sampling, Started
+from serve.deployments.client import Backend
+from serve.deployments.generation import Conversation, Finished, Sampling, Started, WholeAnswer
 from serve.protocol.bodies import off_loop
 from serve.protocol.errors import INTERNAL, ApiError, Failure, logger
 from serve.protocol.items import EmbedItem, Limits, parse_image, too_long
@@ -31,28 +31,26 @@ def routes(backend: Backend) -> APIRouter:
         conversation = await off_loop(parse_conversation, body.messages, await backend.limits())
         max_tokens = body.max_completion_tokens or body.max_tokens
         sampling = Sampling(max_tokens, body.temperature, body.top_p, body.seed, body.stop, adapter)
-        answer = stream(backend.generative.answer, conversation, sampling, deadline_s=backend.args.deadline_s)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        if not body.stream:
+            return JSONResponse(completion(head, await backend.whole_answer(conversation, sampling)))
+        answer = backend.answer(conversation, sampling)
         # The first event says whether the request is accepted, so a refusal still gets its own status.
         started = await anext(answer)
         if isinstance(started, Failure):
             raise ApiError.of(started)
-        if body.stream:
-            events = server_sent_events(head, started, answer, body.stream_options.include_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        return JSONResponse(await completion(head, started, answer))
+        events = server_sent_events(head, started, answer, body.stream_options.include_usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     return router
 
 
-async def completion(head: dict[str, Any], started: Started, answer: AsyncGenerator[Any, None]) -> dict[str, Any]:
+def completion(head: dict[str, Any], answer: WholeAnswer) -> dict[str, Any]:
     """The whole answer as one object."""
-    async with aclosing(answer):
-        *pieces, finished = [event async for event in answer]
-    text = "".join(pieces)
-    message = {"role": "assistant", "content": text}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finished.reason}
-    return {**head, "object": "chat.completion", "choices": [choice], "usage": usage(started, finished)}
+    message = {"role": "assistant", "content": answer.text}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finished.reason}
+    made = usage(answer.started, answer.finished)
+    return {**head, "object": "chat.completion", "choices": [choice], "usage": made}
 
 
 async def server_sent_events(

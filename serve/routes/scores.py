@@ -1,4 +1,8 @@
-"""Scores: POST /v1/score, /v1/rerank and /v1/classify, all from the cosine similarity of embeddings."""
+"""Scores: POST /v1/score, /v1/rerank and /v1/classify, from the cosine similarity of embeddings.
+
+The first two also by the generator, with `mode: generative`: the probability that it says yes when it is asked whether
+a document matches the query, the adapter off.
+"""
 
 from typing import Any
 
@@ -9,7 +13,7 @@ from pydantic import JsonValue
 from serve.deployments.client import Backend
 from serve.protocol.bodies import off_loop
 from serve.protocol.errors import ApiError, Failure
-from serve.protocol.items import EmbedItem, ItemOptions, as_list, parse_items, sent_texts
+from serve.protocol.items import EmbedItem, ItemOptions, as_list, only_items, parse_items, sent_texts
 from serve.protocol.json_route import expect_entries, json_router
 from serve.protocol.schema import ClassifyRequest, RerankRequest, ScoreRequest
 from serve.routes.embeddings import embed_all, item_options, maker_of, usage_of
@@ -24,15 +28,19 @@ def routes(backend: Backend) -> APIRouter:
     @router.post("/score", include_in_schema=False)
     @router.post("/v1/score")
     async def score(body: ScoreRequest) -> dict[str, Any]:
-        model = (await backend.served()).check_embedding(body.model)
-        check_mode(body.mode)
+        served = await backend.served()
         queries, documents = as_list(body.queries, parts_apart=True), as_list(body.documents, parts_apart=True)
         if len(queries) not in (1, len(documents)):
             text = f"queries: {len(queries)} of them for {len(documents)} documents; send one, or one for each document"
             raise ApiError(422, text, "invalid_value", "queries")
         lists = {"queries": queries, "documents": documents}
-        [queries_QD, documents_ND], made = await embed_lists(backend, lists, item_options(body))
-        scores_N = (queries_QD * documents_ND).sum(axis=1)
+        if body.mode == "generative":
+            model = served.check_judge(body.model)
+            scores_N, made = await judged(backend, lists, item_options(body))
+        else:
+            model = served.check_embedding(body.model)
+            [queries_QD, documents_ND], made = await embed_lists(backend, lists, item_options(body))
+            scores_N = (queries_QD * documents_ND).sum(axis=1)
         expect_entries(len(scores_N))
         return {
             "object": "list",
@@ -44,10 +52,15 @@ def routes(backend: Backend) -> APIRouter:
     @router.post("/rerank", include_in_schema=False)
     @router.post("/v1/rerank")
     async def rerank(body: RerankRequest) -> dict[str, Any]:
-        model = (await backend.served()).check_embedding(body.model)
-        check_mode(body.mode)
-        documents = as_list(body.documents, parts_apart=True)
-        best, made = await ranked(backend, body.query, documents, body.top_n, item_options(body))
+        served, documents = await backend.served(), as_list(body.documents, parts_apart=True)
+        if body.mode == "generative":
+            model = served.check_judge(body.model)
+            lists = {"query": [body.query], "documents": documents}
+            scores_N, made = await judged(backend, lists, item_options(body))
+            best = best_first(scores_N, body.top_n)
+        else:
+            model = served.check_embedding(body.model)
+            best, made = await ranked(backend, body.query, documents, body.top_n, item_options(body))
         results: list[dict[str, Any]] = [{"index": i, "relevance_score": score} for i, score in best]
         for result in results if body.return_documents else ():
             result["document"] = document_object(documents[result["index"]])
@@ -68,12 +81,6 @@ def routes(backend: Backend) -> APIRouter:
     return router
 
 
-def check_mode(mode: str) -> None:
-    """Raise ApiError for a way of scoring that is not served."""
-    if mode == "generative":
-        raise ApiError(422, "mode: this server does not score with the generator yet", "unsupported", "mode")
-
-
 async def ranked(
     backend: Backend, query: JsonValue, documents: list[JsonValue], top_n: int | None, options: ItemOptions
 ) -> tuple[list[tuple[int, float]], dict[str, Any]]:
@@ -81,9 +88,33 @@ async def ranked(
     lists = {"query": [query], "documents": documents}
     [query_1D, documents_ND], made = await embed_lists(backend, lists, options)
     scores_N = documents_ND @ query_1D[0]
+    return best_first(scores_N, top_n), made
+
+
+def best_first(scores_N: np.ndarray, top_n: int | None) -> list[tuple[int, float]]:
+    """(index, score), the highest first."""
     best = np.argsort(-scores_N, kind="stable")[:top_n]
     expect_entries(len(best))
-    return [(int(i), float(scores_N[i])) for i in best], made
+    return [(int(i), float(scores_N[i])) for i in best]
+
+
+async def judged(
+    backend: Backend, lists: dict[str, list[JsonValue]], options: ItemOptions
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """P(yes) [N] of every document with its query, or the one there is; and the reply's `usage`.
+
+    Raises ApiError for the first bad item.
+    """
+    limits = await backend.limits()
+    items = [only_items(await off_loop(parse_items, values, name, limits, options)) for name, values in lists.items()]
+    results = []
+    for i, result in enumerate(await backend.judge(*items)):
+        if isinstance(result, Failure):
+            raise ApiError.of(result.with_param(f"documents[{i}]"))
+        results.append(result)
+    tokens = sum(result.tokens for result in results)
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return np.array([result.probability for result in results]), {"usage": usage}
 
 
 async def embed_lists(

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import httpx
 import pytest
@@ -246,18 +246,24 @@ def test_arguments_come_as_strings_from_the_command_line() -> None:
     assert listed.cors_origins == ("https://a.example", "https://b.example")
 
 
-def test_deployments_scale_by_themselves_without_thrashing() -> None:
+@pytest.mark.parametrize(
+    ("layout", "models"), [("colocated", {"Colocated"}), ("separate", {"Discriminative", "Generative"})]
+)
+def test_deployments_scale_by_themselves_without_thrashing(
+    layout: Literal["colocated", "separate"], models: set[str]
+) -> None:
     from ray.serve._private.build_app import build_app
 
-    deployments = {d.name: d for d in build_app(application(ServeArgs(min_replicas=0)), name="x").deployments}
-    assert deployments.keys() == {"Discriminative", "Generative", "Ingress"}
-    for name in ("Discriminative", "Generative"):
+    app = application(ServeArgs(layout=layout, min_replicas=0))
+    deployments = {d.name: d for d in build_app(app, name="x").deployments}
+    assert deployments.keys() == {*models, "Ingress"}
+    for name in models:
         config = deployments[name]._deployment_config
         scaling = config.autoscaling_config
         assert (scaling.min_replicas, scaling.max_replicas) == (0, 2)
         assert scaling.look_back_period_s <= min(scaling.upscale_delay_s, scaling.downscale_delay_s)
         assert config.max_ongoing_requests >= scaling.target_ongoing_requests
-    assert deployments["Discriminative"]._deployment_config.max_ongoing_requests >= ServeArgs().max_batch_tokens
+        assert config.max_ongoing_requests >= ServeArgs().max_batch_tokens  # or batches do not form
 
 
 def test_the_serve_config_file_is_valid() -> None:

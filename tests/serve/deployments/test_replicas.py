@@ -26,7 +26,7 @@ def test_a_request_survives_the_replica_that_works_on_it(client: httpx.Client) -
     asking.start()
     time.sleep(0.5)
     assert not responses, "answered before the replica could be killed: send more"
-    ray.kill(replica_of("Discriminative"))
+    ray.kill(replica_of("Colocated"))
     asking.join()
     [response] = responses
     assert response.status_code == 200, response.text

@@ -11,7 +11,6 @@ from typing import Any
 import httpx
 import pytest
 
-from serve.deployments.token_budget import TokenBudget
 from serve.protocol.auth import Auth, key_digest
 from serve.protocol.errors import ApiError, LastResort
 from tests.support.wire import KEY, OTHER_KEY, error_of
@@ -98,18 +97,6 @@ def test_a_large_body_is_refused_whether_it_says_its_size_or_not(strict: httpx.C
     error_of(strict.post("/v1/embeddings", content=b" " * 2_100_000, headers=json_type), 413, "body_too_large")
     error_of(strict.post("/v1/embeddings", content=chunks(25), headers=json_type), 413, "body_too_large")
     assert strict.post("/v1/embeddings", content=chunks(3), headers=json_type).status_code == 200
-
-
-def test_budget_counts_what_is_under_way() -> None:
-    budget = TokenBudget(100)
-    assert budget.refusal(101).status == 413
-    assert budget.refusal(100) is None
-    with budget.hold(60):
-        assert budget.refusal(40) is None
-        assert budget.refusal(41).status == 429
-    with pytest.raises(ZeroDivisionError), budget.hold(60):
-        _ = 1 / 0
-    assert budget.held == 0
 
 
 def texts(number: int) -> list[str]:

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 import pytest
+import torch
 
+from serve.deployments.yes_or_no import PAIR_QUESTION
 from tests.support.wire import data_uri, error_of, noise_image
+from vladva.models.yes_probability import answer_tokens, yes_probabilities
 
 if TYPE_CHECKING:
     from vladva.models.embedder import Embedder
@@ -56,6 +59,33 @@ def test_rerank_sorts(client: httpx.Client, similarities: np.ndarray) -> None:
         assert [one["relevance_score"] for one in same] == pytest.approx(
             [one["relevance_score"] for one in whole], abs=1e-5
         )
+
+
+def test_the_generator_judges_pairs_with_its_adapter_off(client: httpx.Client, embedder: Embedder) -> None:
+    """P(yes) as the offline re-ranker finds it; pairs of two texts against transformers' own forward."""
+    image, caption = noise_image(5), "a red circle"
+    documents = [data_uri(image), "a red circle", "nothing at all"]
+    [offline] = yes_probabilities(embedder, [image], [caption])
+    expected = [float(offline)]
+    yes, no = (answer_tokens(embedder, answer) for answer in ("yes", "no"))
+    for document in documents[1:]:
+        said = (f"Query: {caption}\n", f"Document: {document}\n", PAIR_QUESTION)
+        content = [{"type": "text", "text": text} for text in said]
+        ids = embedder.preprocessor.render([{"role": "user", "content": content}])
+        with torch.inference_mode(), embedder.adapter_switch.off():
+            odds = embedder.model.base(input_ids=torch.tensor([ids])).logits[0, -1].softmax(0)
+        expected.append(float(odds[yes].sum() / (odds[yes].sum() + odds[no].sum())))
+    found = client.post("/v1/rerank", json={"query": caption, "documents": documents, "mode": "generative"}).json()
+    scores = {result["index"]: result["relevance_score"] for result in found["results"]}
+    assert [scores[i] for i in range(3)] == pytest.approx(expected, abs=1e-4)
+    assert len(set(expected)) == 3
+    assert [result["relevance_score"] for result in found["results"]] == sorted(scores.values(), reverse=True)
+    assert found["model"] == "tiny"
+    assert found["usage"]["total_tokens"] > 0
+    pairs = {"queries": [caption, "x", "y"], "documents": documents, "mode": "generative"}
+    data = client.post("/v1/score", json=pairs).json()["data"]
+    assert data[0]["score"] == pytest.approx(expected[0], abs=1e-4)
+    assert data[2]["score"] != pytest.approx(expected[2], abs=1e-4)
 
 
 def test_classify_is_a_softmax_over_the_labels(client: httpx.Client, embedder: Embedder) -> None:

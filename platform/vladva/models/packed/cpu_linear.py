@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vladva.models.packed.decoder import GatedMLP, LinearLayer, RMSNorm
+from vladva.models.packed.decoder import LinearLayer
 
 CPU_TOKENS = 1024  # in a group: so few that activations stay in the cache, so many that weights are seldom read again
 QUICK_GELU = 1.702  # x * sigmoid(1.702 x)
@@ -39,42 +39,11 @@ def joined_linear(*linears: LinearLayer) -> Linear:
     return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
 
 
-def rms_norm_linear(norm: RMSNorm, *linears: LinearLayer) -> Linear:
-    """x [N, D] -> the outputs, side by side, of linear layers that take x after the root-mean-square norm."""
-    if can_prepack(*linears):
-        weight = torch.cat([linear.weight for linear in linears]).float() * norm.weight
-        after, epsilon = prepacked_linear(weight.bfloat16(), concat_bias(*linears)), norm.variance_epsilon
-        return lambda x: after(rms_normalize(x, epsilon))
-    after = joined_linear(*linears)
-    return lambda x: after(norm(x))
-
-
 def linear_residual(linear: LinearLayer) -> LinearResidual:
     """x [N, D], residual -> linear(x) + residual."""
     if can_prepack(linear):
         return prepacked_linear_residual(linear.weight, concat_bias(linear))
     return lambda x, residual: linear(x).add_(residual)
-
-
-def rms_norm_swiglu(norm: RMSNorm, mlp: GatedMLP) -> Linear:
-    """x [N, D] -> act(gate(y)) * up(y) of y = norm(x)."""
-    gate, up, epsilon = mlp.gate_proj, mlp.up_proj, norm.variance_epsilon
-    if not can_prepack(gate, up) or mlp.config.hidden_act != "silu" or gate.bias is not None:
-
-        def plain(x: torch.Tensor) -> torch.Tensor:
-            x = norm(x)
-            return mlp.act_fn(gate(x)) * up(x)
-
-        return plain
-    # The norm's weight is in both products; one has the activation, the other multiplies by what it gave.
-    gate_weight, up_weight = (prepack((each.weight.float() * norm.weight).bfloat16()) for each in (gate, up))
-    pointwise = torch.ops.mkldnn._linear_pointwise
-
-    def fused(x: torch.Tensor) -> torch.Tensor:
-        x = rms_normalize(x, epsilon)
-        return pointwise.binary(x, pointwise(x, gate_weight, None, "swish", [], ""), up_weight, None, "mul")
-
-    return fused
 
 
 def mlp_residual(

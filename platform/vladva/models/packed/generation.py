@@ -22,6 +22,7 @@ from vladva.models.batch import as_tensors
 from vladva.models.packed.cpu_linear import keep_freed_memory
 from vladva.models.packed.kv_cache import CacheBlock, KeyValueCache, Slot
 from vladva.models.packed.packing import round_up
+from vladva.models.packed.rope import RotaryEmbedding
 from vladva.models.packed.row_linear import SharedDecoder
 from vladva.models.packed.towers import image_features, with_packed_tower
 
@@ -70,16 +71,16 @@ class Prompt:
 class PackedGeneration:
     """Chunks -> logits of the next tokens."""
 
-    def __init__(self, model: EmbeddingModel, decoder: SharedDecoder | None = None) -> None:
+    def __init__(self, model: EmbeddingModel, decoder: SharedDecoder | None = None, vision: Any = None) -> None:
+        """`decoder`, `vision`: those of a `PackedInference` of the same model, to share their weights."""
         self.model = model
         self.decoder = decoder or SharedDecoder(model)
         base: Any = model.base
         self.language = base.model.language_model
-        first = self.decoder.layers[0]
-        weight = self.decoder.embed.weight
-        self.cache = KeyValueCache(len(self.decoder.layers), first.kv_heads, first.width, weight.dtype, weight.device)
+        first, weight = self.decoder.layer(1), self.decoder.embed.weight
+        self.cache = KeyValueCache(self.decoder.depth, first.kv_heads, first.width, weight.dtype, weight.device)
         self.device: torch.device = weight.device
-        self.vision = with_packed_tower(base.model)
+        self.vision = vision or with_packed_tower(base.model)
         self.image_token: int = base.config.image_token_id
         if weight.device.type == "cpu":
             keep_freed_memory()
@@ -102,42 +103,35 @@ class PackedGeneration:
         if step.features is not None:
             hidden_ND[step.image_rows] = step.features.to(hidden_ND.dtype)
         rotation = self.rotation(hidden_ND, step.positions)
-        *layers, last = range(len(self.decoder.layers))
-        for layer in layers:
-            hidden_ND = self.layer(layer, hidden_ND, rotation, step)
-        hidden_RD = self.layer(last, hidden_ND, rotation, step, only=step.ends)
+        for number in range(1, self.decoder.depth):
+            hidden_ND = self.layer(number, hidden_ND, rotation, step)
+        hidden_RD = self.layer(self.decoder.depth, hidden_ND, rotation, step, only=step.ends)
         for chunk in chunks:
             chunk.slot.length += len(chunk.ids)
         return self.decoder.logits(hidden_RD, step.ends_adapter)
 
-    def rotation(self, hidden_ND: Tensor, positions_AN: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and signed sine [N, 1, d] of every token's position."""
+    def rotation(self, hidden_ND: Tensor, positions_AN: Tensor) -> RotaryEmbedding:
+        """Of every token by its position, as if all were of one prompt."""
         axes = positions_AN if len(positions_AN) == 1 else positions_AN[:, None]
-        cos, sin = self.language.rotary_emb(hidden_ND[None], axes)
-        half = sin.shape[-1] // 2
-        return cos[0, :, None], torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)[0, :, None]
+        return RotaryEmbedding.from_cos_sin(*self.language.rotary_emb(hidden_ND[None], axes))
 
     def layer(
-        self, number: int, hidden_ND: Tensor, rotation: tuple[Tensor, Tensor], step: Step, only: Tensor | None = None
+        self, number: int, hidden_ND: Tensor, rotation: RotaryEmbedding, step: Step, only: Tensor | None = None
     ) -> Tensor:
         """Hidden states after a layer [N, D]; those of the rows `only` [R], where these alone go on."""
-        layer = self.decoder.layers[number]
+        layer = self.decoder.layer(number)
         heads_NE = layer.query_key_value(hidden_ND, step.adapter)
-        rotated_NEd, value_NKd = heads_NE.unflatten(-1, (-1, layer.width)).tensor_split([-layer.kv_heads], dim=1)
-        cos, sin = rotation
-        half = layer.width // 2
-        swapped = torch.cat([rotated_NEd[..., half:], rotated_NEd[..., :half]], dim=-1)
-        rotated_NEd = (rotated_NEd * cos).addcmul_(swapped, sin)
-        query_NHd, key_NKd = rotated_NEd.tensor_split([-layer.kv_heads], dim=1)
+        unrotated_NEd, value_NKd = heads_NE.unflatten(-1, (-1, layer.width)).tensor_split([-layer.kv_heads], dim=1)
+        query_NHd, key_NKd = rotation(unrotated_NEd[None])[0].tensor_split([-layer.kv_heads], dim=1)
         attended_ND = torch.zeros_like(query_NHd).flatten(1)
         for group in step.single:
-            keys, values = group.block.keys[number], group.block.values[number]
+            keys, values = group.block.keys[number - 1], group.block.values[number - 1]
             keys[group.rows, :, group.lengths] = key_NKd[group.tokens]
             values[group.rows, :, group.lengths] = value_NKd[group.tokens]
             attended_ND[group.tokens] = group.attention(query_NHd[group.tokens], keys, values)
         for part in step.several:
             slot, start, end = part.chunk.slot, part.start, part.start + len(part.chunk.ids)
-            keys, values = slot.block.keys[number][slot.row], slot.block.values[number][slot.row]
+            keys, values = slot.block.keys[number - 1][slot.row], slot.block.values[number - 1][slot.row]
             there = slot.length + len(part.chunk.ids)
             keys[:, slot.length : there] = key_NKd[start:end].transpose(0, 1)
             values[:, slot.length : there] = value_NKd[start:end].transpose(0, 1)

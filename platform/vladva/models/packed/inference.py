@@ -29,13 +29,11 @@ from vladva.models.packed.cpu_linear import (
     CPU_TOKENS,
     in_threads,
     keep_freed_memory,
-    linear_residual,
-    rms_norm_linear,
-    rms_norm_swiglu,
 )
-from vladva.models.packed.decoder import Decoder, DecoderLayer, decoder_unsupported
+from vladva.models.packed.decoder import Decoder, decoder_unsupported
 from vladva.models.packed.packing import Packed, groups, pack
 from vladva.models.packed.rope import RotaryEmbedding, Rotation, SharedRotaryEmbedding
+from vladva.models.packed.row_linear import SharedDecoder, SharedLayer, rows_unsupported
 from vladva.models.packed.towers import image_features, with_packed_tower
 
 if TYPE_CHECKING:
@@ -51,9 +49,14 @@ Forward = Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor] | None], to
 
 def embedding_forward(model: EmbeddingModel) -> Forward:
     """Tokens, pixels -> embeddings [B, D]: on packed tokens where the decoder is of a kind known here."""
-    if decoder_unsupported(model.backbone, model.base.config.get_text_config()) is None:
+    if packed_unsupported(model) is None:
         return PackedInference(model)
     return lambda tokens, pixels: model(tokens, pixels)[0]
+
+
+def packed_unsupported(model: EmbeddingModel) -> str | None:
+    """Why a model cannot be run on packed tokens; None where it can."""
+    return decoder_unsupported(model.backbone, model.base.config.get_text_config()) or rows_unsupported(model.base)
 
 
 class PackedInference:
@@ -62,7 +65,8 @@ class PackedInference:
     Takes the memory of the decoder's weights once more where it packs them.
     """
 
-    def __init__(self, model: EmbeddingModel) -> None:
+    def __init__(self, model: EmbeddingModel, decoder: SharedDecoder | None = None) -> None:
+        """`decoder`: the weights of the same model, where others use them too."""
         self.model = model
         self.language: Decoder = model.base.model.language_model
         self.vision = with_packed_tower(model.base.model)
@@ -70,9 +74,10 @@ class PackedInference:
         if model.pixel_mean.device.type == "cpu":
             keep_freed_memory()
         self.num_key_value_groups = self.language.config.num_attention_heads // self.language.config.num_key_value_heads
-        *layers, last = self.language.layers[: model.layer]
-        self.layers = [InferenceLayer(layer) for layer in layers]
-        self.last = LastInferenceLayer(last)
+        self.decoder = decoder or SharedDecoder(model)
+        last = model.layer or self.decoder.depth
+        self.layers = [InferenceLayer(self.decoder.layer(number)) for number in range(1, last)]
+        self.last = LastInferenceLayer(self.decoder.layer(last))
 
     def __call__(self, tokens: dict[str, torch.Tensor], pixels: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Embeddings [B, D] (float32, unit norm) of the prompts; captions after them are not read."""
@@ -97,7 +102,8 @@ class PackedInference:
     def embed(self, packed: Packed, inputs: dict[str, torch.Tensor], features_KD: torch.Tensor | None) -> torch.Tensor:
         """Embeddings [B, D] of a group."""
         tokens = packed.gather_index.shape[1]
-        hidden_ND = self.language.embed_tokens(packed.ids)
+        adapter = self.decoder.adapter_on
+        hidden_ND = self.decoder.embed(packed.ids, adapter)
         if features_KD is not None:
             hidden_ND[packed.is_image] = features_KD[packed.feature].to(hidden_ND.dtype)
         rotation: Rotation
@@ -112,8 +118,8 @@ class PackedInference:
             after_diagonal = torch.full((tokens, tokens), -torch.inf, dtype=hidden_ND.dtype).triu_(1)
             mask = after_diagonal.repeat(self.num_key_value_groups, 1)
         for layer in self.layers:
-            hidden_ND = layer(hidden_ND, packed, rotation, mask)
-        hidden_BD = self.last(hidden_ND, packed, rotation)
+            hidden_ND = layer(hidden_ND, packed, rotation, mask, adapter)
+        hidden_BD = self.last(hidden_ND, packed, rotation, adapter)
         return normalize(self.language.norm(hidden_BD).float(), dim=-1)
 
 
@@ -121,69 +127,55 @@ class PackedInference:
 
 
 class _Parts:
-    """What both kinds of layer do: padded rows of heads, and what comes after attention."""
+    """What both kinds of layer do: padded rows of heads, on the weights of a layer that others may share."""
 
-    def __init__(self, layer: DecoderLayer) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.width = attention.head_dim
-        self.kv_heads = attention.k_proj.out_features // self.width
-        self.output, self.down = linear_residual(attention.o_proj), linear_residual(mlp.down_proj)
-        self.swiglu = rms_norm_swiglu(layer.post_attention_layernorm, mlp)
+    def __init__(self, shared: SharedLayer) -> None:
+        self.shared = shared
 
     def heads(
         self, projected_NE: torch.Tensor, packed: Packed, rotation: Rotation
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries (in a layer that has all) and keys [T, B, heads, d], rotated, and values [B, T, K, d]; padded."""
-        rotated_NE, value_NE = projected_NE.tensor_split([-self.kv_heads * self.width], dim=1)
+        width = self.shared.width
+        rotated_NE, value_NE = projected_NE.tensor_split([-self.shared.kv_heads * width], dim=1)
         prompts, tokens = packed.gather_index.shape
         # What is rotated has the tokens first: then one product rotates the heads of a token in all prompts.
         by_token, by_prompt = packed.gather_index.t().flatten(), packed.gather_index.flatten()
-        heads_TBHd = rotated_NE.index_select(0, by_token).view(tokens, prompts, -1, self.width)
-        value_BTKd = value_NE.index_select(0, by_prompt).view(prompts, tokens, -1, self.width)
+        heads_TBHd = rotated_NE.index_select(0, by_token).view(tokens, prompts, -1, width)
+        value_BTKd = value_NE.index_select(0, by_prompt).view(prompts, tokens, -1, width)
         return rotation(heads_TBHd), value_BTKd
 
-    def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states after the MLP."""
-        return self.down(self.swiglu(hidden), hidden)
+    def rest(self, attended_ND: torch.Tensor, hidden_ND: torch.Tensor, adapter: bool) -> torch.Tensor:
+        """Hidden states after what comes after attention."""
+        return self.shared.mlp(self.shared.output.residual(attended_ND, hidden_ND, adapter), adapter)
 
 
 class InferenceLayer(_Parts):
     """A decoder layer on packed tokens."""
 
-    def __init__(self, layer: DecoderLayer) -> None:
-        super().__init__(layer)
-        attention = layer.self_attn
-        self.query_key_value = rms_norm_linear(
-            layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj
-        )
-
     def __call__(
-        self, hidden_ND: torch.Tensor, packed: Packed, rotation: Rotation, mask: torch.Tensor | None
+        self, hidden_ND: torch.Tensor, packed: Packed, rotation: Rotation, mask: torch.Tensor | None, adapter: bool
     ) -> torch.Tensor:
         """Hidden states [N, D] after the layer."""
-        rotated_TBHd, value_BTKd = self.heads(self.query_key_value(hidden_ND), packed, rotation)
-        query_TBHd, key_TBKd = rotated_TBHd.tensor_split([-self.kv_heads], dim=2)
+        projected_NE = self.shared.query_key_value(hidden_ND, adapter)
+        rotated_TBHd, value_BTKd = self.heads(projected_NE, packed, rotation)
+        query_TBHd, key_TBKd = rotated_TBHd.tensor_split([-self.shared.kv_heads], dim=2)
         attended_BTD = tokens_first_attention(query_TBHd, key_TBKd, value_BTKd, mask)
         # Back to packed tokens.
         attended_ND = attended_BTD.flatten(0, 1).index_select(0, packed.source_index)
-        return self.mlp(self.output(attended_ND, hidden_ND))
+        return self.rest(attended_ND, hidden_ND, adapter)
 
 
 class LastInferenceLayer(_Parts):
     """The layer that is embedded from: packed tokens -> the last token of each prompt, whose query alone is needed."""
 
-    def __init__(self, layer: DecoderLayer) -> None:
-        super().__init__(layer)
-        attention = layer.self_attn
-        self.query = rms_norm_linear(layer.input_layernorm, attention.q_proj)
-        self.key_value = rms_norm_linear(layer.input_layernorm, attention.k_proj, attention.v_proj)
-
-    def __call__(self, hidden_ND: torch.Tensor, packed: Packed, rotation: Rotation) -> torch.Tensor:
+    def __call__(self, hidden_ND: torch.Tensor, packed: Packed, rotation: Rotation, adapter: bool) -> torch.Tensor:
         """Hidden states [B, D] of the last tokens after the layer."""
         ends = packed.lengths - 1
         hidden_BD = hidden_ND[packed.gather_index.gather(1, ends[:, None])[:, 0]]
-        key_TBKd, value_BTKd = self.heads(self.key_value(hidden_ND), packed, rotation)
-        query_B1Hd = rotation.at(ends)(self.query(hidden_BD).view(len(ends), 1, -1, self.width))
+        key_TBKd, value_BTKd = self.heads(self.shared.key_value(hidden_ND, adapter), packed, rotation)
+        query_BE = self.shared.last_query(hidden_BD, adapter)
+        query_B1Hd = rotation.at(ends)(query_BE.view(len(ends), 1, -1, self.shared.width))
         inside_BT = torch.arange(packed.gather_index.shape[1], device=ends.device) < packed.lengths[:, None]
         attended_BH1d = scaled_dot_product_attention(
             query_B1Hd.transpose(1, 2),
@@ -192,7 +184,7 @@ class LastInferenceLayer(_Parts):
             attn_mask=inside_BT[:, None, None],
             enable_gqa=True,
         )
-        return self.mlp(self.output(attended_BH1d.flatten(1), hidden_BD))
+        return self.rest(attended_BH1d.flatten(1), hidden_BD, adapter)
 
 
 def tokens_first_attention(

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from vladva.models.packed.cpu_linear import can_prepack, concat_bias, prepack, rms_normalize
@@ -39,6 +40,12 @@ class RowLinear:
                 weight *= gain
             self.prepacked, self.bias = prepack(weight.bfloat16()), concat_bias(*self.bases)
         self.lora = LoraFactors.of(linears, gain)
+
+    def free_plain(self) -> None:
+        """Free the plain weights that are kept in another layout."""
+        if self.prepacked is not None:
+            for base in self.bases:
+                base.weight.data = base.weight.data.new_empty(0)
 
     def __call__(self, x: Tensor, adapter: AdapterRows) -> Tensor:
         """The outputs [N, sum of widths]."""
@@ -184,7 +191,7 @@ def rows_unsupported(decoder: torch.nn.Module) -> str | None:
 class SharedLayer:
     """The linear layers of a decoder layer. `split`: queries apart from keys and values, because few are needed."""
 
-    def __init__(self, layer: Any, *, split: bool) -> None:
+    def __init__(self, layer: Any, *, split: bool, keep_plain: bool = True) -> None:
         attention = layer.self_attn
         self.width: int = attention.head_dim
         self.kv_heads: int = base_layer(attention.k_proj).out_features // self.width
@@ -194,6 +201,21 @@ class SharedLayer:
         self.projections = RowLinear(*(() if split else (attention.q_proj,)), *keys_values, norm=norm)
         self.output = RowLinear(attention.o_proj)
         self.mlp = GatedRowMLP(layer.post_attention_layernorm, layer.mlp)
+        if not keep_plain:
+            linears = (self.query, self.projections, self.output, self.mlp.gate, self.mlp.up, self.mlp.down)
+            for linear in linears:
+                if linear is not None:
+                    linear.free_plain()
+
+    def key_value(self, hidden_ND: Tensor, adapter: AdapterRows) -> Tensor:
+        """Keys and values side by side [N, 2K * d], of a layer whose queries are apart."""
+        assert self.query is not None
+        return self.projections(hidden_ND, adapter)
+
+    def last_query(self, hidden_BD: Tensor, adapter: AdapterRows) -> Tensor:
+        """Queries [B, H * d] of the tokens that go on, of a layer whose queries are apart."""
+        assert self.query is not None
+        return self.query(hidden_BD, adapter)
 
     def query_key_value(self, hidden_ND: Tensor, adapter: AdapterRows) -> Tensor:
         """Queries, keys and values side by side [N, (H + 2K) * d]."""
@@ -206,17 +228,33 @@ class SharedLayer:
 class SharedDecoder:
     """A decoder's weights once, for embedding with the adapter on and answering with it off, at the same time.
 
-    `layer`: the one that is embedded from; the last one where None.
+    keep_plain: whether Hugging Face's own forward still has its weights where this has them in another layout.
     """
 
-    def __init__(self, model: EmbeddingModel) -> None:
+    def __init__(self, model: EmbeddingModel, *, keep_plain: bool = True) -> None:
         base: Any = model.base
-        language, head = base.model.language_model, base.lm_head
-        split = {model.layer or len(language.layers), len(language.layers)}
-        self.layers = [SharedLayer(layer, split=number in split) for number, layer in enumerate(language.layers, 1)]
-        self.embed = RowEmbedding(language.embed_tokens)
-        self.norm = language.norm
-        self.head = RowHead(head)
+        self.language = base.model.language_model
+        self.depth = len(self.language.layers)
+        self.keep_plain = keep_plain
+        self.embed = RowEmbedding(self.language.embed_tokens)
+        self.norm = self.language.norm
+        self.head = RowHead(base.lm_head)
+        self._split = {model.layer or self.depth, self.depth}  # where one token of a prompt goes on
+        self._layers: dict[int, SharedLayer] = {}
+        modules = self.language.modules()
+        self._switch: Any = next((one for one in modules if isinstance(one, BaseTunerLayer)), None)
+
+    def layer(self, number: int) -> SharedLayer:
+        """The layer of this number, counted from 1, made when it is first asked for."""
+        if number not in self._layers:
+            plain = self.language.layers[number - 1]
+            self._layers[number] = SharedLayer(plain, split=number in self._split, keep_plain=self.keep_plain)
+        return self._layers[number]
+
+    @property
+    def adapter_on(self) -> bool:
+        """Whether the model's adapter is switched on, where it has one."""
+        return self._switch is not None and not self._switch.disable_adapters
 
     def logits(self, hidden_RD: Tensor, adapter: AdapterRows) -> Tensor:
         """Logits [R, V], float32, of hidden states after the last layer."""

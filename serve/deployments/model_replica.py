@@ -1,0 +1,97 @@
+"""Model replica: what a replica that holds a model has: the model, the engine that runs it, and threads beside it."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from serve.config import ServeArgs
+from serve.deployments.engine import EngineLimits, EngineLoad, ModelEngine
+from serve.deployments.yes_or_no import YesOrNo
+
+if TYPE_CHECKING:
+    pass
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+SHORT_CHARACTERS = 2000  # a text up to which tokenising takes less time than handing it to a thread and back
+HEALTH_S = 25.0  # less than Serve waits for a health check
+
+
+class ModelReplica:
+    """Loads the model and starts its engine. The event loop hands out work and nothing else, so that it answers."""
+
+    def __init__(self, args: ServeArgs) -> None:
+        from vladva.core.devices import assigned_device
+
+        device = assigned_device()
+
+        from serve.deployments.runners import runner_of
+        from vladva.models.embedder import Embedder, load_embedder
+        from vladva.models.generation import AnswerText
+
+        self.args = args
+        embedder = load_embedder(args.model, dtype=args.dtype or "float32", device=device)
+        if not isinstance(embedder, Embedder):
+            raise ValueError(f"model: {args.model} has no generator; serve a vision-language model")
+        self.embedder = embedder
+        self.context: int = embedder.preprocessor.config.get_text_config().max_position_embeddings
+        self.judgement: YesOrNo | None = None
+        self.preparing = ThreadPoolExecutor(args.prepare_threads, "vladva-prepare")
+        base: Any = embedder.model.base
+        ends = base.generation_config.eos_token_id
+        self.engine = ModelEngine(
+            runner_of(embedder),
+            EngineLimits(
+                batch_tokens=args.max_batch_tokens,
+                step_tokens=args.step_tokens,
+                batch_wait_s=args.batch_wait_s,
+                conversations=args.max_conversations,
+                cache_tokens=args.max_cache_tokens,
+                queued_tokens=args.max_queued_tokens,
+                queue_s=args.max_queue_s,
+            ),
+            ends={ends} if isinstance(ends, int) else set(ends or ()),
+            text=partial(AnswerText, embedder.preprocessor.tokenizer),
+            score=self.score,
+            device=embedder.device,
+        )
+        # The constructor runs in an event loop, which waits for it.
+        self.preparing.submit(lambda: asyncio.run(self.probe())).result()
+
+    def score(self, logits_BV: "torch.Tensor") -> Sequence[float]:
+        """P(yes) of pairs that were asked about. Raises ValueError where the model has no words for yes and no."""
+        if self.judgement is None:
+            self.judgement = YesOrNo(self.embedder)
+        return self.judgement(logits_BV)
+
+    async def describe(self) -> dict[str, Any]:
+        """What the model says of itself; the constructor has used it by then."""
+        return {**self.embedder.description(), "context": self.context, "cuts": False, "generates": True}
+
+    async def load(self) -> EngineLoad:
+        """What the engine is busy with."""
+        return self.engine.load()
+
+    async def check_health(self) -> None:
+        """Run the model. Serve replaces a replica for which this raises again and again."""
+        if self.engine.broken is not None:
+            raise RuntimeError("the engine broke down") from self.engine.broken
+        await asyncio.wait_for(self.probe(), HEALTH_S)
+
+    async def probe(self) -> None:
+        """Use the model for real. Raises RuntimeError where it does not do what this replica is for."""
+        raise NotImplementedError
+
+    async def beside(self, function: Callable[..., T], *args: Any) -> T:
+        """The result of a function, in a thread beside the model's."""
+        return await asyncio.get_running_loop().run_in_executor(self.preparing, function, *args)
+
+    def __del__(self) -> None:
+        """Serve drops a replica that it stops."""
+        if hasattr(self, "engine"):
+            self.engine.close()
