@@ -17,11 +17,13 @@ from vladva.config import RunConfig
 from vladva.core import storage
 from vladva.core.devices import NO_GPU
 from vladva.core.errors import refusal
+from vladva.core.quiet import is_verbose
 from vladva.core.ray_tasks import cause_of
 from vladva.models import checkpoint
 from vladva.train.run_claim import check_claim, claim_run, pin_base_model, pin_initial_weights
 
 if TYPE_CHECKING:
+    import ray.train
     from ray.train.torch import TorchTrainer
 
     from vladva.train.preflight import Tell
@@ -84,12 +86,21 @@ def run_workers(config: RunConfig) -> None:
             failures = failures + 1 if checkpoint.finished_steps(config.uri) == before else 1
             if failures > config.cluster.max_failures >= 0:
                 raise
-            logger.warning("%s; going on from the newest checkpoint", error)
+            logger.warning(
+                "%s; going on from the newest checkpoint", error if is_verbose() else failures_in_short(error)
+            )
         except SystemExit as interrupted:  # Ray's handler of Ctrl-C stops the workers, then exits without a word
             raise KeyboardInterrupt from interrupted
         finally:
             if signal.getsignal(signal.SIGINT) is not before_ray:  # else Ray's stays, for a run that has ended
                 signal.signal(signal.SIGINT, before_ray)
+
+
+def failures_in_short(error: ray.train.WorkerGroupError) -> str:
+    """What became of each worker, the first line of it: the tracebacks of a lost node fill a screen."""
+    causes = {rank: str(getattr(each, "cause", each)).strip() for rank, each in error.worker_failures.items()}
+    lost = [f"rank {rank}: {cause.splitlines()[0] if cause else 'no word'}" for rank, cause in causes.items()]
+    return f"workers lost: {'; '.join(lost[:4])}{'; ...' if len(lost) > 4 else ''}"
 
 
 def user_error(failures: Iterable[BaseException], config: RunConfig) -> ValueError | None:

@@ -24,7 +24,7 @@ RAY = {"RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:826
 API_KEY, WRITE_KEY = "key-of-a-reader", "key-of-a-writer"
 SUBMIT = "ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml"
 NODE_CPUS = 4  # that each worker says it has
-WITHIN = {"ray up": 300.0, "nodes": 120.0, "job": 1200.0, "checkpoint": 600.0, "end": 240.0}  # seconds
+WITHIN = {"ray up": 600.0, "nodes": 300.0, "job": 1200.0, "checkpoint": 600.0, "end": 240.0}  # seconds
 
 
 LAUNCHER = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+\s+\w+ \w+\.py:\d+ -- |Running entrypoint for job ")
