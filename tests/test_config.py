@@ -13,7 +13,7 @@ import pytest
 
 from vladva.config import ClusterConfig, RunConfig, TrackingConfig, TrainConfig
 from vladva.recipes import RECIPES, tiny
-from vladva.train.launch import MAY_CHANGE, claim_run, flatten
+from vladva.train.run_claim import MAY_CHANGE, claim_run, flatten
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)

@@ -30,6 +30,10 @@ class ModelConfig:
     lora_dropout: float = 0.0
     max_image_tokens: int | None = None
     """Larger images are made smaller (Qwen families); None: as the checkpoint's own files say."""
+    chat_template: str = ""
+    """Jinja template in place of the checkpoint's own, for models that were trained with another; empty: its own.
+
+    As in transformers, a newline at its very end is dropped: write `{{ '\\n' }}` for one that counts."""
 
 
 @dataclass(frozen=True)

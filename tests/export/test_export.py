@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -177,10 +178,50 @@ def test_with_the_adapter_off_the_base_model_is_there_bit_for_bit(trained: str, 
             assert torch.equal(there, weight), name
 
 
+def test_an_export_is_a_model_of_our_own_again(
+    exported: Path, embedder: Embedder, texts: list[str], images: list[Image]
+) -> None:
+    """Evaluated, embedded with and served from its folder, with the prompts of `vladva.json`."""
+    again = load_lvlm(str(exported))
+    assert again.adapter is None
+    np.testing.assert_allclose(again.embed_texts(texts[:8]), embedder.embed_texts(texts[:8]), atol=EXACT)
+    np.testing.assert_allclose(again.embed_images(images[:8]), embedder.embed_images(images[:8]), atol=EXACT)
+
+
+def test_a_tokenizer_that_has_changed_is_noticed_when_the_export_is_loaded(exported: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "drifted"
+    shutil.copytree(exported, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Replace", "pattern": {"String": "square"}, "content": "rectangle"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="probe text has other token ids"):
+        load_lvlm(str(folder))
+
+
+def test_a_model_of_others_is_prompted_by_a_small_file(tmp_path: Path) -> None:
+    """As E5-V's: a template of its own, whose answer begins with a space and a newline."""
+    base = families.build("llava", tmp_path / "base")
+    template = (
+        "{% for message in messages %}USER: {% for part in message.content %}{% if part.type == 'image' %}<image>\n"
+        "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}ASSISTANT:{{ ' \\n' }}"
+    )
+    (tmp_path / "e5-v").mkdir()
+    note = {"checkpoint": "../base", "text_prompt": "Summary above sentence in one word: ", "image_prompt": ""}
+    (tmp_path / "e5-v/vladva.json").write_text(json.dumps({**note, "chat_template": template}))
+    embedder = load_lvlm(str(tmp_path / "e5-v"))
+    expected = "USER: a dog\nSummary above sentence in one word: ASSISTANT: \n"
+    assert embedder.preprocessor.text_prompt("a dog") == embedder.preprocessor.tokenizer(expected).input_ids
+    images = "USER: " + "<image>" * 16 + "\nASSISTANT: \n"
+    assert embedder.preprocessor.image_prompt((32, 32)) == embedder.preprocessor.tokenizer(images).input_ids
+    plain = load_lvlm(base)
+    assert embedder.fingerprint != plain.fingerprint
+    (tmp_path / "e5-v/vladva.json").write_text(json.dumps({**note, "prompt": "x"}))
+    with pytest.raises(ValueError, match=r"vladva.json: unknown prompt; it needs `checkpoint` and takes layer, image"):
+        load_lvlm(str(tmp_path / "e5-v"))
+
+
 def test_a_probe_with_other_tokens_is_refused(exported: Path, tmp_path: Path) -> None:
     """As after a transformers that reads the tokenizer otherwise: here one that no longer keeps a newline."""
-    import shutil
-
     from vladva.export.probe import check_probe
 
     folder = tmp_path / "drifted"

@@ -4,7 +4,8 @@
     tokenizer*, *processor_config     the base model's, with the soft-prompt tokens
     chat_template.jinja               renders the embedding prompts (`chat_template.py`)
     modules.json, 1_Pooling, ...      what sentence-transformers reads (`sentence_transformers_files.py`)
-    vladva_export.json                where it came from, how it embeds, and the probe (`probe.py`)
+    vladva.json                       the prompts, for vladva itself
+    vladva_export.json                where it came from, and the probe (`probe.py`)
     README.md                         the model card (`model_card.py`)
 
 The same folder serves transformers, sentence-transformers, vLLM, and vladva itself.

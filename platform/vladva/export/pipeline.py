@@ -50,9 +50,10 @@ def export_model(
     Raises ValueError for a dual encoder, a model without an adapter where the adapter is asked for, dimensions that
     were not trained, and where the probe shows other embeddings than ours.
     """
+    from vladva.models.adapter import ADAPTER_NOTE
     from vladva.models.dual_encoders import is_dual_encoder
     from vladva.models.embedder import load_lvlm
-    from vladva.models.resolve import describe, find_model, pin
+    from vladva.models.resolve import EXPORT_NOTE, describe, find_model, pin
 
     model = pin(model)
     reference = find_model(model)
@@ -85,15 +86,19 @@ def export_model(
         "layer": description["layer"],
         "dimension": description["dimension"],
         "matryoshka": list(matryoshka),
+        "probe": probe,
+    }
+    prompting = {
+        "checkpoint": ".",
         "image_prompt": preprocessor.prompts["image"],
         "text_prompt": preprocessor.prompts["text"],
         "chat_template": preprocessor.tokenizer.chat_template,
-        "probe": probe,
     }
     with new_folder(out) as folder:
         write_merged_checkpoint(embedder, folder, dtype, matryoshka)
         write_sentence_transformers_files(folder, description["dimension"], dimensions)
-        (folder / "vladva_export.json").write_text(json.dumps(note) + "\n")
+        (folder / EXPORT_NOTE).write_text(json.dumps(note) + "\n")
+        (folder / ADAPTER_NOTE).write_text(json.dumps(prompting, indent=2) + "\n")
         card = model_card(
             description,
             name=name or out.name,

@@ -25,6 +25,7 @@ class ExportProbe(TypedDict):
 
     text: str
     text_ids: list[int]
+    image_size: tuple[int, int]
     image_ids: list[int]
     text_embedding: list[float]
     image_embedding: list[float]
@@ -43,6 +44,7 @@ def make_probe(embedder: Embedder) -> ExportProbe:
     return {
         "text": TEXT,
         "text_ids": embedder.preprocessor.text_prompt(TEXT),
+        "image_size": image.size,
         "image_ids": embedder.preprocessor.image_prompt(image.size),
         "text_embedding": embedder.embed_texts([TEXT])[0].tolist(),
         "image_embedding": embedder.embed_images([image])[0].tolist(),

@@ -20,7 +20,20 @@ from vladva.config import ModelConfig
 if TYPE_CHECKING:
     from vladva.models.embedding_model import EmbeddingModel
 
-ADAPTER_NOTE = "vladva.json"  # beside adapter_config.json: what the adapter was trained on and how to prompt it
+# How to prompt a model, and which: beside an adapter's weights, beside a whole checkpoint, or alone in a folder.
+ADAPTER_NOTE = "vladva.json"
+
+
+# Fields of ModelConfig that decide, with the weights, what the embeddings are.
+NOTED = (
+    "checkpoint",
+    "layer",
+    "image_prompt",
+    "text_prompt",
+    "soft_prompts",
+    "max_image_tokens",
+    "chat_template",
+)
 
 
 def add_adapter(model: EmbeddingModel, config: ModelConfig) -> None:
@@ -107,8 +120,7 @@ def save_adapter(model: EmbeddingModel, config: ModelConfig, folder: Path) -> No
 
 def adapter_note(config: ModelConfig) -> dict[str, Any]:
     """What must be known, beside the weights, to embed with an adapter."""
-    names = ("checkpoint", "layer", "image_prompt", "text_prompt", "soft_prompts", "max_image_tokens")
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in NOTED}
 
 
 def load_adapter(model: EmbeddingModel, folder: Path, *, trainable: bool = False) -> None:

@@ -28,7 +28,7 @@ from vladva.models.generation import decode, pieces
 from vladva.models.interface import Embeds
 from vladva.models.packed.inference import Forward, embedding_forward
 from vladva.models.preprocessor import Preprocessor
-from vladva.models.resolve import config_of, find_model
+from vladva.models.resolve import check_exported_tokens, config_of, find_model
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -58,7 +58,10 @@ def load_embedder(
     config = config_of(reference, folder, dtype)
     if layer is not None:
         config = replace(config, layer=layer)
-    embedding_model = EmbeddingModel(config, Preprocessor.of(config), device=device)
+    preprocessor = Preprocessor.of(config)
+    if reference.note:
+        check_exported_tokens(reference.note.parent, preprocessor)
+    embedding_model = EmbeddingModel(config, preprocessor, device=device)
     if folder:
         load_adapter(embedding_model, folder)
         if merge:

@@ -49,6 +49,7 @@ def fingerprint_of(
         if adapter
         else None,
         "prompts": [config.image_prompt, config.text_prompt, config.soft_prompts],
+        **({"chat_template": config.chat_template} if config.chat_template else {}),
         "layer": layer,
         "dimension": dimension,
         "pixels": json.loads(preprocessor.image_processor.to_json_string()),

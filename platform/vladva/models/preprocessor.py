@@ -38,6 +38,7 @@ class Preprocessor:
         text_prompt: str = TEXT_PROMPT,
         soft_prompts: bool = False,
         max_image_tokens: int | None = None,
+        chat_template: str = "",
     ) -> None:
         """Raises ValueError where the family, or the checkpoint, has no such limit on an image's tokens."""
         from transformers import AutoConfig, AutoTokenizer
@@ -52,6 +53,8 @@ class Preprocessor:
         template = checkpoint_file(checkpoint, "chat_template.json")
         if template:  # where older checkpoints keep the template with images; the tokenizer's own has none
             self.tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
+        if chat_template:
+            self.tokenizer.chat_template = chat_template
         # The same pixels everywhere: torchvision's resizing, the default where it is installed, differs from Pillow's.
         self.image_processor = pretrained(AutoImageProcessor, checkpoint, backend="pil")
         if max_image_tokens is not None:
@@ -79,6 +82,7 @@ class Preprocessor:
             text_prompt=config.text_prompt,
             soft_prompts=config.soft_prompts,
             max_image_tokens=config.max_image_tokens,
+            chat_template=config.chat_template,
         )
 
     def _prompt_in_context(self, side: Side) -> list[int]:
@@ -90,6 +94,8 @@ class Preprocessor:
                 return self._render([{"role": "user", "content": content}], [(64, 64)])
             return self._render([{"role": "user", "content": [{"type": "text", "text": f"x\n{prompt}"}]}])
 
+        if not self.prompts[side]:  # others' models may have none
+            return []
         whole, bare = rendered(self.prompts[side]), rendered("")
         before = next(i for i, (a, b) in enumerate(zip(whole, bare, strict=False)) if a != b)
         return whole[before : len(whole) - (len(bare) - before)]
@@ -126,14 +132,17 @@ class Preprocessor:
         """Token ids that ask for the summary of an image of (width, height)."""
         count = self.num_image_tokens(size)
         if count not in self.image_prompts:
-            content = [{"type": "image"}, {"type": "text", "text": self.prompts["image"]}]
+            content = [{"type": "image"}]
+            if self.prompts["image"]:
+                content.append({"type": "text", "text": self.prompts["image"]})
             self.image_prompts[count] = self._render([{"role": "user", "content": content}], [size])
         return self.image_prompts[count]
 
     def text_prompt(self, text: str) -> list[int]:
         """Token ids that ask for the summary of a text. Raises InvalidSampleError for half a surrogate pair."""
         [marked] = self.literal.mark([clean_text(text)])
-        content = [{"type": "text", "text": f"{marked}\n{self.prompts['text']}"}]
+        asked = f"{marked}\n{self.prompts['text']}" if self.prompts["text"] else marked
+        content = [{"type": "text", "text": asked}]
         return self._render([{"role": "user", "content": content}])
 
     def pixels(self, images: Sequence[Image.Image]) -> Pixels:
