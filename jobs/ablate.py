@@ -12,7 +12,7 @@ import json
 import sys
 from dataclasses import replace
 
-from vladva.core.cli import user_errors
+from vladva.core.cli import location, user_errors
 from vladva.recipes import parse_recipe
 
 COLUMNS = {
@@ -30,8 +30,12 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="jobs/ablate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", nargs="?", default="tiny", help="as in jobs/train.py; overrides may follow")
-    parser.add_argument("--data", default=".vladva/scenes", help="folder with train/ shards and the benchmarks' files")
-    parser.add_argument("--out", default=".vladva/ablation", help="folder or s3://... for runs, embeddings and scores")
+    parser.add_argument(
+        "--data", type=location, default=".vladva/scenes", help="folder with train/ shards and the benchmarks' files"
+    )
+    parser.add_argument(
+        "--out", type=location, default=".vladva/ablation", help="folder or s3://... for runs, embeddings and scores"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
     return parser.parse_known_args(arguments)
 

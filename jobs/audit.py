@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 
-from vladva.core.cli import user_errors
+from vladva.core.cli import location, user_errors
 
 
 @user_errors
@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="jobs/audit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", metavar="RUN", help="folder or s3://... of the run")
+    parser.add_argument("run", type=location, metavar="RUN", help="folder or s3://... of the run")
     options = parser.parse_args()
 
     from rich import print as show

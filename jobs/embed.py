@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from vladva.core.cli import user_errors
+from vladva.core.cli import location, user_errors
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -22,8 +22,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         prog="jobs/embed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="RUN_OR_MODEL", help="run or checkpoint folder, `tiny` or Hugging Face name")
-    parser.add_argument("--data", required=True, help="folder, file or s3://... of the corpus")
-    parser.add_argument("--out", required=True, help="folder or s3://... of the embeddings table")
+    parser.add_argument("--data", type=location, required=True, help="folder, file or s3://... of the corpus")
+    parser.add_argument("--out", type=location, required=True, help="folder or s3://... of the embeddings table")
     parser.add_argument("--kinds", default="image,text", help="what to embed: image, text or image,text")
     parser.add_argument("--no-adapter", action="store_true", help="embed with the base model, zero-shot")
     parser.add_argument("--actors", default="2", help="processes that hold the model: a number, or LEAST,MOST")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from vladva.core.cli import user_errors
+from vladva.core.cli import location, user_errors
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -35,8 +35,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="names with commas between (coco:5 for 5 captions an image), `retrieval` for images and captions of your "
         "own (--data is a table, shards or a folder then), or `all` that --data holds",
     )
-    parser.add_argument("--data", default=".vladva/scenes", help="folder or s3://... with the benchmarks' files")
-    parser.add_argument("--out", default=".vladva/evaluation", help="folder or s3://... for scores and embeddings")
+    parser.add_argument(
+        "--data", type=location, default=".vladva/scenes", help="folder or s3://... with the benchmarks' files"
+    )
+    parser.add_argument(
+        "--out", type=location, default=".vladva/evaluation", help="folder or s3://... for scores and embeddings"
+    )
     parser.add_argument("--actors", type=int, default=2, help="processes that hold the model")
     parser.add_argument("--gpus-per-actor", type=float, help="0: on CPUs; default: one, where the cluster has GPUs")
     parser.add_argument("--batch-size", type=int, default=64, help="items embedded at a time")
@@ -57,7 +61,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--captions", type=int, default=0, metavar="N", help="caption N images with each model (figure 1)"
     )
-    parser.add_argument("--images", default="", help="folder of the images to caption, instead of the benchmarks'")
+    parser.add_argument(
+        "--images", type=location, default="", help="folder of the images to caption, instead of the benchmarks'"
+    )
     options = parser.parse_args(arguments)
     options.models = distinct(map(labelled, options.models))
     options.layers = whole_numbers(options.layers)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from vladva.core.cli import user_errors
+from vladva.core.cli import location, user_errors
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -18,8 +18,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="jobs/index.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("table", metavar="TABLE", help="folder or s3://... of the embeddings table")
-    parser.add_argument("--out", required=True, help="folder or s3://... of the index")
+    parser.add_argument("table", type=location, metavar="TABLE", help="folder or s3://... of the embeddings table")
+    parser.add_argument("--out", type=location, required=True, help="folder or s3://... of the index")
     parser.add_argument("--kind", default="image", choices=("image", "text", "all"), help="rows that can be found")
     parser.add_argument("--type", default="IVF_SQ", choices=("exact", "IVF_SQ", "IVF_HNSW_SQ", "IVF_PQ"))
     parser.add_argument("--exact-below", type=int, default=20_000, help="rows below which the search is exact")

@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from vladva.core.cli import user_errors
+from vladva.core.cli import location, user_errors
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -36,13 +36,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description=__doc__.format(formats=formats),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="SOURCE", help="folder, file or s3://... with images and captions")
     parser.add_argument(
-        "--out", default="", help="folder or s3://... for the shards; without it tars are used in place"
+        "source", type=location, metavar="SOURCE", help="folder, file or s3://... with images and captions"
+    )
+    parser.add_argument(
+        "--out", type=location, default="", help="folder or s3://... for the shards; without it tars are used in place"
     )
     add_source_arguments(parser)
     join = parser.add_argument_group("more captions for the same images, from a table (images captioned again)")
-    join.add_argument("--captions-from", metavar="TABLE", default="", help=".parquet, .csv, .tsv or .jsonl")
+    join.add_argument(
+        "--captions-from", type=location, metavar="TABLE", default="", help=".parquet, .csv, .tsv or .jsonl"
+    )
     join.add_argument(
         "--join-on",
         metavar="[FIELD=]COLUMN",
@@ -64,7 +68,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--max-bad-fraction", type=float, default=0.05, help="stop when more of the samples are bad")
     parser.add_argument("--overwrite", action="store_true", help="replace the shards of another source in --out")
-    parser.add_argument("--html", metavar="PAGE", default="", help="the page (default: summary.html in _index/)")
+    parser.add_argument(
+        "--html", type=location, metavar="PAGE", default="", help="the page (default: summary.html in _index/)"
+    )
     options = parser.parse_args(arguments)
     if bool(options.captions_from) != bool(options.join_on):
         raise ValueError("--captions-from and --join-on belong together: which table, and which of its columns")

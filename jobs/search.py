@@ -10,7 +10,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from vladva.core.cli import user_errors
+from vladva.core.cli import location, user_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,9 +24,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="jobs/search.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("index", metavar="INDEX", help="folder or s3://... of the index")
+    parser.add_argument("index", type=location, metavar="INDEX", help="folder or s3://... of the index")
     parser.add_argument("query", nargs="?", help="a text")
-    parser.add_argument("--image", help="an image to search with: path or s3://...")
+    parser.add_argument("--image", type=location, help="an image to search with: path or s3://...")
     parser.add_argument("--model", required=True, metavar="RUN_OR_MODEL", help="the model that made the index")
     parser.add_argument("--no-adapter", action="store_true", help="the base model, zero-shot")
     parser.add_argument("-k", "--k", type=int, default=5, help="hits")
@@ -35,7 +35,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--filter", help="SQL condition on the columns: \"kind = 'image' AND length < 5000\"")
     parser.add_argument("--version", help="tag or number of the version; the newest by default")
-    parser.add_argument("--html", help="page to write, with images")
+    parser.add_argument("--html", type=location, help="page to write, with images")
     options = parser.parse_intermixed_args(arguments)
     if (options.query is None) == (options.image is None):
         raise ValueError("give one query: a text, or --image IMAGE")

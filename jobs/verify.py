@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 
-from vladva.core.cli import user_errors
+from vladva.core.cli import location, user_errors
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # bfloat16 has 8 bits; a merged adapter is rounded once more
 
@@ -22,7 +22,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         prog="jobs/verify.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="RUN_OR_MODEL", help="run or checkpoint folder, `tiny` or Hugging Face name")
-    parser.add_argument("--data", required=True, help="folder or s3://... of the shards that training reads")
+    parser.add_argument(
+        "--data", type=location, required=True, help="folder or s3://... of the shards that training reads"
+    )
     parser.add_argument("--url", default="", help="of a server, e.g. http://127.0.0.1:8000; its key in VLADVA_API_KEY")
     parser.add_argument("--out", default=".vladva/verify", help="folder or s3://... for the table that the job writes")
     parser.add_argument("--samples", type=int, default=32, help="images, and as many captions")

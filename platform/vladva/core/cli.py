@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable
@@ -33,6 +34,16 @@ def user_errors(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(2)
 
     return run
+
+
+def location(argument: str) -> str:
+    """`type` of an argument that is a path or s3://...: absolute from here on, as every worker is in another folder."""
+    from vladva.core import storage
+
+    try:
+        return storage.absolute(argument) if argument else ""
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _line_of(error: Exception) -> str | None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 VARIABLES = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -19,7 +22,10 @@ VARIABLES = {
 }
 """Read by the libraries when they are imported: to be set before, in the driver and in what it starts."""
 
-DRIVER_VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0"}
+DRIVER_VARIABLES = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # "core_worker.cc ... max_restarts > 0" is an error to it
+}
 
 LOGGERS = ("ray._private.authentication.authentication_token_setup",)
 """Announces at every start that its default is on."""
@@ -38,6 +44,30 @@ def be_quiet() -> None:
         os.environ.setdefault(name, value)
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """What C++ code writes to stderr meanwhile goes nowhere: Ray announces that it heeds RAY_BACKEND_LOG_LEVEL."""
+    if is_verbose():
+        yield
+        return
+    sys.stderr.flush()
+    screen, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(screen, 2)
+        os.close(screen)
+        os.close(nowhere)
+
+
+def quiet_ray_data() -> None:
+    """Keep from the screen what Ray Data says of an error that is raised here all the same; its log file has it."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.name == "console" and not is_verbose():
+            handler.setLevel(logging.CRITICAL)
 
 
 def worker_variables() -> dict[str, str]:

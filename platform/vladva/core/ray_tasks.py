@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vladva.core.errors import StorageRefusedError
-from vladva.core.quiet import be_quiet, is_verbose, worker_variables
+from vladva.core.quiet import be_quiet, is_verbose, quiet_ray_data, unheard, worker_variables
 
 if TYPE_CHECKING:
     import ray.data
@@ -40,17 +40,20 @@ def connect() -> None:
     take turns on the real ones.
     """
     import ray
+    import ray.data
 
     be_quiet()
     if ray.is_initialized():
         return
     # Jobs show progress and raise errors themselves; what workers print besides goes to the screen on request only.
     start = partial(ray.init, logging_level=logging.WARNING, log_to_driver=is_verbose())
-    if os.environ.get("RAY_ADDRESS"):
-        start(runtime_env={"env_vars": worker_variables()})
-        return
-    start("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False)
-    protect_token()
+    with unheard():
+        if os.environ.get("RAY_ADDRESS"):
+            start(runtime_env={"env_vars": worker_variables()})
+        else:
+            start("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False)
+            protect_token()
+    quiet_ray_data()
 
 
 def protect_token() -> None:

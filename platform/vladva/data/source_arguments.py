@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from vladva.core.cli import location
 from vladva.data.source import SourceOptions, format_names
 
 
@@ -11,7 +12,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --format, --images, --split and the columns."""
     group = parser.add_argument_group("what the data is, where it is not found out")
     group.add_argument("--format", default="", help=f"one of {', '.join(format_names())}")
-    group.add_argument("--images", default="", help="folder that relative paths of images start from")
+    group.add_argument("--images", type=location, default="", help="folder that relative paths of images start from")
     group.add_argument("--split", default="", help="Karpathy JSON: only these splits, commas between")
     group.add_argument("--image-column", default="", help="column of images or of their paths")
     group.add_argument("--caption-column", action="append", default=[], help="column of captions; may be repeated")

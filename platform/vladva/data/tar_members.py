@@ -67,6 +67,8 @@ def split_name(name: str) -> tuple[str, str]:
 
 def readable_name(name: str) -> str:
     """A member's name as text: bytes that are not UTF-8 as escapes, as ids must be text."""
+    if name.isascii():  # nearly always
+        return name.removeprefix("./")
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").removeprefix("./")
 
 

@@ -22,6 +22,8 @@ from vladva.core.images import IMAGES, check_image
 from vladva.core.text import clean_captions, clean_text, decode_text
 from vladva.data.tar_members import TarMember, split_name, tar_members
 
+ROLES = dict.fromkeys(IMAGES, "image") | {"txt": "txt", "json": "json"}  # ending of a member -> what it is to a sample
+
 
 class Quarantined(NamedTuple):
     """A sample (or a whole shard) that is not used; a shard's id is its path, a sample's `SHARD#KEY`."""
@@ -96,8 +98,8 @@ def read_tar(file: IO[bytes], shard: str, *, verify: bool, max_pixels: int) -> S
     try:
         for member in tar_members(file):
             key, ending = split_name(member.name)
-            role = "image" if ending in IMAGES else ending
-            if role not in ("image", "txt", "json"):
+            role = ROLES.get(ending)
+            if role is None:
                 content.notes[f"member not used: {f'*.{ending}' if ending else 'without an ending, or hidden'}"] += 1
                 continue
             sample = samples.setdefault(key, Sample(key))

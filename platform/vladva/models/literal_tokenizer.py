@@ -38,12 +38,15 @@ class LiteralTokenizer:
             names = {word for word in getattr(tokenizer, "encoder", {}) if re.fullmatch("<[a-z_]+_of_text>", word)}
         # The longest of those that begin at a place, as tokenizers do it.
         self._names = sorted(names, key=len, reverse=True)
+        self._first_signs = sorted({sign for name in names for sign in (name[0].lower(), name[0].upper())})
         pattern = "|".join(map(re.escape, self._names)) or "(?!)"
         self._exactly, self._roughly = re.compile(pattern), re.compile(pattern, re.IGNORECASE)
 
     def mark(self, texts: Sequence[str]) -> list[str]:
         """The texts, all of them marked where a special token might arise in one, or where one meets the next."""
         texts = [text.replace(MARK, "") for text in texts]
+        if all(text.isascii() and not any(sign in text for sign in self._first_signs) for text in texts):
+            return texts  # nearly always
         together = {"".join(texts), "".join(text.strip() for text in texts)}  # some templates strip
         if not any(self._roughly.search(self._normal(text)) for text in together):
             return texts

@@ -20,7 +20,13 @@ from vladva.core.errors import refusal
 from vladva.core.quiet import is_verbose
 from vladva.core.ray_tasks import cause_of
 from vladva.models import checkpoint
-from vladva.train.run_claim import check_claim, claim_run, pin_base_model, pin_initial_weights
+from vladva.train.run_claim import (
+    absolute_paths,
+    check_claim,
+    claim_run,
+    pin_base_model,
+    pin_initial_weights,
+)
 
 if TYPE_CHECKING:
     import ray.train
@@ -45,7 +51,7 @@ def train(config: RunConfig, *, extend: bool = False, tell: Tell = lambda line: 
     from vladva.train.tracking import follow, read_metrics
 
     find_loss(config.loss)  # a wrong name is told at once
-    config = pin_base_model(pin_initial_weights(config))
+    config = pin_base_model(pin_initial_weights(absolute_paths(config)))
     check_claim(config, extend=extend)
     connect()
     check_paths(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,24 @@ CONFIG, STEPS = "config.json", "train.steps"
 MODEL_MAY_CHANGE = {"dtype", "layer", "lora_dropout", "max_image_tokens"}  # the weights fit all the same
 
 
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """The same run with its paths as they read from any folder: every worker has one of its own."""
+
+    def absolute(uri: str) -> str:
+        return storage.absolute(uri) if uri else ""
+
+    data = replace(
+        config.data,
+        uri=absolute(config.data.uri),
+        mix=tuple(f"{absolute(uri)}={weight}" for uri, _, weight in (part.rpartition("=") for part in config.data.mix)),
+        validation_uri=absolute(config.data.validation_uri),
+    )
+    base = config.model.checkpoint
+    if base != "tiny" and os.path.isdir(base):  # else a name of Hugging Face's
+        config = replace(config, model=replace(config.model, checkpoint=os.path.abspath(base)))
+    return replace(config, storage=absolute(config.storage), data=data)
+
+
 def claim_run(config: RunConfig, *, extend: bool = False, tell: Tell = lambda line: None) -> None:
     """Write the run's config.json, or compare with the one that is there: a run never changes its own recipe.
 
@@ -67,7 +86,7 @@ def check_claim(config: RunConfig, *, extend: bool) -> RunConfig | None:
     uri = storage.join(config.uri, CONFIG)
     if not storage.exists(uri):
         return None
-    run = RunConfig.from_json(storage.read_json(uri))
+    run = absolute_paths(RunConfig.from_json(storage.read_json(uri)))  # earlier versions kept them as they were given
     before, now = flatten(run.to_json()), flatten(config.to_json())
     changed = [key for key in now if now[key] != before[key] and key not in MAY_CHANGE]
     if run.train.steps < config.train.steps and extend:
