@@ -5,10 +5,10 @@
     tests/bench/scan.py --before REV         another version of this repository to compare with
 
 Before: images as Pillow opens them (lying as they lie, transparency black), tars as tarfile lists them, captions as
-they are. Both versions scan the same shards, each in a process of its own and both taking turns: JPEG images of 640 x 480 as
-web data has them, and PNG images of 64 x 64 as the generated scenes are, where what is not decoding weighs most. Counted is
-the processor's time of the scan alone, with every image decoded (`verify`), and captions counted by the tiny model's
-tokenizer; the ratio is the median over the rounds. The old version is taken out of git.
+they are. Both versions scan the same shards, each in a process of its own and both taking turns: JPEG images of
+640 x 480 as web data has them, and PNG images of 64 x 64 as the generated scenes are, where what is not decoding weighs
+most. Counted is the processor's time of the scan alone, with every image decoded (`verify`), and captions counted by
+the tiny model's tokenizer; the ratio is the median over the rounds. The old version is taken out of git.
 
 The last line is JSON.
 """
