@@ -438,8 +438,8 @@ def check_access(dashboard: str) -> Finding:
             return Finding(f"the dashboard at {dashboard} answers {error.code}", "look at the head's dashboard.log")
     except OSError as error:
         return Finding(f"the dashboard at {dashboard} is not reached from here: {error}")
-    token = Path("~/.ray/auth_token").expanduser()
-    if token.exists() and token.stat().st_mode & 0o077:
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    if not os.environ.get("RAY_AUTH_TOKEN") and token.exists() and token.stat().st_mode & 0o077:
         return Finding(f"{token} can be read by others on this machine", f"chmod 600 {token}")
     return Finding(f"the dashboard at {dashboard} asks for a token")
 

@@ -182,6 +182,8 @@ def test_an_open_dashboard_and_a_readable_token(
     doctor: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(variable, raising=False)
     with dashboard(200) as address:
         assert "RAY_AUTH_MODE=token" in doctor.check_access(address).trouble
     with dashboard(401) as address:
@@ -190,6 +192,8 @@ def test_an_open_dashboard_and_a_readable_token(
         (tmp_path / ".ray/auth_token").write_text("secret")
         (tmp_path / ".ray/auth_token").chmod(0o644)
         assert "chmod 600" in doctor.check_access(address).trouble
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "another")  # then the file is not the one in use
+        assert doctor.check_access(address).trouble == ""
 
 
 def test_an_object_store_too_small_for_the_recipe(doctor: ModuleType) -> None:
