@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -20,7 +21,12 @@ from tests.support.checkpoints import build_blip_2, build_clip
 from tests.support.s3_server import BUCKET, s3_server
 from vladva.api import InvalidItemsError, Model
 from vladva.core import storage
+from vladva.core.errors import FingerprintMismatch
+from vladva.core.hashing import digest
 from vladva.core.images import decode_image, to_upright_rgb
+from vladva.embed.table_parts import write_part
+from vladva.embed.table_writer import TableWriter
+from vladva.index.build import build_index
 from vladva.models.embedder import load_embedder
 
 ROOT = Path(__file__).parents[1]
@@ -127,6 +133,24 @@ def test_items_are_ranked_by_cosine(model: Model) -> None:
     assert model.rerank("a red circle", []) == []
     with pytest.raises(ValueError, match="top_k is 0"):
         model.rerank("a red circle", texts, top_k=0)
+
+
+def test_an_index_is_searched_by_its_folder_or_opened(model: Model, tmp_path: Path) -> None:
+    texts = ["a large blue square", "a red circle", "two green stars"]
+    description = dict(model.description)
+    items = {"id": texts, "kind": ["text"] * 3, "content": [digest(text) for text in texts]}
+    rows = pa.table({**items, "content": pa.array(items["content"], pa.binary(16))})
+    table = TableWriter(str(tmp_path / "table"), description, "three texts")
+    write_part(str(tmp_path / "table"), rows, model.embed_texts(texts), description)
+    table.commit()
+    build_index(str(tmp_path / "table"), str(tmp_path / "index"), kind="text")
+    for index in (tmp_path / "index", vladva.open_index(str(tmp_path / "index"))):
+        found = model.search(index, "a red circle", k=2)
+        assert [hit.id for hit in found] == [texts[each.index] for each in model.rerank("a red circle", texts, top_k=2)]
+        assert found[0].score == pytest.approx(1, abs=1e-4)
+    assert [hit.id for hit in model.search(tmp_path / "index", texts[1], where="id LIKE '%stars'")] == [texts[2]]
+    with pytest.raises(FingerprintMismatch):
+        vladva.load("tiny", layer=3, device="cpu").search(tmp_path / "index", "a red circle")
 
 
 def test_it_answers_with_the_adapter_off_and_streams(model: Model, photo: Image.Image) -> None:

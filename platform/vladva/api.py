@@ -62,7 +62,7 @@ class InvalidItemsError(ValueError):
 
 
 def load(
-    model: str = "tiny",
+    model: str | os.PathLike[str] = "tiny",
     *,
     adapter: bool = True,
     layer: int | None = None,
