@@ -59,7 +59,7 @@ class DataConfig:
     validation_uri: str = ""
     """Folder of the benchmark that `train.validate_on` names."""
     max_bad_fraction: float = 0.05
-    """Stop when the scan quarantines more than this fraction of the samples."""
+    """Stop when the scan quarantines more than this fraction of the samples, or training cannot use more of them."""
 
     def __post_init__(self) -> None:
         check_mix(self.mix)

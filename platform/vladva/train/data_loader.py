@@ -140,7 +140,10 @@ def _share(name: str, rank: int) -> Iterator[MicroBatch]:
     from vladva.core.ray_tasks import cause_of
     from vladva.models.batch import MicroBatch
 
-    windows: Any = ray.get_actor(name)
+    try:
+        windows: Any = ray.get_actor(name)
+    except ValueError as error:  # its owner is gone, which is no mistake of the user's
+        raise RuntimeError(f"the chunk stream {name} has ended") from error
     num_windows, size = ray.get(windows.shape.remote())
     following = windows.split.remote(0, rank)
     try:

@@ -111,7 +111,10 @@ def failures_in_short(error: ray.train.WorkerGroupError) -> str:
 
 def user_error(failures: Iterable[BaseException], config: RunConfig) -> ValueError | None:
     """What the user can mend of what the workers raised, which would only come again; None where there is nothing."""
-    for failure in failures:
+    found = list(failures)
+    if any(hasattr(failure, "health_check_failure") for failure in found):
+        return None  # a worker was lost: what the others raised may come of that
+    for failure in found:
         cause = cause_of(getattr(failure, "cause", failure))  # Ray wraps what a worker raised
         if line := refusal(cause):
             return ValueError(f"{config.uri}, after step {checkpoint.finished_steps(config.uri)}: {line}")
