@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 # Three nodes and three actors; the one that is killed leaves two CPUs, which two actors take.
 JOB = """
-import sys, threading, time
+import os, sys, threading, time
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
@@ -39,6 +39,9 @@ threading.Thread(target=lose_a_node, daemon=True).start()
 rows = [{"id": f"t{i}", "kind": "text", "text": f"{i} " + "word " * (i % 20)} for i in range(600)]
 summary = encode(ray.data.from_items(rows, override_num_blocks=20), tiny, out, batch_size=4, actors=3)
 print(summary.rows, flush=True)
+ray.shutdown()
+cluster.shutdown()
+os._exit(0)  # not by the exit handlers of Ray, which miss the node that is lost
 """
 
 
@@ -66,5 +69,5 @@ def test_the_job_goes_on_where_its_actors_take_every_cpu(tmp_path: Path, tiny: s
         timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert "lost" in done.stdout.split()
+    assert {"lost", "600"} <= set(done.stdout.split())
     assert read_embeddings(str(out))["id"].to_pylist() == sorted(f"t{i}" for i in range(600))
