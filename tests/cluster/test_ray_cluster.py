@@ -11,6 +11,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from vladva.recipes import RECIPES
+from vladva.train.memory_plan import GIB, plan_memory
 
 ROOT = Path(__file__).parents[2]
 PATH = ROOT / "ray_cluster.yaml"
@@ -124,3 +125,34 @@ def test_every_placeholder_is_explained_at_the_top() -> None:
     for placeholder in placeholders - {"0" * 64}:
         assert placeholder in top, placeholder
     assert "sha256:000" in top
+
+
+# GB of a card as it is sold, of the kinds of machines that are written in the file or in its comments.
+CARDS = {"g6e.12xlarge": ("L40S", 48, 4), "p5.48xlarge": ("H100", 80, 8)}
+
+
+def test_the_gpus_hold_the_recipes_that_the_file_names(config: dict[str, Any]) -> None:
+    """Cards, and as many of them as a run has workers; the other recipes are told what machine to put there."""
+    for name in ("gpu_spot", "gpu_on_demand"):
+        node = config["available_node_types"][name]
+        _, gigabytes, gpus = CARDS[node["node_config"]["InstanceType"]]
+        assert node["resources"]["GPU"] == gpus
+    most = sum(
+        each["max_workers"] * each["resources"].get("GPU", 0) for each in config["available_node_types"].values()
+    )
+    comment = re.search(
+        r"^# +(\d+) x (\w+).*recipes \.\.\._(\d+)gb.*?(\S+), \{CPU: \d+, GPU: (\d+)\}", PATH.read_text(), re.M | re.S
+    )
+    assert comment is not None, "the file says for which recipes its cards are"
+    assert (comment[2], int(comment[3]), int(comment[1])) == ("L40S", gigabytes, gpus)
+    assert CARDS[comment[4]][2] == int(comment[5])
+    fitting = [recipe() for recipe_name, recipe in RECIPES.items() if recipe_name.endswith(f"_{gigabytes}gb")]
+    assert len(fitting) == 3
+    for run in fitting:
+        assert run.cluster.device_memory_gib is not None
+        assert run.cluster.device_memory_gib < gigabytes  # what a process can have of it
+        assert plan_memory(run).total <= run.cluster.device_memory_gib * GIB
+        assert run.cluster.workers <= most
+    for recipe_name in set(RECIPES) - {"tiny", "tiny_e5_v"}:
+        limit = RECIPES[recipe_name]().cluster.device_memory_gib
+        assert limit in (22, 44, 79), recipe_name

@@ -20,7 +20,15 @@ from vladva.models.packed.training import pack_training
 from vladva.recipes import RECIPES, llava_1_5_7b, qwen2_vl_2b, tiny
 from vladva.train.data_loader import run_preprocessor
 from vladva.train.engine import deepspeed_config
-from vladva.train.memory_plan import GIB, activation_bytes, check_memory, layer_bytes, plan_memory, settings_of
+from vladva.train.memory_plan import (
+    GIB,
+    activation_bytes,
+    check_device,
+    check_memory,
+    layer_bytes,
+    plan_memory,
+    settings_of,
+)
 
 RECORDED = json.loads((Path(__file__).parents[1] / "gpu/rehearsal/recorded.json").read_text())
 
@@ -76,6 +84,17 @@ def test_every_recipe_fits_what_it_asks_for(recipe: str) -> None:
     small = replace(config, cluster=replace(config.cluster, device_memory_gib=0.001))
     with pytest.raises(ValueError, match="no setting makes it fit"):
         check_memory(small)
+
+
+def test_every_gpu_recipe_has_been_rehearsed() -> None:
+    on_gpus = {f"train {name}" for name, recipe in RECIPES.items() if recipe().cluster.gpus_per_worker}
+    assert on_gpus <= set(RECORDED)
+
+
+def test_a_device_that_is_smaller_than_the_recipe_says_is_refused() -> None:
+    check_device(llava_1_5_7b(), int(79.1 * GIB))
+    with pytest.raises(ValueError, match=r"this device has 44\.5 GiB, .*_gib is 79: use a recipe for"):
+        check_device(llava_1_5_7b(), int(44.5 * GIB))
 
 
 def test_the_advice_is_the_first_that_helps() -> None:

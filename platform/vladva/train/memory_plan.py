@@ -59,6 +59,16 @@ def check_memory(config: RunConfig) -> MemoryPlan:
     )
 
 
+def check_device(config: RunConfig, device_bytes: int) -> None:
+    """Raises ValueError where a worker's device has less memory than cluster.device_memory_gib says that it has."""
+    limit = config.cluster.device_memory_gib
+    if limit is not None and device_bytes < 0.99 * limit * GIB:  # cards of one kind differ by a little
+        raise ValueError(
+            f"this device has {device_bytes / GIB:.1f} GiB, cluster.device_memory_gib is {limit:g}: use a recipe for "
+            f"smaller cards (..._48gb, ..._24gb), or nodes with larger ones"
+        )
+
+
 def _advice(config: RunConfig, limit: float) -> str:
     """The settings that make it fit: one after the other, the cheapest first, until it does."""
     train = config.train

@@ -19,6 +19,7 @@ from vladva.train import grad_cache
 from vladva.train.collectives import all_reduce_sum
 from vladva.train.data_loader import run_preprocessor
 from vladva.train.engine import Engine
+from vladva.train.memory_plan import check_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,8 @@ MakeStep = Callable[[Engine, Sequence["MicroBatch"]], "StepLoss"]
 
 def build_engine(config: RunConfig, start: int) -> Engine:
     """The engine of a run after `start` steps, with all that its checkpoint holds, from whatever W and ZeRO stage."""
+    if config.cluster.gpus_per_worker and torch.cuda.is_available():
+        check_device(config, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
     engine = Engine(build_trained_model(config, start), config)
     if start:
         saved = checkpoint.read_checkpoint(checkpoint_uri(config, start))

@@ -30,7 +30,7 @@ from vladva.train import collectives
 from vladva.train.setup import make_backward
 
 FEW: Depth = (2, 2)
-GRID = (32, 40)  # 1,280 image tokens, as many as the recipes for Qwen allow
+COLUMNS = 40  # of image tokens, in the largest image that a recipe for Qwen allows
 USUAL_GRID = (17, 23)  # those of an image of 640 x 480
 LOSS_PAIRS, LOSS_WIDTH = 32_768, 1536
 GENERATED = 4  # tokens
@@ -129,7 +129,7 @@ def lengths_of(run: RunConfig, *, longest: bool) -> Lengths:
     short = min(run.data.max_text_tokens or run.data.short_below, run.data.short_below)
     long = run.data.long_below if run.loss.next_token_weight else 0
     if longest:
-        return Lengths(short, long, GRID)
+        return Lengths(short, long, ((run.model.max_image_tokens or 1280) // COLUMNS, COLUMNS))
     return Lengths(min(20, short), min(200, long), USUAL_GRID)
 
 
