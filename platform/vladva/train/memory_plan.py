@@ -186,15 +186,16 @@ def states(config: RunConfig, parameters: int, trainable: int) -> dict[str, int]
     stage, world = config.train.zero_stage, config.cluster.workers
     width = element_bytes(config)
     in_float32 = width == 2 and stage == 0  # what is trained; see engine.py
+    gradient = width if stage == 1 else 4
     optimizer = trainable * (8 + (4 if width == 2 and stage > 0 else 0))  # two moments, and the float32 weights
     parts = {
         "weights": (parameters + trainable * (2 if in_float32 else 1)) * width // (world if stage == 3 else 1),
-        "gradients": trainable * (4 if in_float32 else width) // (world if stage >= 2 else 1),
+        "gradients": trainable * gradient // (world if stage >= 2 else 1),
         "optimizer": optimizer // (world if stage >= 1 else 1),
     }
     if stage >= 1:
         parts["gradients of a pass"] = trainable * width  # until they are reduced
-        parts["collectives"] = BUCKET_ELEMENTS * width
+        parts["collectives"] = BUCKET_ELEMENTS * gradient
     if stage == 3:
         parts["gathered weights"] = min(parameters, LIVE_PARAMETERS) * width
     return parts

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 CUDA = torch.device("cuda", 0)
-MOST_VALUES = 4_000_000  # of a tensor whose values are kept
+MOST_VALUES = 100_000_000  # of a tensor whose values are kept: a chunk's tokens and pixels are one buffer
 MOST_FLOATS = 64
 PROJECT = Path(__file__).resolve().parents[3]
 PACKAGE, SERVE = f"{PROJECT / 'platform/vladva'}/", f"{PROJECT / 'serve'}/"
@@ -186,8 +186,8 @@ class FakeCuda(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         touches = any(map(on_device, tensors))
         all_known = all(known(tensor) is not None for tensor in tensors)
-        if name == "is_pinned":
-            return getattr(args[0], "pinned", False)
+        if name in ("is_pinned", "_pin_memory"):
+            return self.pinned(args[0]) if name == "_pin_memory" else getattr(args[0], "pinned", False)
         if name in ASKS_FOR_VALUES or (name == "repeat_interleave" and kwargs.get("output_size") is None):
             if touches:
                 self.waits(".item()" if name == "_local_scalar_dense" else name)
@@ -198,8 +198,6 @@ class FakeCuda(TorchDispatchMode):
         with self.fake:
             out = func(*args, **kwargs)
         outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        if name == "_pin_memory":
-            out.pinned = True
         if touches or any(map(on_device, outs)):
             self.measure(func, name, args, kwargs, out)
         self.keep_values(func, name, args, kwargs, outs, all_known=all_known)
@@ -215,6 +213,14 @@ class FakeCuda(TorchDispatchMode):
             return unknown_scalar(tensors[0]) if name == "_local_scalar_dense" else True
         found = func(*tree_map(real, args), **real_options(kwargs))
         return tree_map(lambda t: self.of_values(t, tensors[0].device) if isinstance(t, torch.Tensor) else t, found)
+
+    def pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in pinned memory."""
+        values = known(tensor)
+        with self.fake:
+            out: Any = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        out.known_values, out.pinned = values, True
+        return out
 
     def without_masks(self, indices: Any) -> Any:
         """Indices whose boolean masks are places; finding them makes the host wait."""

@@ -101,7 +101,7 @@ class StandInEngine:
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Gradients of the loss; under ZeRO they leave the parameters."""
-        bucket = torch.empty(self.bucket, dtype=torch.bfloat16, device=CUDA) if self.stage in (1, 2) else None
+        bucket = torch.empty(self.bucket, dtype=self.sum_dtype, device=CUDA) if self.stage in (1, 2) else None
         loss.backward()
         if bucket is not None:
             kept = self.share if self.stage == 2 else sum(p.numel() for p in self.trained)

@@ -67,7 +67,7 @@ def main() -> int:
         if not options.record and not options.whole:
             broken[name] = broken_rules(found[name], recorded.get(name))
         if options.record:
-            recorded[name] = found[name]
+            recorded[name] = recorded.get(name, {}) | found[name]
             RECORDED.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
         print(told(name, found[name], time.perf_counter() - began), file=sys.stderr)
         for line in broken.get(name, []):
