@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """What one replica of both modes does: decoding together, memory, throughput beside the bare forward, overload.
 
-    tests/bench/serve.py                     everything, about eight minutes on two idle cores
-    tests/bench/serve.py --parts engine      without HTTP: two minutes
-    tests/bench/serve.py --model tiny        the tiny model, in place of the random LLaVA of 186M parameters
+    tests/bench/serving.py                     everything, about eight minutes on two idle cores
+    tests/bench/serving.py --parts engine      without HTTP: two minutes
+    tests/bench/serving.py --model tiny        the tiny model, in place of the random LLaVA of 186M parameters
 
 Two cores; the 186M model in bfloat16. What is compared runs in the same minutes and takes turns; medians count.
 
@@ -22,7 +22,7 @@ http (a real server of two cores, clients in a process of their own on the same 
   weights, over that of `layout=separate`.
 - `colocated_throughput`: how much faster they get through a mixed load, embeddings and conversations.
 
-The last line is JSON.
+The last line is JSON. (Not `serve.py`: beside the scripts of this folder that name would hide the package.)
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ QUESTION = "what is it, and what is to the left of it?"
 # ------------------------------------------------------------------------------------------------------------- engine
 
 
-def engine_part(checkpoint: str, dtype: str) -> dict[str, Any]:
+def engine_part(checkpoint: str, dtype: str, threads: int, turns: int) -> dict[str, Any]:
     """Decoding together, and how long a new conversation waits."""
     import torch
 
@@ -68,7 +68,7 @@ def engine_part(checkpoint: str, dtype: str) -> dict[str, Any]:
     from vladva.models.embedder import Embedder, load_embedder
     from vladva.models.generation import AnswerText
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
     embedder = load_embedder(checkpoint, dtype=dtype)
     assert isinstance(embedder, Embedder)
     tokenizer = embedder.preprocessor.tokenizer
@@ -106,9 +106,10 @@ def engine_part(checkpoint: str, dtype: str) -> dict[str, Any]:
 
     ratios, steps, times = [], [], []
     asyncio.run(together())
-    for _ in range(TURNS):
+    for _ in range(turns):
         ratios.append(timed(one_by_one) / timed(together))
-        for _ in range(3):
+        print(f"8 together over one by one: {ratios[-1]:.2f}", flush=True)
+        for _ in range(2):
             count, ratio = asyncio.run(join())
             steps.append(count)
             times.append(ratio)
@@ -391,6 +392,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default="engine,http")
     parser.add_argument("--model", choices=["random", "tiny"], default="random")
+    parser.add_argument("--threads", type=int, default=THREADS, help="of the engine part")
+    parser.add_argument("--turns", type=int, default=TURNS, help="of the engine part")
     parser.add_argument("--seconds", type=float, default=LOAD_S, help="of each load")
     options = parser.parse_args()
     result: dict[str, Any] = {"model": options.model}
@@ -399,7 +402,7 @@ def main() -> None:
         if options.model == "random":
             checkpoint, dtype = random_llava.build_random_llava(Path(folder) / "llava"), "bfloat16"
         if "engine" in options.parts:
-            result |= engine_part(checkpoint, dtype)
+            result |= engine_part(checkpoint, dtype, options.threads, options.turns)
         if "http" in options.parts:
             result |= http_part(checkpoint, dtype, options.seconds)
     print(json.dumps(result))
