@@ -83,7 +83,7 @@ class Sample:
         elif role == "txt":
             self.captions += clean_captions([decode_text(data)], notes)
         else:
-            captions, self.negatives, text = read_json(data, notes)
+            captions, self.negatives, text = read_description(data, notes)
             self.captions += captions
             self.text = ImageMember(offset, len(data), 0, 0, zlib.crc32(data)) if text else None
 
@@ -163,7 +163,7 @@ def _read(file: IO[bytes], member: TarMember) -> bytes:
     return data
 
 
-def read_json(data: bytes, notes: Counter[str] | None = None) -> tuple[list[str], list[str], str | None]:
+def read_description(data: bytes, notes: Counter[str]) -> tuple[list[str], list[str], str | None]:
     """Captions, hard-negative captions and text in the content of a `json` member. Raises InvalidSampleError."""
     try:
         content = json.loads(decode_text(data))

@@ -14,6 +14,7 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
@@ -29,6 +30,7 @@ from vladva.data.caption_files import read_caption_files
 from vladva.data.image_refs import fetch_images
 from vladva.data.sidecar import parquet_bytes, sidecar_uri
 from vladva.data.source import Entry
+from vladva.data.tar_members import split_name, tar_members
 
 TASK_SCHEMA = pa.schema(  # with the names that earlier versions gave the columns
     [
@@ -256,13 +258,13 @@ def verify_shard(out_uri: str, index_uri: str, number: int) -> ShardCheck:
 def image_checksums(shard_uri: str, keys: Collection[str]) -> dict[str, int]:
     """Key -> CRC-32 of its image, of those keys that the tar holds."""
     found = {}
-    try:
-        with tarfile.open(fileobj=storage.open_stream(shard_uri), mode="r:") as tar:
-            for member in tar:
-                key, _, suffix = member.name.partition(".")
-                content = tar.extractfile(member) if key in keys and suffix != "json" else None
-                if content:
-                    found[key] = zlib.crc32(content.read())
-    except tarfile.TarError:
-        pass  # what has not been found is missing, and said to be
+    with (
+        storage.open_stream(shard_uri) as file,
+        suppress(InvalidSampleError),
+    ):  # what is not found is said to be missing
+        for member in tar_members(file):
+            key, suffix = split_name(member.name)
+            if key in keys and suffix != "json":
+                file.seek(member.offset)
+                found[key] = zlib.crc32(file.read(member.length))
     return found

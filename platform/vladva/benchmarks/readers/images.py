@@ -4,15 +4,17 @@ An image is a file in a folder, a member of a tar shard (found by the member's n
 In all three cases an `ImageRef` says where its bytes lie, so that a worker elsewhere can read just those.
 """
 
-import io
-import tarfile
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha1
 from pathlib import PurePosixPath
+from typing import IO
 
+from vladva.core.errors import InvalidSampleError
 from vladva.core.images import IMAGE
-from vladva.core.storage import FileInfo, RangedFile, absolute, join, list_infos
+from vladva.core.storage import FileInfo, absolute, join, list_infos, open_stream
 from vladva.data.image_refs import ImageRef
+from vladva.data.tar_members import TarMember, tar_members
 
 READ_AHEAD = 1 << 20  # bytes; headers of small tar members then cost one request for many
 
@@ -84,13 +86,21 @@ def parquet_images(data_uri: str, path: str, column: str, names: Sequence[str]) 
 
 
 def _members(uri: str) -> list[tuple[str, int, int]]:
-    """Name, offset and length of every image in a tar."""
-    with io.BufferedReader(RangedFile(uri), READ_AHEAD) as file, tarfile.open(fileobj=file) as tar:
-        return [
-            (member.name, member.offset_data, member.size)
-            for member in tar
-            if member.isfile() and IMAGE.search(member.name)
-        ]
+    """Name, offset and length of every image in a tar. Raises ValueError where one cannot be read."""
+    with open_stream(uri, READ_AHEAD) as file:
+        return [(member.name, member.offset, member.length) for member in whole_members(file, uri, IMAGE)]
+
+
+def whole_members(file: IO[bytes], uri: str, wanted: re.Pattern[str]) -> Iterator[TarMember]:
+    """The members of a tar whose name has what is wanted. Raises ValueError for a damaged tar, or a broken link."""
+    try:
+        for member in tar_members(file):
+            if wanted.search(member.name):
+                if member.problem:
+                    raise ValueError(f"{uri}#{member.name}: {member.problem}")
+                yield member
+    except InvalidSampleError as problem:
+        raise ValueError(f"{uri}: {problem}") from None
 
 
 def file_version(info: FileInfo) -> str:

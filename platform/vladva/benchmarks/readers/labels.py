@@ -7,17 +7,18 @@
 | Parquet | columns `image` (bytes or {bytes, path}) and `label` |
 """
 
-import io
-import tarfile
+import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
-from vladva.benchmarks.readers.images import READ_AHEAD, find_images, parquet_images
-from vladva.core.storage import RangedFile, absolute, join, list_files, open_storage
+from vladva.benchmarks.readers.images import READ_AHEAD, find_images, parquet_images, whole_members
+from vladva.core.storage import absolute, join, list_files, open_storage, open_stream
 from vladva.data.image_refs import ImageRef
+
+CLASS = re.compile(r"\.cls$")
 
 
 class Labelled(NamedTuple):
@@ -58,12 +59,11 @@ def _class_folders(images: list[ImageRef], title: str) -> Labelled:
 def _webdataset(images: list[ImageRef], tars: list[str], title: str) -> Labelled:
     labels: dict[tuple[str, str], int] = {}  # (tar, key) -> class
     for uri in tars:
-        with io.BufferedReader(RangedFile(uri), READ_AHEAD) as file, tarfile.open(fileobj=file) as tar:
-            for member in tar:
-                if member.name.endswith(".cls"):
-                    content = tar.extractfile(member)
-                    assert content is not None, "a .cls member is a plain file"
-                    labels[uri, member.name.removesuffix(".cls")] = _class_number(content.read(), uri, member.name)
+        with open_stream(uri, READ_AHEAD) as file:
+            for member in whole_members(file, uri, CLASS):
+                file.seek(member.offset)
+                content = file.read(member.length)
+                labels[uri, member.name.removesuffix(".cls")] = _class_number(content, uri, member.name)
     keys = [(ref.uri, str(PurePosixPath(ref.name).with_suffix(""))) for ref in images]
     missing = [ref.name for ref, key in zip(images, keys, strict=True) if key not in labels]
     if missing:
