@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 
 from tests.support.checkpoints import build_blip, build_blip_2, build_clip
+from vladva.core.hashing import digest
 from vladva.embed.actor import EmbeddingActor
 from vladva.embed.batching import PreparedBatch
+from vladva.embed.table_writer import TableTarget
 from vladva.models.dual_encoder_embedder import DualEncoder, describe_dual_encoder
 from vladva.models.dual_encoders import clip, dual_encoder_families, find_family, is_dual_encoder
 from vladva.models.dual_encoders.blip import clean
@@ -91,9 +93,10 @@ def test_an_image_of_blip_2_is_as_near_as_its_nearest_query_token(checkpoints: d
 def test_the_batch_job_embeds_as_the_embedder(name: str, checkpoints: dict[str, str], tmp_path: Path) -> None:
     """What the job's actor does with a batch of texts and one of images, item by item too."""
     description = describe_dual_encoder(checkpoints[name], "float32")
-    encoder = EmbeddingActor({"model": checkpoints[name]}, str(tmp_path), description)
+    encoder = EmbeddingActor({"model": checkpoints[name]}, TableTarget(str(tmp_path), description))
     preprocessor, embedder = encoder.embedder.preprocessor, encoder.embedder
-    items = pa.table({"id": ["a", "b", "c", "d"]})
+    names = ["a", "b", "c", "d"]
+    items = pa.table({"id": names, "kind": ["text"] * 4, "content": [digest(each) for each in names]})
     prompts = [preprocessor.text_prompt(text) for text in TEXTS]
     images = [preprocessor.pixels([image]) for image in some_images()]
     texts, vectors = embedder.embed_texts(TEXTS), embedder.embed_images(some_images()).reshape(3, -1)
