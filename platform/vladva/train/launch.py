@@ -95,6 +95,10 @@ def run_workers(config: RunConfig) -> None:
             logger.warning(
                 "%s; going on from the newest checkpoint", error if is_verbose() else failures_in_short(error)
             )
+        except ray.train.ControllerError as error:  # it writes to the run's storage, too
+            if told := user_error([error.controller_failure], config):
+                raise told from error
+            raise
         except SystemExit as interrupted:  # Ray's handler of Ctrl-C stops the workers, then exits without a word
             raise KeyboardInterrupt from interrupted
         finally:
