@@ -129,7 +129,8 @@ def application(args: ServeArgs) -> Application:
     VLADVA_API_KEYS: who is served. VLADVA_WRITE_KEYS: who may change the index as well; without any, every key may.
     """
     from vladva.core.devices import gpus_for
-    from vladva.models.resolve import dtype_for, pin_revision
+    from vladva.models.dual_encoders import family_name
+    from vladva.models.resolve import dtype_for, find_model, pin_revision
 
     autoscaling = {
         "min_replicas": args.min_replicas,
@@ -158,7 +159,9 @@ def application(args: ServeArgs) -> Application:
         deployment: Any = serve.deployment(replica)
         return deployment.options(**options, **ongoing, autoscaling_config=scaling).bind(args)
 
-    if args.layout == "colocated":
+    if family_name(find_model(args.model).checkpoint):  # a dual encoder: nobody is let in who asks for an answer
+        discriminative = generative = bound(Discriminative, EMBEDDING_BUSY)
+    elif args.layout == "colocated":
         discriminative = generative = bound(Colocated, COLOCATED_BUSY)
     else:
         discriminative, generative = bound(Discriminative, EMBEDDING_BUSY), bound(Generative, ANSWERING_BUSY)

@@ -25,11 +25,12 @@ UNIT_TOLERANCE = 1e-2
 
 @dataclass(frozen=True)
 class Work:
-    """An item as token ids, and what it costs in a batch; an image is not decoded yet."""
+    """An item as token ids, what it costs in a batch, and the tokens it takes; an image is not decoded yet."""
 
     ids: list[int]
     image: bytes | None
     cost: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Discriminative(ModelReplica):
         """Embed an image. Raises RuntimeError where that does not give a unit vector."""
         preprocessor, image = self.embedder.preprocessor, Image.new("RGB", (32, 32))
         ids = preprocessor.image_prompt(image.size)
-        encoded = Encoded(ids, preprocessor.pixels([image]), len(ids))
+        encoded = Encoded(ids, preprocessor.pixels([image]), self.embedder.num_image_tokens(*image.size))
         results = await self.engine.items(self.engine.embeddings, [encoded], HEALTH_S)
         vector = None if isinstance(results, Failure) else results[0]
         if not isinstance(vector, np.ndarray) or not abs(float(np.linalg.norm(vector)) - 1) < UNIT_TOLERANCE:
@@ -63,7 +64,7 @@ class Discriminative(ModelReplica):
 
     async def costs(self, items: list[EmbedItem]) -> list[tuple[int, int] | Failure]:
         """(tokens, cost in a batch) of each item, with a `Failure` in the place of a bad one."""
-        return [one if isinstance(one, Failure) else (len(one.ids), one.cost) for one in await self.counted(items)]
+        return [one if isinstance(one, Failure) else (one.tokens, one.cost) for one in await self.counted(items)]
 
     async def embed(self, items: list[EmbedItem]) -> list[ItemEmbedding | Failure] | Failure:
         """Embeddings of the items, in order, with a `Failure` in the place of a bad one."""
@@ -80,10 +81,10 @@ class Discriminative(ModelReplica):
             return vectors
         computed = iter(vectors)
         results: list[ItemEmbedding | Failure] = []
-        for one in encoded:
+        for planned, one in zip(work, encoded, strict=True):
             found = next(computed) if isinstance(one, Encoded) else one
-            if isinstance(one, Encoded) and not isinstance(found, Failure):
-                found = ItemEmbedding(found, len(one.ids), self.embedder.fingerprint)
+            if isinstance(planned, Work) and not isinstance(found, Failure):
+                found = ItemEmbedding(found, planned.tokens, self.embedder.fingerprint)
             results.append(found)
         return results
 
@@ -154,7 +155,8 @@ class Discriminative(ModelReplica):
                 ids = preprocessor.image_prompt(item.size)
             except ValueError as error:
                 return Failure(422, str(error), "invalid_image")
-            return Work(ids, item.image, max(len(ids), item.pixels // PIXELS_PER_TOKEN))
+            tokens = self.embedder.num_image_tokens(*item.size)
+            return Work(ids, item.image, max(tokens, item.pixels // PIXELS_PER_TOKEN), tokens)
         try:
             ids = preprocessor.text_prompt(item.text)
             if len(ids) > self.context and item.truncate != "none":
@@ -164,7 +166,7 @@ class Discriminative(ModelReplica):
         if len(ids) > self.context:
             message = f"the text takes {len(ids):,} tokens with its prompt; the model takes {self.context:,}"
             return Failure(422, message, "context_length_exceeded")
-        return Work(ids, None, len(ids))
+        return Work(ids, None, len(ids), len(ids))
 
     def shorter(self, text: str, drop: int, side: str) -> tuple[str, int]:
         """A text without its first (`start`) or last (`end`) tokens, at least `drop`, so that it fits; its new count.

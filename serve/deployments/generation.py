@@ -73,7 +73,7 @@ class Generative(ModelReplica):
 
     async def probe(self) -> None:
         """Say a token about an image. Raises RuntimeError where that fails."""
-        preprocessor, image = self.embedder.preprocessor, Image.new("RGB", (32, 32))
+        preprocessor, image = self.generator.preprocessor, Image.new("RGB", (32, 32))
         content = [{"type": "image"}, {"type": "text", "text": "ready?"}]
         ids = preprocessor.render([{"role": "user", "content": content}], [image.size])
         encoded = Encoded(ids, preprocessor.pixels([image]), len(ids))
@@ -169,7 +169,7 @@ class Generative(ModelReplica):
     def plan(self, conversation: Conversation, max_tokens: int | None) -> tuple[list[int], int] | Failure:
         """Token ids of the prompt, and the number of tokens that the answer may have."""
         try:
-            ids = self.embedder.preprocessor.render(conversation.messages, conversation.sizes)
+            ids = self.generator.preprocessor.render(conversation.messages, conversation.sizes)
         except ValueError as error:
             code = "invalid_image" if conversation.sizes else "invalid_value"
             return Failure(422, str(error), code).with_param("messages")

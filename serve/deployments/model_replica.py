@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from serve.config import ServeArgs
 from serve.deployments.engine import EngineLimits, EngineLoad, ModelEngine
+from serve.deployments.engine_metrics import EngineMetrics
 from serve.deployments.yes_or_no import YesOrNo
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     import torch
+
+    from vladva.models.embedder import Embedder
+    from vladva.models.interface import Embeds
 
 T = TypeVar("T")
 
@@ -30,20 +31,18 @@ class ModelReplica:
 
         device = assigned_device()
 
-        from serve.deployments.runners import runner_of
+        from serve.deployments.runners import end_tokens, runner_of
         from vladva.models.embedder import Embedder, load_embedder
         from vladva.models.generation import AnswerText
 
         self.args = args
         embedder = load_embedder(args.model, dtype=args.dtype or "float32", device=device)
-        if not isinstance(embedder, Embedder):
-            raise ValueError(f"model: {args.model} has no generator; serve a vision-language model")
-        self.embedder = embedder
+        self.embedder: Embeds = embedder
+        self.lvlm = embedder if isinstance(embedder, Embedder) else None  # a dual encoder only embeds
         self.context: int = embedder.preprocessor.config.get_text_config().max_position_embeddings
         self.judgement: YesOrNo | None = None
+        self.metrics: EngineMetrics | None = None
         self.preparing = ThreadPoolExecutor(args.prepare_threads, "vladva-prepare")
-        base: Any = embedder.model.base
-        ends = base.generation_config.eos_token_id
         self.engine = ModelEngine(
             runner_of(embedder),
             EngineLimits(
@@ -55,7 +54,7 @@ class ModelReplica:
                 queued_tokens=args.max_queued_tokens,
                 queue_s=args.max_queue_s,
             ),
-            ends={ends} if isinstance(ends, int) else set(ends or ()),
+            ends=end_tokens(embedder),
             text=partial(AnswerText, embedder.preprocessor.tokenizer),
             score=self.score,
             device=embedder.device,
@@ -66,12 +65,20 @@ class ModelReplica:
     def score(self, logits_BV: "torch.Tensor") -> Sequence[float]:
         """P(yes) of pairs that were asked about. Raises ValueError where the model has no words for yes and no."""
         if self.judgement is None:
-            self.judgement = YesOrNo(self.embedder)
+            self.judgement = YesOrNo(self.generator)
         return self.judgement(logits_BV)
+
+    @property
+    def generator(self) -> "Embedder":
+        """The model as one that answers. Raises ValueError where it is a dual encoder."""
+        if self.lvlm is None:
+            raise ValueError(f"model: {self.args.model} has no generator; serve a vision-language model")
+        return self.lvlm
 
     async def describe(self) -> dict[str, Any]:
         """What the model says of itself; the constructor has used it by then."""
-        return {**self.embedder.description(), "context": self.context, "cuts": False, "generates": True}
+        generates = self.lvlm is not None  # a dual encoder cuts texts by itself, too
+        return {**self.embedder.description(), "context": self.context, "cuts": not generates, "generates": generates}
 
     async def load(self) -> EngineLoad:
         """What the engine is busy with."""
@@ -79,6 +86,11 @@ class ModelReplica:
 
     async def check_health(self) -> None:
         """Run the model. Serve replaces a replica for which this raises again and again."""
+        if self.metrics is None:
+            about = self.embedder.description()
+            labels = {"model": self.args.model, "fingerprint": about["fingerprint"], "adapter": about["adapter"] or ""}
+            self.metrics = EngineMetrics(labels)
+        self.metrics.tell(self.engine.load())
         if self.engine.broken is not None:
             raise RuntimeError("the engine broke down") from self.engine.broken
         await asyncio.wait_for(self.probe(), HEALTH_S)

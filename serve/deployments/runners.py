@@ -1,8 +1,8 @@
-"""Runners: the two ways in which models are run.
+"""Runners: the ways in which models are run.
 
 `PackedRunner` runs models whose decoder the packed forward knows: one copy of the weights, all conversations in one
 forward, the adapter on or off for each. `PlainRunner` runs any other with its Hugging Face forward: conversations take
-turns within a step, and the adapter is switched between them.
+turns within a step, and the adapter is switched between them. `DualEncoderRunner` runs CLIP and its kin, which embed.
 
 B items, D width, V tokens of the vocabulary.
 """
@@ -25,14 +25,30 @@ from vladva.models.packed.row_linear import SharedDecoder
 
 if TYPE_CHECKING:
     from vladva.models.embedder import Embedder
+    from vladva.models.interface import Embeds
 
 
-def runner_of(embedder: "Embedder") -> Runner:
+def runner_of(embedder: "Embeds") -> Runner:
     """The fastest runner that can run the model."""
+    from vladva.models.embedder import Embedder
+
+    if not isinstance(embedder, Embedder):
+        return DualEncoderRunner(embedder)
     model = embedder.model
     if packed_unsupported(model) is None:
         return PackedRunner(embedder)
     return PlainRunner(embedder)
+
+
+def end_tokens(embedder: "Embeds") -> set[int]:
+    """The tokens that end an answer; none of a model that does not answer."""
+    from vladva.models.embedder import Embedder
+
+    if not isinstance(embedder, Embedder):
+        return set()
+    base: Any = embedder.model.base
+    ends = base.generation_config.eos_token_id
+    return {ends} if isinstance(ends, int) else set(ends or ())
 
 
 class EmbeddingRunner:
@@ -173,3 +189,47 @@ class PlainRunner(EmbeddingRunner):
     def end(self, progress: OpenConversation) -> None:
         """Free what a conversation holds."""
         progress.state = None
+
+
+class DualEncoderRunner:
+    """Runs a model that has a tower for texts and one for images, which only embeds."""
+
+    def __init__(self, embedder: "Embeds") -> None:
+        """Raises ValueError for a model that gives an image several vectors, which no reply and no index holds."""
+        if embedder.description().get("vectors_per_image", 1) > 1:
+            raise ValueError("the model gives an image several vectors; serve one that gives one")
+        self.embedder = embedder
+
+    @torch.inference_mode()
+    def embed(self, items: Sequence[Encoded]) -> np.ndarray:
+        """Unit vectors [B, D], float32."""
+        vectors_BD = np.zeros((len(items), self.embedder.dimension), np.float32)
+        texts = [i for i, item in enumerate(items) if item.pixels is None]
+        images = [i for i, item in enumerate(items) if item.pixels is not None]
+        if texts:
+            tokens = self.embedder.preprocessor.pad([(items[i].ids, []) for i in texts])
+            vectors_BD[texts] = self.embedder.forward(as_tensors(tokens, self.embedder.device), None).cpu().numpy()
+        if images:
+            pixels = Pixels.concatenate([pixels for item in items if (pixels := item.pixels) is not None])
+            vectors_BD[images] = self.embedder.forward({}, as_tensors(pixels, self.embedder.device)).cpu().numpy()
+        return vectors_BD
+
+    def next_token_logits(self, items: Sequence[Encoded]) -> torch.Tensor:
+        """Nobody is let in who asks for this."""
+        raise NotImplementedError
+
+    def reserved(self, tokens: int) -> int:
+        """The same."""
+        raise NotImplementedError
+
+    def begin(self, encoded: Encoded, tokens: int, *, adapter: bool) -> OpenConversation:
+        """The same."""
+        raise NotImplementedError
+
+    def step(self, parts: Sequence[tuple[OpenConversation, int]]) -> list[torch.Tensor | None]:
+        """The same."""
+        raise NotImplementedError
+
+    def end(self, progress: OpenConversation) -> None:
+        """The same."""
+        raise NotImplementedError
