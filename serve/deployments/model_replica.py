@@ -31,7 +31,7 @@ class ModelReplica:
 
         device = assigned_device()
 
-        from serve.deployments.runners import end_tokens, runner_of
+        from serve.deployments.runners import runner_of, tokens_that_end
         from vladva.models.embedder import Embedder, load_embedder
         from vladva.models.generation import AnswerText
 
@@ -54,7 +54,7 @@ class ModelReplica:
                 queued_tokens=args.max_queued_tokens,
                 queue_s=args.max_queue_s,
             ),
-            ends=end_tokens(embedder),
+            ends=tokens_that_end(embedder),
             text=partial(AnswerText, embedder.preprocessor.tokenizer),
             score=self.score,
             device=embedder.device,

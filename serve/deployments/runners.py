@@ -40,7 +40,7 @@ def runner_of(embedder: "Embeds") -> Runner:
     return PlainRunner(embedder)
 
 
-def end_tokens(embedder: "Embeds") -> set[int]:
+def tokens_that_end(embedder: "Embeds") -> set[int]:
     """The tokens that end an answer; none of a model that does not answer."""
     from vladva.models.embedder import Embedder
 

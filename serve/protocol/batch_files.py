@@ -80,9 +80,8 @@ class BatchFiles:
 
     def listing(self, kind: Kind) -> list[dict[str, Any]]:
         """All files or batches, the newest first."""
-        folder = join(self.uri, FOLDERS[kind])
-        names = storage.list_files(folder, ".json") if storage.exists(folder) else []
-        found = [storage.read_json(join(folder, name)) for name in names if ID.fullmatch(name.removesuffix(".json"))]
+        files = storage.list_files(join(self.uri, FOLDERS[kind]), ".json", recursive=False)
+        found = [storage.read_json(file) for file in files]
         return sorted(found, key=lambda one: one["created_at"], reverse=True)
 
 

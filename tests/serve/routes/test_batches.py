@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from serve.deployments.batch_jobs import parse_lines
+from serve.protocol.batch_files import BatchFiles, new_batch
 from serve.protocol.errors import ApiError
 from serve.protocol.items import Limits
 from tests.support.wire import data_uri, error_of, noise_image
@@ -123,6 +125,18 @@ def test_a_file_that_cannot_be_answered_fails_as_a_whole(content: bytes, message
     with pytest.raises(ApiError) as error:
         parse_lines(content, LIMITS)
     assert message in error.value.failure.message
+
+
+def test_files_and_batches_are_listed_the_newest_first(tmp_path: Path) -> None:
+    files = BatchFiles(str(tmp_path))
+    assert files.listing("batch") == []
+    batches = [new_batch(files.new_id("batch"), "file", "/v1/embeddings", "24h", None) for _ in range(2)]
+    for age, batch in enumerate(batches):
+        files.write_batch(batch, created_at=age)
+    (tmp_path / "batches" / batches[0]["id"]).mkdir()
+    (tmp_path / "batches" / batches[0]["id"] / "_table.json").write_text("{}")  # of its embeddings table
+    assert [one["id"] for one in files.listing("batch")] == [batches[1]["id"], batches[0]["id"]]
+    assert files.listing("file") == []
 
 
 def test_a_line_that_cannot_be_answered_fails_alone() -> None:
