@@ -43,12 +43,9 @@ def runner_of(embedder: "Embeds") -> Runner:
 def tokens_that_end(embedder: "Embeds") -> set[int]:
     """The tokens that end an answer; none of a model that does not answer."""
     from vladva.models.embedder import Embedder
+    from vladva.models.generation import end_tokens
 
-    if not isinstance(embedder, Embedder):
-        return set()
-    base: Any = embedder.model.base
-    ends = base.generation_config.eos_token_id
-    return {ends} if isinstance(ends, int) else set(ends or ())
+    return end_tokens(embedder.model) if isinstance(embedder, Embedder) else set()
 
 
 class EmbeddingRunner:
