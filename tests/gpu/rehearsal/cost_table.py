@@ -52,7 +52,7 @@ def cost_table(recorded: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(row)} |")
     lines += ["", "| embedding | TFLOP each | a second on an H100 | cores a GPU |", "|---|---|---|---|"]
     for case_name, case in sorted(recorded.items()):
-        if case_name.startswith("embed "):
+        if case_name.startswith("embed ") and "all layers" in case:
             _, side, checkpoint = case_name.split(" ")
             one = case["all layers"]
             each = one["flops"] / one["units"]
