@@ -62,10 +62,11 @@ class Ingress:
         write_digests: list[bytes],
         discriminative: DeploymentHandle,
         generative: DeploymentHandle,
+        created: int,
     ) -> None:
         self.args = args
         self.key_digests, self.write_digests = key_digests, write_digests
-        self.backend = Backend(args, discriminative, generative)
+        self.backend = Backend(args, discriminative, generative, created)
         protect_token()  # `serve run` has started Ray by now
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -175,7 +176,7 @@ def application(args: ServeArgs) -> Application:
         **update,
     )
     digests = ([key_digest(key) for key in keys(variable)] for variable in (API_KEYS, WRITE_KEYS))
-    return ingress.bind(args, *digests, discriminative, generative)
+    return ingress.bind(args, *digests, discriminative, generative, int(time.time()))
 
 
 def keys(*variables: str) -> list[str]:

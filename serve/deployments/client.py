@@ -106,10 +106,13 @@ def again_in(attempt: int) -> float:
 
 
 class Backend:
-    """What the routes call."""
+    """What the routes call. created: when the application was made, the same in every ingress replica."""
 
-    def __init__(self, args: ServeArgs, discriminative: DeploymentHandle, generative: DeploymentHandle) -> None:
+    def __init__(
+        self, args: ServeArgs, discriminative: DeploymentHandle, generative: DeploymentHandle, created: int
+    ) -> None:
         self.args = args
+        self.created = created
         self.discriminative = discriminative
         self.generative = generative
         self._served: Served | None = None

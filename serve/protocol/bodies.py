@@ -113,7 +113,10 @@ class BoundedBodies:
                     slow = True
                     self.slow[client] += 1
                     continue
-                message, last = receiving.result(), loop.time()
+                try:
+                    message, last = receiving.result(), loop.time()
+                except Exception as error:  # Serve raises where the client has gone, rather than saying so
+                    raise ClientDisconnect from error
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnect
                 more = message.get("more_body", False)

@@ -1,7 +1,6 @@
 """Status: is it alive, is it ready, what does it serve; and a page to try it."""
 
 import asyncio
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ PROBE_S = 5.0  # a deployment that does not say within this time that it is read
 def routes(backend: Backend) -> APIRouter:
     """The routes that cost nothing."""
     router = json_router()
-    created = int(time.time())
 
     @router.get("/v1/health/live", include_in_schema=False)
     @router.get("/health")
@@ -43,12 +41,12 @@ def routes(backend: Backend) -> APIRouter:
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        cards = (await backend.served()).cards(created)
+        cards = (await backend.served()).cards(backend.created)
         return {"object": "list", "data": cards, "index": backend.args.index_name}
 
     @router.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
-        cards = {card["id"]: card for card in (await backend.served()).cards(created)}
+        cards = {card["id"]: card for card in (await backend.served()).cards(backend.created)}
         if model not in cards:
             raise ApiError(404, f"model: no {model!r} here; send {' or '.join(cards)}", "model_not_found", "model")
         return cards[model]
