@@ -76,6 +76,7 @@ def test_statistics_by_hand() -> None:
 
 def test_the_base_of_an_adapter_is_captioned_too(tmp_path: Path) -> None:
     (tmp_path / "vladva.json").write_text(json.dumps({"checkpoint": "tiny"}))
+    (tmp_path / "adapter_config.json").write_text("{}")
     trained = str(tmp_path)
     assert list(writers({"ours": trained}).items()) == [("tiny, no adapter", "tiny"), ("ours", trained)]
     assert writers({"base": "tiny", "ours": trained}) == {"base": "tiny", "ours": trained}

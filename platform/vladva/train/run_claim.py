@@ -87,7 +87,7 @@ def check_claim(config: RunConfig, *, extend: bool) -> RunConfig | None:
     if not storage.exists(uri):
         return None
     run = absolute_paths(RunConfig.from_json(storage.read_json(uri)))  # earlier versions kept them as they were given
-    before, now = flatten(run.to_json()), flatten(config.to_json())
+    before, now = flatten(run.to_json()), flatten(absolute_paths(config).to_json())
     changed = [key for key in now if now[key] != before[key] and key not in MAY_CHANGE]
     if run.train.steps < config.train.steps and extend:
         changed.remove(STEPS)
