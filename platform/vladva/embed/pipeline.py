@@ -124,7 +124,7 @@ def encode(
                         {
                             "vladva_embed_items": report.get("embedded", 0),
                             "vladva_embed_tokens": report.get("tokens", 0),
-                            "vladva_embed_quarantined": len(report.get("bad", ())),
+                            "vladva_embed_quarantined": report.get("bad", 0),
                         }
                     )
     finally:
