@@ -270,8 +270,10 @@ def _to_rgb(image: Image.Image, depth: int) -> Image.Image:
         if not image.has_transparency_data:
             return image.convert("RGB")
         if image.mode in ("1", "L") and depth < 8:  # Pillow widens the pixels, and not the level that is transparent
+            assert clear is not None  # these modes have no alpha channel
             image.info["transparency"] = clear * 255 // (2**depth - 1)
         if image.mode == "RGB" and depth == 16:
+            assert clear is not None
             image.info["transparency"] = tuple(level >> 8 for level in clear)
         rgba = image.convert("RGBA")
         rgb, opaque = rgba.convert("RGB"), rgba.getchannel("A")

@@ -66,11 +66,11 @@ def fetch_images(
             columns.setdefault((ref.uri, ref.column), []).append(i)
     for (uri, column), members in columns.items():
         members.sort(key=lambda i: refs[i].offset)
-        for i, (data, path) in zip(members, read_cells(uri, column, [refs[i].offset for i in members]), strict=True):
-            if path and not data:
+        for i, (cell, path) in zip(members, read_cells(uri, column, [refs[i].offset for i in members]), strict=True):
+            if path and not cell:
                 files[i] = storage.resolve(folder_uri or uri.rpartition("/")[0], path)
             else:
-                images[i] = data or b""
+                images[i] = cell or b""
 
     with ThreadPoolExecutor(FILES_IN_FLIGHT) as pool:
         for i, data in zip(files, pool.map(read_file, files.values()), strict=True):

@@ -32,7 +32,7 @@ class ExportProbe(TypedDict):
 
 
 def probe_image() -> Image.Image:
-    """A picture of 96 x 64 pixels with gradients and an edge, the same on every machine."""
+    """An image of 96 x 64 pixels with gradients and an edge, the same on every machine."""
     rows, columns = np.mgrid[0:64, 0:96]
     channels = (rows * 4, columns * 8 // 3, 255 * ((rows // 16 + columns // 16) % 2))
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
