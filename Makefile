@@ -20,7 +20,7 @@ install: $(STAMP)  ## create .venv with the exact versions of constraints.txt (a
 demo: $(STAMP)  ## the whole chain on this machine: train, embed, index, search, serve, report
 	$(BIN)/python -m jobs.demo
 
-check: lint  ## lint, and the tests that need neither Ray nor a browser: three minutes, before every push
+check: lint  ## lint, and the tests that need neither Ray nor a browser: four minutes, before every push
 	$(PYTEST) -m "not ray and not browser and not slow" --durations=3
 
 test: $(STAMP)  ## run the tests

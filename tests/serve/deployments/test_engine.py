@@ -232,7 +232,8 @@ def test_answers_made_together_are_those_made_alone(
             assert found == right
     for part, found in enumerate(embeddings):
         np.testing.assert_allclose(np.stack(found), vectors[part::4], atol=1e-5)
-    assert max(len(step) for step in recorded.steps) == LIMITS.conversations
+    # How many meet in a step depends on how fast the machine is: some do, and never more than the limit.
+    assert 1 < max(len(step) for step in recorded.steps) <= LIMITS.conversations
     # What equality is worth: another seed, and the other setting of the adapter, give other answers.
     assert alone(embedder, asked[1][0], TokenSampling(12, 1.2, 0.9, 99, adapter=True)) != expected[1]
     assert isinstance(recorded.runner, PackedRunner)
