@@ -41,10 +41,10 @@ format: $(STAMP)  ## rewrite the code as `make lint` wants it
 bench: $(STAMP)  ## run the side-by-side benchmarks, one after the other; each ends with one line of JSON
 	set -e; for script in $(filter-out tests/bench/gpu.py,$(wildcard tests/bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
-rehearse: $(STAMP)  ## a cluster of three hosts on this machine, and all that can happen to it: half an hour; Linux, root
+rehearse: $(STAMP)  ## a cluster of three hosts on this machine, and all that can happen to it; Linux, root
 	$(BIN)/python tests/cluster/rehearsal/run.py
 
-gpu: $(STAMP)  ## on a machine with a GPU, in ten minutes: its tests, then training, embedding and serving measured; a line of JSON last
+gpu: $(STAMP)  ## on a machine with a GPU: its tests, then training, embedding and serving measured; a line of JSON last
 	$(PYTEST) tests/gpu
 	$(BIN)/python tests/bench/gpu.py
 
