@@ -476,11 +476,14 @@ class ModelEngine:
         """A result or a `Failure` for every item: an error is the failure of the item that causes it."""
         try:
             return list(queue.forward(items))
-        except Exception:
+        except Exception as error:
             if len(items) == 1:
                 logger.exception("an item cannot be computed")
                 return [INTERNAL]
-            return [self.results(queue, [item])[0] for item in items]
+            # By halves: what does not fit the device's memory together is computed in as few batches as possible.
+            logger.warning("a batch of %d items failed and is halved: %s", len(items), type(error).__name__)
+            middle = len(items) // 2
+            return [*self.results(queue, items[:middle]), *self.results(queue, items[middle:])]
 
     def fail_all(self) -> None:
         """Nothing waits for an engine that has ended."""
