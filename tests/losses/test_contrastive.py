@@ -100,7 +100,7 @@ def test_a_new_file_is_a_new_loss(tmp_path: Path) -> None:
 
 
 def test_what_is_there() -> None:
-    assert loss_names() == ["info_nce", "sigmoid"]
+    assert loss_names() == ["hardness_weighted", "info_nce", "sigmoid"]
     assert find_loss(LossConfig(temperature=0.5)) == InfoNCE(0.5, True)
     one_way = find_loss(LossConfig(options=("directions=one-way",), learn_temperature=False))
     assert one_way == InfoNCE(0.07, False, "one-way")
@@ -114,7 +114,10 @@ def test_what_is_there() -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (LossConfig(contrastive="triplet"), r"loss\.contrastive: there is no 'triplet'; known are info_nce, sigmoid"),
+        (
+            LossConfig(contrastive="triplet"),
+            r"loss\.contrastive: there is no 'triplet'; known are hardness_weighted, info_nce, sigmoid",
+        ),
         (LossConfig(contrastive="pairs"), r"there is no 'pairs'"),
         (
             LossConfig(contrastive="sigmoid", options=("directions=one-way",)),

@@ -49,6 +49,7 @@ class Case:
 
 E5_V = LossConfig(options=("directions=one-way",), temperature=0.05, learn_temperature=False, next_token_weight=0.0)
 SIGLIP = LossConfig(contrastive="sigmoid", temperature=0.1, options=("bias=-3.0",), next_token_weight=0.5)
+WEIGHTED = LossConfig(contrastive="hardness_weighted", options=("hardness=4",), next_token_weight=0.5)
 NESTED = LossConfig(matryoshka=(8, 16), next_token_weight=0.5)
 DROPOUT = (("lora_dropout", 0.3),)
 HARD = "matryoshka and hard negatives"
@@ -63,6 +64,9 @@ CASES = {
         world=1, kind="texts", loss=E5_V, train=(("zero_stage", 0),), reference="texts, one-way, fixed temperature"
     ),
     "sigmoid": Case(kind="negatives", loss=SIGLIP),
+    "hardness": Case(kind="negatives", loss=WEIGHTED),
+    "hardness, one worker": Case(world=1, kind="negatives", loss=WEIGHTED, reference="hardness"),
+    "hardness, three workers": Case(world=3, kind="negatives", loss=WEIGHTED, reference="hardness"),
     "offload, ZeRO-1": Case(train=(("offload", True), ("zero_stage", 1)), reference="info_nce"),
     "offload, ZeRO-2": Case(train=(("offload", True), ("zero_stage", 2)), reference="info_nce"),
     "offload, ZeRO-3": Case(train=(("offload", True), ("zero_stage", 3)), reference="info_nce"),
@@ -172,11 +176,24 @@ def plain_contrastive(loss: LossConfig, images: Tensor, texts: Tensor, model: Em
             values.append((softplus(-sign * (logits + model.bias)) * mask).sum() / len(logits))
             continue
         logits = logits.masked_fill(~mask, -torch.inf)
+        if loss.contrastive == "hardness_weighted":
+            values.append((plain_weighted(logits, model) + plain_weighted(logits[:, : len(logits)].T, model)) / 2)
+            continue
         value = cross_entropy(logits, target)
         if "directions=one-way" not in loss.options:
             value = (value + cross_entropy(logits[:, : len(logits)].T, target)) / 2
         values.append(value)
     return torch.stack(values).mean()
+
+
+def plain_weighted(logits: Tensor, model: EmbeddingModel) -> Tensor:
+    """Rows whose negatives count 4 times their similarity, of mean 1, more or less; logits -inf where there is none."""
+    with torch.no_grad():
+        weights = (4 * logits / model.log_scale.exp()).exp()
+        weights.fill_diagonal_(0)
+        weights *= (logits.isfinite().sum(1, keepdim=True) - 1) / weights.sum(1, keepdim=True)
+        weights.fill_diagonal_(1)
+    return ((weights * logits.exp()).sum(1).log() - logits.diagonal()).mean()
 
 
 def candidates(rows: list[Example]) -> tuple[list[int], list[int], Tensor]:

@@ -44,12 +44,15 @@ class InfoNCE(ContrastiveLoss):
         start = -math.log(self.temperature)
         return {"log_scale": Scalar(start, self.learn_temperature, highest=math.log(MAX_SCALE))}
 
+    def scale(self, scalars: Mapping[str, Tensor]) -> Tensor | float:
+        """What similarities are multiplied by, with a graph where it is learned."""
+        if self.learn_temperature:
+            return scalars["log_scale"].clamp(max=math.log(MAX_SCALE)).exp()
+        return 1 / self.temperature
+
     def __call__(self, pairs: Pairs, scalars: Mapping[str, Tensor], *, chunk_size: int = ROWS) -> Tensor:
         """The loss; see `ContrastiveLoss`."""
-        scale: Tensor | float = 1 / self.temperature
-        if self.learn_temperature:
-            scale = scalars["log_scale"].clamp(max=math.log(MAX_SCALE)).exp()
-        scaled_PD = pairs.images * scale
+        scaled_PD = pairs.images * self.scale(scalars)
         if pairs.share is None:
             losses_P = _CrossEntropies.apply(scaled_PD, pairs.texts, pairs, self.symmetric, chunk_size)
             return losses_P.sum() / max(len(pairs), 1)
@@ -77,7 +80,7 @@ class _CrossEntropies(torch.autograd.Function):
         column_losses_P = torch.full_like(positives_P, -torch.inf)
         for rows in row_chunks(range(num_pairs), chunk_size):
             part = slice(rows.start, rows.stop)
-            logits_RC = _logits(x_PD, y_CD, positives_P, pairs, rows)
+            logits_RC = pair_logits(x_PD, y_CD, positives_P, pairs, rows)
             if symmetric:
                 of_these_rows_P = (logits_RC[:, :num_pairs] - positives_P).logsumexp(0)
                 column_losses_P = torch.logaddexp(column_losses_P, of_these_rows_P)
@@ -95,7 +98,7 @@ class _CrossEntropies(torch.autograd.Function):
         weights_P = grad_P / 2 if ctx.symmetric else grad_P
         for rows in row_chunks(range(num_pairs), ctx.chunk_size):
             part = slice(rows.start, rows.stop)
-            logits_RC = _logits(x_PD, y_CD, positives_P, ctx.pairs, rows)
+            logits_RC = pair_logits(x_PD, y_CD, positives_P, ctx.pairs, rows)
             if ctx.symmetric:  # first, because the rows overwrite the logits
                 grad_by_columns_RP = (logits_RC[:, :num_pairs] - (positives_P + column_losses_P)).exp_().mul_(weights_P)
             grad_RC = logits_RC.sub_((positives_P + row_losses_P)[part, None]).exp_().mul_(weights_P[part, None])
@@ -119,7 +122,7 @@ class _RowCrossEntropies(torch.autograd.Function):
         positives_P = (x_PD * y_KD[: len(x_PD)]).sum(-1)
         losses_S = x_PD.new_empty(len(pairs.anchors))
         for rows in row_chunks(pairs.anchors, chunk_size):
-            logits_RK = _logits(x_PD, y_KD, positives_P, pairs, rows)
+            logits_RK = pair_logits(x_PD, y_KD, positives_P, pairs, rows)
             losses_R = logits_RK.sub_(positives_P[rows.start : rows.stop, None]).logsumexp(1)
             losses_S[rows.start - pairs.anchors.start : rows.stop - pairs.anchors.start] = losses_R
         ctx.save_for_backward(x_PD, y_KD, positives_P, losses_S)
@@ -134,7 +137,7 @@ class _RowCrossEntropies(torch.autograd.Function):
         first = ctx.pairs.anchors.start
         for rows in row_chunks(ctx.pairs.anchors, ctx.chunk_size):
             part, of_share = slice(rows.start, rows.stop), slice(rows.start - first, rows.stop - first)
-            logits_RK = _logits(x_PD, y_KD, positives_P, ctx.pairs, rows)
+            logits_RK = pair_logits(x_PD, y_KD, positives_P, ctx.pairs, rows)
             grad_RK = logits_RK.sub_((positives_P[part] + losses_S[of_share])[:, None]).exp_()
             grad_RK.mul_(grad_S[of_share, None])
             grad_RK.diagonal(offset=rows.start).sub_(grad_S[of_share])
@@ -143,7 +146,7 @@ class _RowCrossEntropies(torch.autograd.Function):
         return grad_x_PD, grad_y_KD, None, None
 
 
-def _logits(x_PD: Tensor, y_CD: Tensor, positives_P: Tensor, pairs: Pairs, rows: range) -> Tensor:
+def pair_logits(x_PD: Tensor, y_CD: Tensor, positives_P: Tensor, pairs: Pairs, rows: range) -> Tensor:
     """These rows of X Y^t [R, C], -inf at duplicates, positives equal to `positives_P` to the last bit."""
     logits_RC = x_PD[rows.start : rows.stop] @ y_CD.T
     duplicates_RC = pairs.duplicates(rows)
