@@ -20,8 +20,9 @@ install: $(STAMP)  ## create .venv with the exact versions of constraints.txt (a
 demo: $(STAMP)  ## the whole chain on this machine: train, embed, index, search, serve, report
 	$(BIN)/python -m jobs.demo
 
-check: lint  ## lint, and the tests that need neither Ray nor a browser: four minutes, before every push
-	$(PYTEST) -m "not ray and not browser and not slow" --durations=3
+# A process a core, each with one thread: the tests' models are too small for more.
+check: lint  ## lint, and the quick tests that need neither Ray nor a browser: two minutes, before every push
+	OMP_NUM_THREADS=1 $(PYTEST) -n auto --dist worksteal -m "not ray and not browser and not slow" --durations=3
 
 test: $(STAMP)  ## run the tests
 	$(PYTEST) $(BROWSER)

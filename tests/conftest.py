@@ -27,12 +27,17 @@ STARTS_PROCESSES = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark with `ray` what `make check` leaves out."""
+    """Mark with `ray` what `make check` leaves out, and run it last.
+
+    The cluster of `ray_cluster` lives as long as the session, and code that finds one uses it. In this order a test
+    that does not ask for it never meets it, whichever tests run with it.
+    """
     here = Path(__file__).parent
     starting = [here / name for name in STARTS_PROCESSES]
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()) or any(item.path.is_relative_to(p) for p in starting):
             item.add_marker(pytest.mark.ray)
+    items.sort(key=lambda item: item.get_closest_marker("ray") is not None)  # stable: else in the order of the files
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:

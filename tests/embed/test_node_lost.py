@@ -29,15 +29,21 @@ ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
 import ray.data
 from vladva.embed.pipeline import encode
 
+finished = threading.Event()
+
 def lose_a_node():
-    while len(list(Path(out).glob("_parts/*/*"))) < 5:
-        time.sleep(0.05)
+    while len(list(Path(out).glob("_parts/*/*"))) < 2:
+        time.sleep(0.02)
+    print("too late" if finished.is_set() else "in time", flush=True)
     cluster.remove_node(nodes[1], allow_graceful=False)
     print("lost", flush=True)
 
-threading.Thread(target=lose_a_node, daemon=True).start()
-rows = [{"id": f"t{i}", "kind": "text", "text": f"{i} " + "word " * (i % 20)} for i in range(600)]
+losing = threading.Thread(target=lose_a_node, daemon=True)
+losing.start()
+rows = [{"id": f"t{i}", "kind": "text", "text": f"{i} " + "word " * (4 * (i % 20))} for i in range(600)]
 summary = encode(ray.data.from_items(rows, override_num_blocks=20), tiny, out, batch_size=4, actors=3)
+finished.set()
+losing.join()
 print(summary.rows, flush=True)
 ray.shutdown()
 cluster.shutdown()
@@ -69,5 +75,5 @@ def test_the_job_goes_on_where_its_actors_take_every_cpu(tmp_path: Path, tiny: s
         timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert {"lost", "600"} <= set(done.stdout.split())
+    assert {"time", "lost", "600"} <= set(done.stdout.split())
     assert read_embeddings(str(out))["id"].to_pylist() == sorted(f"t{i}" for i in range(600))
