@@ -6,6 +6,7 @@ That it brings up every worker is shown by the rehearsal, which runs it.
 from __future__ import annotations
 
 import copy
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,19 @@ def test_every_node_reads_the_keys_and_asks_for_the_token_before_ray_starts(conf
     for path in ("~/.ray/auth_token", "~/.vladva.env"):
         assert config["file_mounts"][path] == path
         assert any("chmod 600" in each and path in each for each in config[f"{role}_setup_commands"])
+
+
+@pytest.mark.parametrize(("failures", "starts", "status"), [(0, 1, 0), (2, 3, 0), (9, 5, 1)])
+def test_a_worker_whose_ray_does_not_start_in_time_is_tried_again(
+    config: dict[str, Any], tmp_path: Path, failures: int, starts: int, status: int
+) -> None:
+    """The launcher itself gives up a node after one failure. Here with a `ray` that fails a few times."""
+    (tmp_path / ".vladva.env").touch()
+    ray = f'ray() {{ echo "ray $1"; [ $1 = stop ] || [ $((n += 1)) -gt {failures} ]; }}; sleep() {{ :; }}; '
+    done = subprocess.run(
+        ["bash", "-c", ray + config["worker_start_ray_commands"][-1]],
+        env={"HOME": str(tmp_path)}, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == status
+    assert done.stdout.split("\n").count("ray start") == starts
+    assert done.stdout.split("\n").count("ray stop") == min(failures, starts)

@@ -24,8 +24,8 @@ RAY = {"RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:826
 API_KEY, WRITE_KEY = "key-of-a-reader", "key-of-a-writer"
 SUBMIT = "ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml"
 NODE_CPUS = 4  # that each worker says it has
-WITHIN = {"ray up": 600.0, "nodes": 300.0, "job": 1200.0, "checkpoint": 600.0, "end": 240.0}  # seconds
-
+# Seconds.
+WITHIN = {"ray up": 600.0, "nodes": 300.0, "launcher": 120.0, "job": 1200.0, "checkpoint": 600.0, "end": 240.0}
 
 LAUNCHER = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+\s+\w+ \w+\.py:\d+ -- |Running entrypoint for job ")
 
@@ -150,14 +150,29 @@ class Cluster:
         wait_until(enough, timeout, lambda: f"{number} nodes alive: {seen}", pause=2)
 
     def rejoin(self, worker: Host) -> None:
-        """What the launcher runs on a worker, for one that has come back, where it has not done so by itself."""
-        if self.nodes().get(worker.address) == "ALIVE":
+        """Until a worker that has come back is a node again. Raises StepError.
+
+        The launcher on the head starts Ray there by ssh. Where it has given the worker up, this does so, as a service
+        manager would; not before, as two at once stop each other's Ray.
+        """
+        seen: dict[str, str] = {}
+
+        def joined() -> bool:
+            nonlocal seen
+            seen = self.nodes()
+            return seen.get(worker.address) == "ALIVE"
+
+        told = "the launcher did not start Ray there"
+        try:
+            wait_until(joined, WITHIN["launcher"], lambda: told, pause=2)
             return
-        *_, start = yaml.safe_load(self.config.read_text())["worker_start_ray_commands"]
-        worker.run("ray stop --force", timeout=60)
-        done = worker.run(f"export RAY_HEAD_IP={self.machines.head.address}; {start}", timeout=120)
-        if done.returncode:
-            raise StepError(f"{worker.name} does not join: {done.stdout[-2000:]}")
+        except StepError:
+            *_, start = yaml.safe_load(self.config.read_text())["worker_start_ray_commands"]
+            command = f"ray stop --force; export RAY_HEAD_IP={self.machines.head.address}; {start}"
+            told = worker.run(command, timeout=WITHIN["nodes"]).stdout
+        wait_until(
+            joined, WITHIN["nodes"], lambda: f"{worker.name} is {seen}; `ray start` said: {told[-2000:]}", pause=2
+        )
 
     # --- jobs
 

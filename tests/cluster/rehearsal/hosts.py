@@ -190,7 +190,9 @@ class Host:
 
     def _script(self) -> str:
         binds = []
-        for path in {Path(sys.base_prefix), PACKAGES, PROJECT}:
+        # A link, such as a .venv that several checkouts share, is bound with what it points to.
+        named = {Path(sys.base_prefix), PACKAGES, PROJECT}
+        for path in sorted(named | {path.resolve() for path in named}):
             for hidden in ("root", "tmp"):
                 if path.is_relative_to(f"/{hidden}"):
                     there = f"{self.folder}{path}"
