@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from tests.support.shards import JPEG, PNG, WEBP, bomb, image
+from tests.support.shards import JPEG, PNG, WEBP, bomb, image, scanned, tar_of
 from vladva.core import errors, images
 from vladva.core.images import decode_image
 
@@ -91,9 +94,10 @@ def test_what_is_transparent_lies_on_white() -> None:
     assert (np.asarray(decode_image(encoded(palette, "PNG", transparency=0))) == 0).all()
 
 
-def test_sixteen_bits_become_eight() -> None:
-    values = np.array([[0, 256, 32_768, 65_535]], np.uint16)
-    found = np.asarray(decode_image(encoded(Image.fromarray(values), "PNG")))
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B")])
+def test_sixteen_bits_become_eight(kind: str, mode: str) -> None:
+    values = np.array([[0, 256, 32_768, 65_535]], ">u2" if mode == "I;16B" else "<u2")
+    found = np.asarray(decode_image(encoded(Image.frombytes(mode, (4, 1), values.tobytes()), kind)))
     assert found[0].tolist() == [[0] * 3, [1] * 3, [128] * 3, [255] * 3]
 
 
@@ -126,3 +130,73 @@ def test_a_format_that_is_refused_is_named(name: str, head: bytes) -> None:
     with pytest.raises(errors.InvalidSampleError, match=f"the image is {name}: convert it") as caught:
         images.check_image(head + bytes(100), verify=False)
     assert caught.value.reason == "format not accepted"
+
+
+# --- whatever Pillow writes -------------------------------------------------------------------------------------------
+
+Image.init()
+MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "I;16B", "F"]
+REFUSED_MODES = {"LAB", "I", "F", "PA"}  # in a file of a format that is accepted
+SIDES = st.integers(1, 40)
+
+
+def noise(mode: str, size: tuple[int, int], seed: int) -> Image.Image:
+    """An image with random bytes for pixels; one with a palette has random colours."""
+    made = Image.new(mode, size)
+    made.frombytes(Random(seed).randbytes(len(made.tobytes())))
+    if mode in ("P", "PA"):
+        made.putpalette(Random(seed).randbytes(768))
+    return made
+
+
+def can_be_written(kind: str, mode: str) -> bool:
+    try:
+        encoded(noise(mode, (8, 8), 0), kind)
+    except Exception:  # Pillow's encoders raise whatever they stumble over
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def writable() -> list[tuple[str, str]]:
+    """(format, mode) of all that Pillow writes here."""
+    return [(kind, mode) for kind in sorted(Image.SAVE) for mode in MODES if can_be_written(kind, mode)]
+
+
+def on_white(opened: Image.Image) -> np.ndarray:
+    """RGB [H, W, 3] of what Pillow has opened: 16-bit grey by its upper byte, the rest blended in floating point."""
+    if opened.mode.startswith("I"):
+        return np.repeat((np.asarray(opened).astype(int) >> 8)[..., None], 3, axis=2)
+    rgba = np.asarray(opened.convert("RGBA")).astype(float)
+    opacity = rgba[..., 3:] / 255
+    return rgba[..., :3] * opacity + 255 * (1 - opacity)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # some of the formats are going
+@settings(max_examples=200, deadline=None)
+@given(drawing=st.data(), width=SIDES, height=SIDES, seed=st.integers(0, 99), clear=st.booleans())
+def test_what_pillow_writes_has_pillows_pixels_or_a_reason(
+    tmp_path_factory: pytest.TempPathFactory, writable: list[tuple[str, str]], drawing: st.DataObject,
+    width: int, height: int, seed: int, clear: bool,
+) -> None:  # fmt: skip
+    kind, mode = drawing.draw(st.sampled_from(writable))
+    drawn = noise(mode, (width, height), seed)
+    clear_level = {"1": 0, "L": 7, "P": 7, "RGB": drawn.getpixel((0, 0))}.get(mode)
+    options = {"transparency": clear_level} if clear and clear_level is not None and kind == "PNG" else {}
+    try:
+        data = encoded(drawn, kind, **options)
+    except Exception:  # a size that this format has not
+        assume(False)
+    rows, quarantined = scanned(tmp_path_factory.mktemp("image"), tar_of([("a.png", data), ("a.txt", b"words")]))
+    if quarantined:
+        with pytest.raises(errors.InvalidSampleError) as refused:
+            decode_image(data)
+        assert quarantined == {"#a": refused.value.reason}
+        assert refused.value.reason in ("format not accepted", "not an image")
+        assert kind not in (*images.FORMATS, "MPO") or mode in REFUSED_MODES
+        return
+    found = decode_image(data)
+    assert [(row["width"], row["height"]) for row in rows] == [found.size]
+    opened = Image.open(io.BytesIO(data))
+    assert found.size == opened.size == (width, height)
+    np.testing.assert_allclose(np.asarray(found), on_white(opened), atol=1)

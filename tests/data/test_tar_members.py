@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
 import subprocess
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from tests.support.shards import image, scanned, tar_of
+from tests.support.shards import count_words, image, scanned, tar_of
+from vladva.data.sidecar import scan_shard
 from vladva.data.tar_members import split_name, tar_members
 
 
@@ -112,3 +116,100 @@ def test_every_member_of_any_name_comes_out_with_its_bytes(names: list[str], for
         assert not member.problem
         found[member.name] = body.getvalue()[member.offset :][: member.length]
     assert found == contents
+
+
+# --- bsdtar ----------------------------------------------------------------------------------------------------------
+
+FOLDERS = st.sampled_from(["", "d/", "d.e/f/", " /", "\N{SNOWMAN}/"])
+STEMS = st.one_of(
+    st.sampled_from(["a", "b.c", "b", "a b", " a", ".a", "\N{SNOWMAN}", "e\N{COMBINING ACUTE ACCENT}", "x" * 110]),
+    NAMES,
+)
+ENDINGS = st.sampled_from([".jpg", ".PNG", ".txt", ".json", ".cls", ".depth.png", ""])
+FILES = st.builds("{}{}{}".format, FOLDERS, STEMS, ENDINGS).filter(lambda file: Path(file).name.strip("."))
+BSDTAR = shutil.which("bsdtar")
+FORMS = [[], ["--format", "ustar"], ["--format", "gnutar"], ["--format", "pax"]]  # the first: PAX where it is needed
+
+
+def role_of(file: str) -> str:
+    """What a file is to a sample, by its name alone; empty for none."""
+    suffix = "" if Path(file).name.startswith(".") else Path(file).suffix.lower()
+    return {".jpg": "image", ".png": "image", ".txt": "text", ".json": "JSON"}.get(suffix, "")
+
+
+def lay_out(folder: Path, drawn: dict[str, str]) -> dict[str, bytes]:
+    """Files and links of these names, as far as a folder can hold them together; name -> what is to be read there."""
+    given_files: dict[str, bytes] = {}
+    plain: dict[str, str] = {}  # role -> the last file of it that is no link
+    for number, (file, link) in enumerate(drawn.items()):
+        path, role = folder / file, role_of(file)
+        if path.is_dir() or any((folder / parent).is_file() for parent in Path(file).parents):
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        words = f"number {number}"
+        given_files[file] = {"image": image(seed=number), "JSON": f'{{"caption": "{words}"}}'.encode()}.get(
+            role, words.encode()
+        )
+        if link == "dangling":
+            path.symlink_to("nowhere.jpg")
+        elif link and role in plain:
+            given_files[file] = given_files[plain[role]]
+            target = folder / plain[role]
+            path.hardlink_to(target) if link == "hard" else path.symlink_to(os.path.relpath(target, path.parent))
+        else:
+            path.write_bytes(given_files[file])
+            plain[role] = file
+    return given_files
+
+
+def packed_by_bsdtar(folder: Path, form: list[str], locale: str) -> bytes:
+    command = ["bsdtar", *form, "-cf", "-", "-C", str(folder), "."]
+    done = subprocess.run(command, capture_output=True, check=False, env=os.environ | {"LC_ALL": locale})
+    assume(b"too long" not in done.stderr)  # it leaves out what does not fit the form, and says so
+    return done.stdout
+
+
+@pytest.mark.skipif(not BSDTAR, reason="bsdtar is not installed (Debian's package libarchive-tools)")
+@settings(max_examples=100, deadline=None)
+@given(
+    drawn=st.dictionaries(FILES, st.sampled_from(["", "hard", "symbolic", "dangling"]), min_size=1, max_size=8),
+    form=st.sampled_from(FORMS),
+    locale=st.sampled_from(["C", "C.UTF-8"]),
+    joined=st.booleans(),
+)
+def test_every_file_that_bsdtar_packs_is_delivered_or_named(
+    tmp_path_factory: pytest.TempPathFactory, drawn: dict[str, str], form: list[str], locale: str, joined: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("bsdtar")
+    (folder / "given").mkdir()
+    given_files = lay_out(folder / "given", drawn)
+    content = packed_by_bsdtar(folder / "given", form, locale)
+    if joined:
+        (folder / "more").mkdir()
+        given_files |= {
+            f"more/{name}": data for name, data in lay_out(folder / "more", {"l.jpg": "", "l.txt": ""}).items()
+        }
+        content += packed_by_bsdtar(folder, [*form, "--exclude", "./given", "--exclude", "*.tar"], locale)
+    (folder / "of.tar").write_bytes(content)
+    table, quarantined, notes = scan_shard(str(folder), "of.tar", count_words)
+
+    roles: dict[str, Counter[str]] = {}  # key -> how many files of each role
+    for file in given_files:
+        if role_of(file):
+            roles.setdefault(file.rpartition(".")[0], Counter())[role_of(file)] += 1
+    unused = sum(not role_of(file) for file in given_files)
+    further = sum(count for note, count in notes.items() if "a further one" in note)
+    second = sum(count for note, count in notes.items() if "a second" in note)
+    repeated = [row for row in quarantined if row.reason == "duplicate key"]
+    named = {row.id.partition("#")[2] for row in quarantined if row.reason != "duplicate key"}
+    delivered = set(table["key"].to_pylist())
+    assert delivered | named <= roles.keys()
+    assert not delivered & named
+    assert len(delivered) + len(named) + further == len(roles)
+    assert len(repeated) + second == sum(each.total() - len(each) for each in roles.values())
+    assert notes.total() == unused + further + second
+    for row in table.to_pylist():
+        of_key = [data for file, data in given_files.items() if role_of(file) and file.rpartition(".")[0] == row["key"]]
+        assert content[row["offset"] :][: row["length"]] in of_key
+        assert len(row["captions"]) == len(roles[row["key"]]) - 1  # one of the text, one of the JSON
+        assert all(any(caption.encode() in data for data in of_key) for caption in row["captions"])

@@ -261,11 +261,12 @@ def _to_rgb(image: Image.Image, depth: int) -> Image.Image:
     if image.mode == "RGB" and clear is None:
         return image
     _check_mode(image)
-    if image.mode.startswith("I"):  # 16-bit grey: convert() would clip it to white
-        rgb = image.point(lambda value: value / 256).convert("L").convert("RGB")
+    if image.mode.startswith("I"):  # 16-bit grey, in either order of its bytes: convert() would clip it to white
+        levels = np.asarray(image)
+        rgb = Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
         if clear is None:
             return rgb
-        opaque = Image.fromarray(np.where(np.asarray(image) == clear, 0, 255).astype(np.uint8))
+        opaque = Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8))
     else:
         if not image.has_transparency_data:
             return image.convert("RGB")
