@@ -57,9 +57,10 @@ def main() -> None:
         dry_run(config, options.price, options.price_items)
         return
 
+    from vladva.mine.teacher import teach
     from vladva.train.launch import train
 
-    last = train(config, extend=options.extend, tell=print)
+    last = train(config, extend=options.extend, tell=print, teach=teach)
     accuracy = last["in_batch_accuracy"]
     told = f"in-batch accuracy {accuracy:.3f}" if accuracy is not None else "no pair with negatives in the last batch"
     if last.get("quarantined"):

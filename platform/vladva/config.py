@@ -93,12 +93,21 @@ class LossConfig:
     """Take the caption loss at every n-th step only: the captions are most of a step's tokens."""
     mask_duplicates: bool = True
     """Pairs with the same image or the same caption are not negatives of each other."""
+    false_negatives_above: float | None = None
+    """Nor are pairs whose captions have so high a cosine, or a higher one, by the teacher; None: all others are."""
+    teacher: str = ""
+    """Run or model whose embeddings of the captions say so; empty: the run's own base model, zero-shot."""
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"loss.temperature is {self.temperature}; it must be positive")
         if min(self.matryoshka, default=1) < 1:
             raise ValueError(f"loss.matryoshka is {self.matryoshka}; each must be at least 1")
+        above = self.false_negatives_above
+        if above is not None and not 0 < above <= 1:
+            raise ValueError(f"loss.false_negatives_above is {above}; it must be above 0, and at most 1")
+        if self.teacher and above is None:
+            raise ValueError("loss.teacher says which pairs are no negatives: set loss.false_negatives_above as well")
 
 
 @dataclass(frozen=True)

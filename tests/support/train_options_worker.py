@@ -21,7 +21,7 @@ from vladva.data.examples import Example
 from vladva.data.scenes.captions import captions
 from vladva.data.scenes.corpus import scenes
 from vladva.data.scenes.scene import render
-from vladva.losses.pairs import Pairs
+from vladva.losses.pairs import Pairs, whole_numbers
 from vladva.models.adapter import add_adapter
 from vladva.models.batch import MicroBatch, as_tensors
 from vladva.models.embedding_model import EmbeddingModel, caption_labels, checkpoint_activations
@@ -50,6 +50,8 @@ class Case:
 E5_V = LossConfig(options=("directions=one-way",), temperature=0.05, learn_temperature=False, next_token_weight=0.0)
 SIGLIP = LossConfig(contrastive="sigmoid", temperature=0.1, options=("bias=-3.0",), next_token_weight=0.5)
 WEIGHTED = LossConfig(contrastive="hardness_weighted", options=("hardness=4",), next_token_weight=0.5)
+TAUGHT = LossConfig(false_negatives_above=0.5, next_token_weight=0.5)
+TEACHER = whole_numbers(torch.eye(3)[[0, 0, 1, 2, 1, 2, 0, 1, 2, 2, 1, 0]]).numpy()  # of each pair: pair 0 is as pair 1
 NESTED = LossConfig(matryoshka=(8, 16), next_token_weight=0.5)
 DROPOUT = (("lora_dropout", 0.3),)
 HARD = "matryoshka and hard negatives"
@@ -67,6 +69,12 @@ CASES = {
     "hardness": Case(kind="negatives", loss=WEIGHTED),
     "hardness, one worker": Case(world=1, kind="negatives", loss=WEIGHTED, reference="hardness"),
     "hardness, three workers": Case(world=3, kind="negatives", loss=WEIGHTED, reference="hardness"),
+    "false negatives": Case(kind="teacher", loss=TAUGHT),
+    "false negatives, one worker": Case(world=1, kind="teacher", loss=TAUGHT, reference="false negatives"),
+    "false negatives, three workers": Case(world=3, kind="teacher", loss=TAUGHT, reference="false negatives"),
+    "false negatives, single pass": Case(
+        kind="teacher", loss=TAUGHT, train=(("gradient_cache", False),), reference="false negatives"
+    ),
     "offload, ZeRO-1": Case(train=(("offload", True), ("zero_stage", 1)), reference="info_nce"),
     "offload, ZeRO-2": Case(train=(("offload", True), ("zero_stage", 2)), reference="info_nce"),
     "offload, ZeRO-3": Case(train=(("offload", True), ("zero_stage", 3)), reference="info_nce"),
@@ -135,6 +143,8 @@ def examples(kind: str) -> list[Example]:
     # Pair 7 has no short caption: its negatives go with it. Pair 1's is the caption of pair 2, which it must not meet.
     negatives = {0: ("a red ring", "a blue star"), 1: (plain[2].short,), 7: ("two crosses",), 11: ("a green cross",)}
     found = [replace(pair, negatives=negatives.get(i, ())) for i, pair in enumerate(plain)]
+    if kind == "teacher":
+        found = [replace(pair, teacher=vector) for pair, vector in zip(found, TEACHER, strict=True)]
     if kind == "texts":
         found = [replace(pair, image=f"{pair.short or 'nothing'} in an image", long=None) for pair in found]
     return found
@@ -214,6 +224,9 @@ def plain_steps(config: RunConfig, kind: str) -> dict[str, Any]:
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
     part, hard, mask = candidates(rows)
+    if kind == "teacher":
+        says_the_same = torch.tensor([[bool((TEACHER[i] == TEACHER[j]).all()) and i != j for j in part] for i in part])
+        mask[:, : len(part)] &= ~says_the_same
     losses = []
     for step in range(STEPS):
         torch.manual_seed(step)
@@ -258,6 +271,10 @@ def run_cases(rank: int, checkpoint: str, out: Path, world: int) -> None:
             engine_steps(rank, checkpoint, out, name, case)
     # A wrong one for each: dropout whose masks are not drawn again, and hard negatives that the loss forgets.
     if world == 1:
+        blind = {"false_negatives_above": None}
+        engine_steps(
+            rank, checkpoint, out, "false negatives, wrong", CASES["false negatives, one worker"], lambda _: blind
+        )
         engine_steps(rank, checkpoint, out, "dropout, wrong", CASES["dropout"], lambda options: {"dropout": False})
     elif world == 2:
         engine_steps(rank, checkpoint, out, "sigmoid, wrong", CASES["sigmoid"], without_negatives)

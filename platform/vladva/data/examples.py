@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
+import numpy as np
 from PIL import Image
 
 
@@ -15,7 +16,8 @@ from PIL import Image
 class Example:
     """One image (RGB), or a text in its stead, with at most one short and one long caption.
 
-    `negatives` are captions that are wrong for it on purpose.
+    `negatives` are captions that are wrong for it on purpose, `caption` says which of the
+    sample's captions the short one is, and `teacher` is a teacher's vector of it.
     """
 
     id: str
@@ -23,6 +25,8 @@ class Example:
     short: str | None
     long: str | None
     negatives: tuple[str, ...] = ()
+    caption: int | None = None
+    teacher: np.ndarray | None = None
 
 
 def choose_captions(

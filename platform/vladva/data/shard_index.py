@@ -63,6 +63,11 @@ class ShardIndex:
         """Rows of the quarantine table."""
         return pq.read_metadata(pa.BufferReader(storage.read_bytes(quarantine_uri(self.index_uri)))).num_rows
 
+    def locate(self, number: int) -> tuple[int, int]:
+        """Which shard a sample is in, and which of its samples it is."""
+        shard = bisect_right(self.ends, number)
+        return shard, number - (self.ends[shard - 1] if shard else 0)
+
     def numbers_of(self, shard: str) -> dict[str, int]:
         """The number of each of a shard's samples, by its id; none of a shard that is not in the index."""
         number = self._numbers.get(shard)
@@ -82,10 +87,9 @@ class ShardIndex:
         refs: list[SampleRef] = []
         while len(refs) < count:
             number = first + len(refs)
-            shard = bisect_right(self.ends, number)
-            before = self.ends[shard - 1] if shard else 0
+            shard, row = self.locate(number)
             sidecar = sidecar_uri(self.index_uri, self.shards[shard])
-            refs += read_refs(sidecar, self.version, number - before, min(count - len(refs), self.ends[shard] - number))
+            refs += read_refs(sidecar, self.version, row, min(count - len(refs), self.ends[shard] - number))
         return refs
 
 

@@ -104,7 +104,7 @@ class _WeightedRows(torch.autograd.Function):
 
 
 def _negative_logits(x_PD: Tensor, y_KD: Tensor, positives_P: Tensor, pairs: Pairs, rows: range) -> Tensor:
-    """These rows of X Y^t [R, K], -inf at what is no negative: duplicates, and the positive itself."""
+    """These rows of X Y^t [R, K], -inf at what is no negative, the positive itself included."""
     logits_RK = pair_logits(x_PD, y_KD, positives_P, pairs, rows)
     logits_RK.diagonal(offset=rows.start).fill_(-torch.inf)
     return logits_RK

@@ -147,10 +147,10 @@ class _RowCrossEntropies(torch.autograd.Function):
 
 
 def pair_logits(x_PD: Tensor, y_CD: Tensor, positives_P: Tensor, pairs: Pairs, rows: range) -> Tensor:
-    """These rows of X Y^t [R, C], -inf at duplicates, positives equal to `positives_P` to the last bit."""
+    """These rows of X Y^t [R, C], -inf at what is no negative, positives equal to `positives_P` to the last bit."""
     logits_RC = x_PD[rows.start : rows.stop] @ y_CD.T
-    duplicates_RC = pairs.duplicates(rows)
-    if duplicates_RC is not None:
-        logits_RC.masked_fill_(duplicates_RC[:, : len(y_CD)], -torch.inf)
+    excluded_RC = pairs.excluded(rows)
+    if excluded_RC is not None:
+        logits_RC.masked_fill_(excluded_RC[:, : len(y_CD)], -torch.inf)
     logits_RC.diagonal(offset=rows.start).copy_(positives_P[rows.start : rows.stop])
     return logits_RC

@@ -5,6 +5,7 @@ G pairs of the global batch, P pairs among them that take part, H hard-negative 
 R rows of one chunk, D embedding width. Matrices over P x C are only ever built R rows at a time.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -12,6 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+
+# Rounding makes a vector of 8,192 numbers longer by 46 at most: (4,000 + 46)^2 < 2^24. Cosines are off by 0.0003.
+TEACHER_NORM = 4_000
 
 
 class PairLoss(NamedTuple):
@@ -22,6 +26,7 @@ class PairLoss(NamedTuple):
     effective_negatives: mean number of negatives an anchor is compared with. Both are averaged over the directions.
     image_recall, text_recall: the accuracy of images finding their texts, and of texts finding their images.
     duplicates: number of combinations of image and text left out because they belong to duplicates of one pair.
+    false_negatives: number of further combinations left out because a teacher finds their captions too similar.
     """
 
     loss: Tensor
@@ -30,6 +35,7 @@ class PairLoss(NamedTuple):
     duplicates: Tensor
     image_recall: Tensor
     text_recall: Tensor
+    false_negatives: Tensor
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,9 @@ class Pairs:
     images: [P, D]. texts: [C, D]; text p < P is the caption of image p, those after P are hard negatives.
     image_keys, caption_keys: int64 [P]. negative_keys: int64 [H].
     share: the pairs whose rows, and columns, a loss is taken of; None for all. The shares of several workers add up.
+    teacher: float32 [P, E], a teacher's vectors of the captions, in whole numbers (`whole_numbers`), so that their
+        products are exact, in whatever order a device adds them up.
+    too_similar: the product from which on two captions say the same, and are no negatives of each other's images.
     """
 
     images: Tensor
@@ -47,6 +56,8 @@ class Pairs:
     caption_keys: Tensor | None
     negative_keys: Tensor | None
     share: range | None = None
+    teacher: Tensor | None = None
+    too_similar: float = math.inf
 
     def __len__(self) -> int:
         return len(self.images)
@@ -56,8 +67,30 @@ class Pairs:
         """The pairs whose images, and texts, look for each other here."""
         return range(len(self)) if self.share is None else self.share
 
+    def excluded(self, rows: range) -> Tensor | None:
+        """Bool [R, C]: the texts that are no negatives of these images though of other pairs; None where all are.
+
+        Duplicates, and pairs whose captions the teacher finds too similar. Hard negatives are wrong on purpose, however
+        similar they are: of them only those with the very caption are left out.
+        """
+        excluded_RC, similar_RP = self.duplicates(rows), self._similar(rows)
+        if similar_RP is None:
+            return excluded_RC
+        if excluded_RC is None:
+            excluded_RC = self.images.new_zeros(len(rows), len(self.texts), dtype=torch.bool)
+        excluded_RC[:, : len(self)] |= similar_RP
+        return excluded_RC
+
+    def _similar(self, rows: range) -> Tensor | None:
+        """Bool [R, P]: the pairs whose captions the teacher finds too similar to those of these."""
+        if self.teacher is None:
+            return None
+        similar_RP = self.teacher[rows.start : rows.stop] @ self.teacher.T >= self.too_similar
+        similar_RP.diagonal(offset=rows.start).fill_(False)  # the positive itself
+        return similar_RP
+
     def duplicates(self, rows: range) -> Tensor | None:
-        """Bool [R, C]: the texts that are no negatives of these images though of other pairs; None without keys."""
+        """Bool [R, C]: the texts of other pairs that have the image, or the caption, of these; None without keys."""
         if self.image_keys is None and self.caption_keys is None:
             return None
         num_pairs, part = len(self), slice(rows.start, rows.stop)
@@ -89,6 +122,8 @@ def select_pairs(
     negatives: Tensor | None = None,
     negative_owners: Tensor | None = None,
     negative_keys: Tensor | None = None,
+    teacher: Tensor | None = None,
+    false_negatives_above: float = 1.0,
 ) -> Pairs:
     """Leaves out pairs that are not `valid`, with their hard negatives; appends the other hard negatives to the texts.
 
@@ -97,6 +132,8 @@ def select_pairs(
     image_keys, caption_keys: int64 [G]; pairs that share a key are duplicates.
     negatives: [G, N, D], N for each pair, or [H, D] with negative_owners int64 [H], the pair each one was made for.
     negative_keys: int64 [G, N] or [H], their caption keys: such a text is no negative of a pair with that very caption.
+    teacher: [G, E], a teacher's vectors of the captions in whole numbers; 0 where it has none.
+    false_negatives_above: cosine of these from which on pairs are no negatives of each other.
     """
     assert images.shape == texts.shape, (images.shape, texts.shape)
     assert images.dtype in (torch.float32, torch.float64), images.dtype
@@ -108,13 +145,20 @@ def select_pairs(
         index_P = valid.nonzero().squeeze(1)
         images, texts = images[index_P], texts[index_P]
         image_keys, caption_keys = (keys if keys is None else keys[index_P] for keys in (image_keys, caption_keys))
+        teacher = None if teacher is None else teacher[index_P]
         if negatives is not None:
             assert negative_owners is not None, "hard negatives [H, D] need negative_owners [H]"
             index_H = valid[negative_owners].nonzero().squeeze(1)
             negatives = negatives[index_H]
             negative_keys = None if negative_keys is None else negative_keys[index_H]
     texts_CD = texts if negatives is None else torch.cat([texts, negatives])
-    return Pairs(images, texts_CD, image_keys, caption_keys, negative_keys)
+    too_similar = false_negatives_above * TEACHER_NORM**2
+    return Pairs(images, texts_CD, image_keys, caption_keys, negative_keys, teacher=teacher, too_similar=too_similar)
+
+
+def whole_numbers(vectors: Tensor) -> Tensor:
+    """Vectors [N, E] as int16, TEACHER_NORM long: sums of their products are below 2^24, exact in float32."""
+    return (normalize(vectors.float(), dim=-1) * TEACHER_NORM).round().to(torch.int16)
 
 
 def row_chunks(rows: range, chunk_size: int) -> Iterator[range]:
@@ -134,39 +178,41 @@ def pair_statistics(
 ) -> tuple[Tensor, ...]:
     """All of PairLoss but the loss, in its order; without pairs, or without negatives, the shares are NaN.
 
-    add_up: adds up numbers, int64 [6], over the workers whose shares of the pairs these are.
+    add_up: adds up numbers, int64 [8], over the workers whose shares of the pairs these are.
     """
     num_pairs, num_texts = len(pairs), len(pairs.texts)
     of_images = _counts(pairs.images, pairs.texts, pairs, chunk_size)
     of_texts = _counts(pairs.texts[:num_pairs], pairs.images, pairs, chunk_size)
-    image_hits, images_asked, duplicates, text_hits, texts_asked, duplicate_captions = add_up(
-        torch.cat([of_images, of_texts])
-    )
+    image_counts, text_counts = add_up(torch.cat([of_images, of_texts])).view(2, 4)
+    image_hits, images_asked, duplicates, similar = image_counts
+    text_hits, texts_asked, duplicate_captions, _ = text_counts
     hits, asked = image_hits, images_asked
-    negatives = (num_pairs * (num_texts - 1) - duplicates) / max(num_pairs, 1)
+    negatives = (num_pairs * (num_texts - 1) - duplicates - similar) / max(num_pairs, 1)
     if symmetric:
         hits, asked = hits + text_hits, asked + texts_asked
-        negatives = (negatives + (num_pairs * (num_pairs - 1) - duplicate_captions) / max(num_pairs, 1)) / 2
-    return hits / asked, negatives, duplicates, image_hits / images_asked, text_hits / texts_asked
+        candidates = num_pairs * (num_pairs - 1) - duplicate_captions - similar
+        negatives = (negatives + candidates / max(num_pairs, 1)) / 2
+    return hits / asked, negatives, duplicates, image_hits / images_asked, text_hits / texts_asked, similar
 
 
 def _counts(x_PD: Tensor, y_KD: Tensor, pairs: Pairs, chunk_size: int) -> Tensor:
-    """Of the share's rows of X, int64 [3]: those nearer to their own row of Y than to every negative, those that have a
-    negative at all, and the combinations left out because they are duplicates.
+    """Of the share's rows of X, int64 [4]: those nearer to their own row of Y than to every negative, those that have a
+    negative at all, the combinations left out because they are duplicates, and those left out by the teacher alone.
     """
-    counts_3 = torch.zeros(3, dtype=torch.int64, device=x_PD.device)
+    counts_4 = torch.zeros(4, dtype=torch.int64, device=x_PD.device)
     for rows in row_chunks(pairs.anchors, chunk_size):
         similarity_RK = x_PD[rows.start : rows.stop] @ y_KD.T
         positives_R = similarity_RK.diagonal(offset=rows.start).clone()
-        # What is no negative can win nothing: duplicates, and the positive itself.
-        duplicates_RC = pairs.duplicates(rows)
-        if duplicates_RC is not None:
-            duplicates_RK = duplicates_RC[:, : len(y_KD)]
-            similarity_RK.masked_fill_(duplicates_RK, -torch.inf)
-            counts_3[2] += duplicates_RK.sum()
+        # What is no negative can win nothing: duplicates, false negatives, and the positive itself.
+        duplicates_RC, excluded_RC = pairs.duplicates(rows), pairs.excluded(rows)
+        if excluded_RC is not None:
+            similarity_RK.masked_fill_(excluded_RC[:, : len(y_KD)], -torch.inf)
+            num_duplicates = 0 if duplicates_RC is None else duplicates_RC[:, : len(y_KD)].sum()
+            counts_4[2] += num_duplicates
+            counts_4[3] += excluded_RC[:, : len(y_KD)].sum() - num_duplicates
         similarity_RK.diagonal(offset=rows.start).fill_(-torch.inf)
         best_R = similarity_RK.amax(1)
         has_negatives_R = best_R > -torch.inf
-        counts_3[0] += ((positives_R > best_R) & has_negatives_R).sum()
-        counts_3[1] += has_negatives_R.sum()
-    return counts_3
+        counts_4[0] += ((positives_R > best_R) & has_negatives_R).sum()
+        counts_4[1] += has_negatives_R.sum()
+    return counts_4

@@ -50,5 +50,5 @@ def _sum_of_rows(scaled_PD: Tensor, texts_CD: Tensor, bias: Tensor, pairs: Pairs
     logits_RC = scaled_PD[rows.start : rows.stop] @ texts_CD.T + bias
     logits_RC.diagonal(offset=rows.start).neg_()  # -log sigmoid(x) = softplus(-x) at pairs, softplus(x) elsewhere
     losses_RC = softplus(logits_RC)
-    duplicates_RC = pairs.duplicates(rows)
-    return losses_RC.sum() if duplicates_RC is None else losses_RC.masked_fill(duplicates_RC, 0).sum()
+    excluded_RC = pairs.excluded(rows)
+    return losses_RC.sum() if excluded_RC is None else losses_RC.masked_fill(excluded_RC, 0).sum()

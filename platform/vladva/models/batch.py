@@ -72,6 +72,7 @@ class MicroBatch:
     has_short: np.ndarray  # bool [B]; pairs without a short caption take no part in the contrastive loss
     image_keys: np.ndarray  # int64 [B]; equal for images that are equal to the model
     caption_keys: np.ndarray  # int64 [B + N]; equal for equal texts
+    teacher: np.ndarray | None = None  # int16 [B, E]; what a teacher makes of each short caption, in whole numbers
     replaced: str = "[]"  # JSON: [position, id, reason] of each planned sample that another stands in for
 
     def replacements(self) -> list[Replacement]:
@@ -89,6 +90,8 @@ class MicroBatch:
             "caption_keys": self.caption_keys,
             "replaced": self.replaced,
         }
+        if self.teacher is not None:
+            row["teacher"] = self.teacher
         for side, tokens in (("image", self.image), ("text", self.text)):
             row |= {
                 f"{side}.ids": tokens.ids,
@@ -116,6 +119,7 @@ class MicroBatch:
             has_short=row["has_short"],
             image_keys=row["image_keys"],
             caption_keys=row["caption_keys"],
+            teacher=row.get("teacher"),
             replaced=row["replaced"],
         )
 

@@ -201,6 +201,7 @@ class Preprocessor:
             image = self.images([image.size for image in images], [example.long for example in examples])
         negatives = [(owner, text) for owner, example in enumerate(examples) for text in example.negatives]
         captions = [example.short or "" for example in examples] + [text for _, text in negatives]
+        vectors = [example.teacher for example in examples if example.teacher is not None]
         named = [example.short or example.id for example in examples] + [text for _, text in negatives]
         return MicroBatch(
             number=number,
@@ -212,6 +213,7 @@ class Preprocessor:
             has_short=np.array([example.short is not None for example in examples]),
             image_keys=np.array([key_of(text.encode()) for text in texts] or [part.key() for part in parts], np.int64),
             caption_keys=np.array([key_of(text.encode()) for text in named], np.int64),
+            teacher=np.stack(vectors) if vectors else None,
         )
 
 

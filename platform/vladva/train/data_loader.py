@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from vladva.config import RunConfig
 from vladva.core.errors import InvalidSampleError
 from vladva.core.object_store import TransientStorageError
+from vladva.data.sample_vectors import open_teachers
 from vladva.data.sampler import SampleFinder
 
 if TYPE_CHECKING:
@@ -233,6 +234,7 @@ class ChunkReader:
         self.config = config
         self.find = SampleFinder(config)
         self.preprocessor: Preprocessor = run_preprocessor(config)
+        self.teachers = open_teachers(config, self.find.indexes)
 
     def __call__(self, number: int) -> MicroBatch:
         return self.collate(number, self.fetch(number))
@@ -304,6 +306,8 @@ class ChunkReader:
             if isinstance(sample.content, InvalidSampleError):
                 raise sample.content
             example = self.example(sample.run, sample.ref, sample.content, self.has_captions(number))
+            if self.teachers:
+                example = replace(example, teacher=self.teachers[sample.run.source](sample.number, example.caption))
             if alone:
                 self.preprocessor.collate(number, [example])
         except (TransientStorageError, MemoryError):
@@ -351,10 +355,13 @@ class ChunkReader:
             sample_id=ref.id,
         )
         image = decode_image(content) if ref.width else self.cut(read_text(content))
+        caption = None if short is None else ref.captions.index(short)
         short = None if short is None else self.cut(short)
         long = long if ref.width and with_captions else None
         negatives = choose_negatives(ref.negatives, data.hard_negatives, seed=seed, epoch=run.epoch, sample_id=ref.id)
-        return Example(self.find.name(run.source, ref.id), image, short, long, tuple(map(self.cut, negatives)))
+        return Example(
+            self.find.name(run.source, ref.id), image, short, long, tuple(map(self.cut, negatives)), caption=caption
+        )
 
     def cut(self, text: str) -> str:
         """The text's first `data.max_text_tokens` tokens."""

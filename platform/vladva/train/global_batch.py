@@ -32,10 +32,14 @@ class GlobalBatch:
     negatives: Tensor | None = None  # [H, D]
     negative_owners: Tensor | None = None  # [H]
     negative_keys: Tensor | None = None  # [H]
+    teacher: Tensor | None = None  # float32 [G, E] of whole numbers, where a teacher has embedded the captions
     own: range | None = None  # the pairs of this rank, where each computes its share of the loss
 
-    def pairs(self, *, mask_duplicates: bool) -> Pairs:
-        """The pairs that take part; those with the same image or caption are negatives of each other or not."""
+    def pairs(self, *, mask_duplicates: bool, false_negatives_above: float | None = None) -> Pairs:
+        """The pairs that take part; those with the same image or caption are negatives of each other or not.
+
+        Where there is a limit, those are none either whose captions have at least that cosine, by the teacher.
+        """
         pairs = select_pairs(
             self.images,
             self.texts,
@@ -45,6 +49,8 @@ class GlobalBatch:
             negatives=self.negatives,
             negative_owners=self.negative_owners,
             negative_keys=self.negative_keys if mask_duplicates else None,
+            teacher=None if false_negatives_above is None else self.teacher,
+            false_negatives_above=1.0 if false_negatives_above is None else false_negatives_above,
         )
         if self.own is None:
             return pairs
@@ -90,6 +96,9 @@ def gather_batch(
         caption_keys=numbers([chunk.caption_keys[:count] for chunk, count in zip(chunks, counts, strict=True)]),
         own=own,
     )
+    vectors = [chunk.teacher for chunk in chunks if chunk.teacher is not None]
+    if vectors:
+        batch.teacher = gather_ragged(torch.from_numpy(np.concatenate(vectors).astype(np.float32)).to(device))
     owners_H = numbers([column[count:] for column, count in zip(owners, counts, strict=True)])
     if len(owners_H):
         batch.negatives, batch.negative_owners = negatives(texts, summed=shared), owners_H

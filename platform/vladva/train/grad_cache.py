@@ -120,6 +120,7 @@ def single_pass(
     *,
     next_token_weight: float,
     mask_duplicates: bool = True,
+    false_negatives_above: float | None = None,
 ) -> StepLoss:
     """Forward all chunks, keep their activations, one backward."""
     world, device = rank_and_world()[1], engine.device
@@ -141,7 +142,8 @@ def single_pass(
     if not shared:  # every rank has the whole gradient of the scalars: a W-th of it on each adds up to one
         scalars = scalars / world + (scalars * (1 - 1 / world)).detach()
     batch = gather_batch(chunks, images, texts, shared=shared)
-    loss = contrastive(batch.pairs(mask_duplicates=mask_duplicates), scalars)
+    pairs = batch.pairs(mask_duplicates=mask_duplicates, false_negatives_above=false_negatives_above)
+    loss = contrastive(pairs, scalars)
     caption_loss = torch.stack(captions).sum()
     engine.backward(world * (loss.loss + next_token_weight * caption_loss) + idle, last=True)
     return StepLoss(of_all_ranks(loss, shared), all_reduce_sum(caption_loss), engine.scalars.clone(), tokens)
@@ -154,6 +156,7 @@ def cached(
     *,
     next_token_weight: float,
     mask_duplicates: bool = True,
+    false_negatives_above: float | None = None,
     dropout: bool = False,
 ) -> StepLoss:
     """The three steps above: memory of one chunk, whatever the batch.
@@ -186,7 +189,8 @@ def cached(
     del outputs, found
     shared = world >= SHARING_RANKS
     batch = gather_batch(chunks, images, texts, shared=shared)
-    loss = contrastive(batch.pairs(mask_duplicates=mask_duplicates), scalars)
+    pairs = batch.pairs(mask_duplicates=mask_duplicates, false_negatives_above=false_negatives_above)
+    loss = contrastive(pairs, scalars)
     # A fixed temperature has no gradient: zeros.
     gradients = torch.autograd.grad(loss.loss, [*images, *texts, scalars], materialize_grads=True)
     image_gradients, text_gradients = gradients[: len(chunks)], gradients[len(chunks) : -1]

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from vladva.config import RunConfig
@@ -37,14 +37,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, *, extend: bool = False, tell: Tell = lambda line: None) -> dict[str, Any]:
+def train(
+    config: RunConfig,
+    *,
+    extend: bool = False,
+    tell: Tell = lambda line: None,
+    teach: Callable[[RunConfig, Tell], None] = lambda config, tell: None,
+) -> dict[str, Any]:
     """Run a training run, or go on with it; returns its last metrics. Raises ValueError for what users can fix.
 
     extend: whether a run that is there may go on to more steps than it was begun for.
     tell: gets the lines that a user wants to see, such as what was found in the shards.
+    teach: makes what `loss.teacher` says of the captions (`mine/teacher.py`), unless it is there.
     """
     from vladva.core.ray_tasks import connect
     from vladva.core.shared_path import check_paths
+    from vladva.data.sample_vectors import open_teachers
+    from vladva.data.sampler import SampleFinder
     from vladva.losses.contrastive import find_loss
     from vladva.train.capacity import wait_for_room
     from vladva.train.preflight import check_data
@@ -57,6 +66,7 @@ def train(config: RunConfig, *, extend: bool = False, tell: Tell = lambda line: 
     check_paths(
         reads=[
             ("model.checkpoint", config.model.checkpoint),
+            ("loss.teacher", config.loss.teacher),
             *(("data.uri", uri) for uri in config.data.uris),
             ("data.validation_uri", config.data.validation_uri),
         ],
@@ -64,6 +74,8 @@ def train(config: RunConfig, *, extend: bool = False, tell: Tell = lambda line: 
     )
     check_data(config, tell)
     claim_run(config, extend=extend, tell=tell)
+    teach(config, tell)
+    open_teachers(config, SampleFinder(config).indexes)  # raises where there is nothing to open
     if checkpoint.finished_steps(config.uri) < config.train.steps:
         wait_for_room(config.cluster, tell)
         with follow(config.uri, config.train.steps):

@@ -255,12 +255,18 @@ def layer_bytes(text_settings: PreTrainedConfig, config: RunConfig, longest: int
 
 def loss_bytes(text_settings: PreTrainedConfig, config: RunConfig) -> dict[str, int]:
     """Embeddings with their gradients, own and gathered, and the largest block of similarities or of logits."""
-    from vladva.losses.contrastive import find_loss
+    from vladva.losses.contrastive import ROWS, find_loss
 
     texts = 1 + config.data.hard_negatives
     vectors = 4 * text_settings.hidden_size * (1 + texts)  # of one pair, in float32
     pairs = config.train.global_batch
     blocks = find_loss(config.loss).block_bytes(pairs, pairs * texts)
+    teacher = 0
+    if config.loss.false_negatives_above is not None:
+        teacher = (
+            2 * 4 * text_settings.hidden_size * pairs
+        )  # on the host's and the device's side; its own width: not known
+        blocks += ROWS * pairs * 4  # products of the teacher's vectors
     if config.loss.next_token_weight:
         # Logits, their softmax and its gradient, of one block and, until they are overwritten, of the one before.
         blocks = max(blocks, LOGIT_ROWS * text_settings.vocab_size * (3 * 4 + 2 * element_bytes(config)))
@@ -268,6 +274,7 @@ def loss_bytes(text_settings: PreTrainedConfig, config: RunConfig) -> dict[str, 
         "gradient cache": 2 * vectors * pairs // config.cluster.workers if config.caches_gradients else 0,
         "gathered embeddings": 2 * vectors * pairs * (1 + len(config.loss.matryoshka)),
         "blocks of losses": blocks,
+        **({"teacher's vectors": teacher} if teacher else {}),
     }
 
 

@@ -28,7 +28,8 @@ class NegativesWatch:
     def step(self, losses: StepLoss, *, last: bool) -> None:
         """Look at a step's losses. Raises ValueError after PATIENCE of them, or at the run's last step."""
         contrastive = losses.contrastive
-        only_captions = losses.caption_tokens > 0 and not int(contrastive.duplicates)  # no pair has a short caption
+        left_out = int(contrastive.duplicates) + int(contrastive.false_negatives)
+        only_captions = losses.caption_tokens > 0 and not left_out  # no pair has a short caption
         if float(contrastive.effective_negatives) > 0 or only_captions:
             self.without = 0
             return
@@ -43,6 +44,11 @@ class NegativesWatch:
             self.warned = True
 
     def _reason(self, duplicates: int) -> str:
+        if self.config.loss.false_negatives_above is not None:
+            return (
+                f"the teacher finds all captions of a batch as similar as loss.false_negatives_above "
+                f"{self.config.loss.false_negatives_above}, or they are equal; raise it"
+            )
         if duplicates:
             return (
                 "all pairs of a batch have the same caption or the same image, and duplicates are no negatives; look "

@@ -61,6 +61,9 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     base = config.model.checkpoint
     if base != "tiny" and os.path.isdir(base):  # else a name of Hugging Face's
         config = replace(config, model=replace(config.model, checkpoint=os.path.abspath(base)))
+    teacher = config.loss.teacher
+    if teacher.startswith("s3://") or (teacher != "tiny" and os.path.isdir(teacher)):
+        config = replace(config, loss=replace(config.loss, teacher=absolute(teacher)))
     return replace(config, storage=absolute(config.storage), data=data)
 
 

@@ -85,6 +85,7 @@ def make_backward(config: RunConfig) -> MakeStep:
             contrastive=contrastive,
             next_token_weight=loss.next_token_weight,
             mask_duplicates=loss.mask_duplicates,
+            false_negatives_above=loss.false_negatives_above,
             dropout=config.model.lora_dropout > 0,
         )
     return partial(
@@ -92,6 +93,7 @@ def make_backward(config: RunConfig) -> MakeStep:
         contrastive=contrastive,
         next_token_weight=loss.next_token_weight,
         mask_duplicates=loss.mask_duplicates,
+        false_negatives_above=loss.false_negatives_above,
     )
 
 

@@ -59,6 +59,7 @@ class TrainingLog:
         contrastive = losses.contrastive
         tokens = sum(int(chunk.image.lengths.sum() + chunk.text.lengths.sum()) for chunk in batch)
         next_token = losses.next_token.item()
+        masked = self.config.loss.false_negatives_above
         scalars = dict(zip(self.loss.scalars(), losses.scalars, strict=True))
         values = {
             "loss": contrastive.loss.item() + self.config.loss.next_token_weight * next_token,
@@ -70,6 +71,7 @@ class TrainingLog:
             "in_batch_recall_t2i": contrastive.text_recall.item(),
             "effective_negatives": contrastive.effective_negatives.item(),
             "duplicates": contrastive.duplicates.item(),
+            **({} if masked is None else {"false_negatives": contrastive.false_negatives.item()}),
             "lr": rate,
             "grad_norm": norm,
             "pairs_per_s": self.config.train.global_batch / seconds,
