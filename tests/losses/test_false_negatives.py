@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from vladva.config import LossConfig
 from vladva.losses.contrastive import contrastive_loss, find_loss, loss_names
-from vladva.losses.pairs import TEACHER_NORM, Pairs, select_pairs, whole_numbers
+from vladva.losses.pairs import TEACHER_NORM, Pairs, select_pairs, to_teacher_numbers
 
 NUM_PAIRS, WIDTH, ABOVE = 11, 8, 0.6
 VALID = torch.tensor([1, 1, 0, 1, 1, 1, 0, 1, 1, 1, 0]).bool()
@@ -34,7 +34,7 @@ def masked(images: Tensor, texts: Tensor, negatives: Tensor | None = None) -> Pa
         caption_keys=CAPTION_KEYS,
         negatives=negatives,
         negative_owners=None if negatives is None else OWNERS,
-        teacher=whole_numbers(vectors()).float(),
+        teacher=to_teacher_numbers(vectors()).float(),
         false_negatives_above=ABOVE,
     )
 
@@ -112,7 +112,7 @@ def test_products_are_exact_in_whatever_order_they_are_added_up(width: int) -> N
     rows = torch.randn(16, width, generator=random)
     rows[0] = 1.0  # all rounded the same way, the longest or the shortest
     rows[1:4] = rows[0] + 1e-3 * torch.randn(3, width, generator=random)
-    whole = whole_numbers(rows)
+    whole = to_teacher_numbers(rows)
     exact = whole.long() @ whole.long().T
     order = torch.randperm(width, generator=random)
     assert torch.equal((whole.float() @ whole.float().T).long(), exact)

@@ -17,7 +17,7 @@ from vladva.data.sample_vectors import SampleVectors, teacher_uri
 from vladva.data.shard_index import ShardIndex
 from vladva.embed.table_parts import write_part
 from vladva.embed.table_writer import TableWriter
-from vladva.losses.pairs import TEACHER_NORM, whole_numbers
+from vladva.losses.pairs import TEACHER_NORM, to_teacher_numbers
 from vladva.mine import teacher
 from vladva.models.batch import MicroBatch
 from vladva.train.data_loader import ChunkReader
@@ -73,7 +73,7 @@ def vectors(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Samp
 def test_each_caption_has_its_own_vector(vectors: SampleVectors) -> None:
     for number in range(SAMPLES):
         [ref] = vectors.index.samples(number, 1)
-        expected = whole_numbers(torch.from_numpy(embedding_of(f"{ref.id}#0"))[None].half().float()).numpy()[0]
+        expected = to_teacher_numbers(torch.from_numpy(embedding_of(f"{ref.id}#0"))[None].half().float()).numpy()[0]
         found = vectors(number, 0)
         assert found.dtype == np.int16
         if f"{ref.id}#0" == UNREADABLE:

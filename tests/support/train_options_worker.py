@@ -21,7 +21,7 @@ from vladva.data.examples import Example
 from vladva.data.scenes.captions import captions
 from vladva.data.scenes.corpus import scenes
 from vladva.data.scenes.scene import render
-from vladva.losses.pairs import Pairs, whole_numbers
+from vladva.losses.pairs import Pairs, to_teacher_numbers
 from vladva.models.adapter import add_adapter
 from vladva.models.batch import MicroBatch, as_tensors
 from vladva.models.embedding_model import EmbeddingModel, caption_labels, checkpoint_activations
@@ -51,7 +51,9 @@ E5_V = LossConfig(options=("directions=one-way",), temperature=0.05, learn_tempe
 SIGLIP = LossConfig(contrastive="sigmoid", temperature=0.1, options=("bias=-3.0",), next_token_weight=0.5)
 WEIGHTED = LossConfig(contrastive="hardness_weighted", options=("hardness=4",), next_token_weight=0.5)
 TAUGHT = LossConfig(false_negatives_above=0.5, next_token_weight=0.5)
-TEACHER = whole_numbers(torch.eye(3)[[0, 0, 1, 2, 1, 2, 0, 1, 2, 2, 1, 0]]).numpy()  # of each pair: pair 0 is as pair 1
+TEACHER = to_teacher_numbers(
+    torch.eye(3)[[0, 0, 1, 2, 1, 2, 0, 1, 2, 2, 1, 0]]
+).numpy()  # of each pair: pair 0 is as pair 1
 NESTED = LossConfig(matryoshka=(8, 16), next_token_weight=0.5)
 DROPOUT = (("lora_dropout", 0.3),)
 HARD = "matryoshka and hard negatives"

@@ -45,7 +45,7 @@ class Pairs:
     images: [P, D]. texts: [C, D]; text p < P is the caption of image p, those after P are hard negatives.
     image_keys, caption_keys: int64 [P]. negative_keys: int64 [H].
     share: the pairs whose rows, and columns, a loss is taken of; None for all. The shares of several workers add up.
-    teacher: float32 [P, E], a teacher's vectors of the captions, in whole numbers (`whole_numbers`), so that their
+    teacher: float32 [P, E], a teacher's vectors of the captions, in whole numbers (`to_teacher_numbers`), so that their
         products are exact, in whatever order a device adds them up.
     too_similar: the product from which on two captions say the same, and are no negatives of each other's images.
     """
@@ -156,7 +156,7 @@ def select_pairs(
     return Pairs(images, texts_CD, image_keys, caption_keys, negative_keys, teacher=teacher, too_similar=too_similar)
 
 
-def whole_numbers(vectors: Tensor) -> Tensor:
+def to_teacher_numbers(vectors: Tensor) -> Tensor:
     """Vectors [N, E] as int16, TEACHER_NORM long: sums of their products are below 2^24, exact in float32."""
     return (normalize(vectors.float(), dim=-1) * TEACHER_NORM).round().to(torch.int16)
 

@@ -112,11 +112,11 @@ def _deal(file: str, groups: Sequence[Sequence[str]]) -> list[pa.Table]:
     """The rows (id, vector) of a table's file, for each group of shards."""
     import torch
 
-    from vladva.losses.pairs import whole_numbers
+    from vladva.losses.pairs import to_teacher_numbers
 
     columns = ["id", "shard", "embedding", *([SCALE] if _is_scaled(file) else [])]
     rows = as_float32(read_rows(file, columns))
-    numbers_NE = whole_numbers(torch.tensor(embedding_matrix(rows))).numpy()
+    numbers_NE = to_teacher_numbers(torch.tensor(embedding_matrix(rows))).numpy()
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(numbers_NE.ravel()), numbers_NE.shape[1])
     found = pa.table({"id": rows["id"], "vector": vectors})
     return [found.filter(pc.is_in(rows["shard"], pa.array(group))) for group in groups]
