@@ -46,6 +46,10 @@ class DataConfig:
     """Several folders in place of `uri`, each as URI=WEIGHT: their samples come in exactly these proportions."""
     run_length: int = 8
     """Neighbouring samples that are read with one request."""
+    order: str = ""
+    """File of an order of the samples, in which neighbours are alike (`jobs/mine.py --order`); empty: as they are."""
+    neighbourhood: int = 16
+    """With `order`: so many neighbours of it are in the same global batch."""
     short_below: int = 30
     """Captions of fewer tokens are short, and contrasted; the others are long, and generated."""
     long_below: int = 500
@@ -226,6 +230,7 @@ class RunConfig:
                 f"data.run_length {self.data.run_length} does not divide train.chunk_size {train.chunk_size}; "
                 f"a chunk is made of whole runs"
             )
+        self._check_order()
         self._check_workers()
         if not 0 <= self.data.max_bad_fraction <= 1:
             raise ValueError(f"data.max_bad_fraction is {self.data.max_bad_fraction}; it must be between 0 and 1")
@@ -244,6 +249,17 @@ class RunConfig:
             raise ValueError("nothing to train: set model.soft_prompts or model.lora_rank")
         if self.model.layer is not None and self.model.layer < 1:
             raise ValueError(f"model.layer is {self.model.layer}; layers are counted from 1, None is the last")
+
+    def _check_order(self) -> None:
+        chunk, near = self.train.chunk_size, self.data.neighbourhood
+        if self.data.order and self.data.mix:
+            raise ValueError("data.order is of one data set, and data.mix names several: leave one of them out")
+        whole = near > 0 and (chunk % near == 0 or (near % chunk == 0 and self.train.global_batch % near == 0))
+        if self.data.order and not whole:
+            raise ValueError(
+                f"data.neighbourhood {near} must divide train.chunk_size {chunk}, or be a multiple of it that divides "
+                f"train.global_batch {self.train.global_batch}"
+            )
 
     def _check_workers(self) -> None:
         workers, fewest = self.cluster.workers, self.cluster.min_workers

@@ -115,7 +115,7 @@ def test_a_data_set_smaller_than_its_part_of_a_batch_is_refused() -> None:
         ((), (1,)),
     ],
 )
-def test_weights_become_to_teacher_numbers(mix: tuple[str, ...], shares: tuple[int, ...]) -> None:
+def test_weights_become_whole_numbers(mix: tuple[str, ...], shares: tuple[int, ...]) -> None:
     assert DataConfig("alone", mix=mix).shares == shares
     assert DataConfig("alone", mix=mix).uris == (tuple(part.rpartition("=")[0] for part in mix) or ("alone",))
 

@@ -8,6 +8,7 @@ An epoch of N samples is laid out in four steps:
    epoch to epoch, so that neighbours do not stay together for ever.
 3. The runs are put in a random order by a permutation that is computed for one number at a time.
 4. Consecutive runs make a chunk, consecutive chunks a global batch. How many workers share a batch is not known here.
+   Or a run is longer than a chunk, and makes several, all of them of one global batch.
 """
 
 from __future__ import annotations
@@ -41,10 +42,12 @@ class EpochPlan:
                 f"chunk_size = {self.chunk_size}, run_length = {self.run_length}, "
                 f"chunks_per_batch = {self.chunks_per_batch}: each must be at least 1"
             )
-        if self.chunk_size % self.run_length:
+        if self.chunk_size % self.run_length and (
+            self.run_length % self.chunk_size or self.batch_size % self.run_length
+        ):
             raise ValueError(
-                f"run_length = {self.run_length} does not divide chunk_size = {self.chunk_size}: "
-                f"change one of them, so that a chunk is a whole number of runs"
+                f"run_length = {self.run_length} does not divide chunk_size = {self.chunk_size}, nor is it so many "
+                f"chunks that it divides the {self.batch_size} samples of a global batch: change one of them"
             )
         if self.num_samples == 0:
             raise ValueError("the data set is empty: check the path to the shards, and the scan's quarantine table")
@@ -73,19 +76,24 @@ class EpochPlan:
         """The runs of chunk `number`: (first sample, count), together `chunk_size` samples."""
         if not 0 <= number < self.num_chunks:
             raise IndexError(f"chunk {number} of an epoch of {self.num_chunks}")
-        per_chunk = self.chunk_size // self.run_length
-        runs = range(number * per_chunk, (number + 1) * per_chunk)
-        return [piece for run in runs for piece in self._samples(self._order(run) * self.run_length + self._shift)]
+        pieces: list[tuple[int, int]] = []
+        position, end = number * self.chunk_size, (number + 1) * self.chunk_size
+        while position < end:
+            run, within = divmod(position, self.run_length)
+            count = min(self.run_length - within, end - position)
+            pieces += self._samples(self._order(run) * self.run_length + self._shift + within, count)
+            position += count
+        return pieces
 
     def left_out(self) -> list[tuple[int, int]]:
         """The samples that this epoch does not use, as runs; fewer than a global batch."""
         count = self.num_samples - self._used
         return list(_around(self._start + self._used, count, self.num_samples))
 
-    def _samples(self, position: int) -> Iterator[tuple[int, int]]:
-        """The run that begins at a position of the used window."""
-        for first, count in _around(position, self.run_length, self._used):
-            yield from _around(self._start + first, count, self.num_samples)
+    def _samples(self, position: int, count: int) -> Iterator[tuple[int, int]]:
+        """`count` samples from a position of the used window on."""
+        for first, fitting in _around(position, count, self._used):
+            yield from _around(self._start + first, fitting, self.num_samples)
 
     @property
     def _used(self) -> int:

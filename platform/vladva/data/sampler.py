@@ -14,15 +14,18 @@ Chunk g is found without the chunks before it, in memory for one pattern; how ma
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from vladva.config import RunConfig
 from vladva.core.hashing import key_number
 from vladva.data.epoch_plan import EpochPlan
+from vladva.data.order import OrderedPlan, read_order
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from vladva.data.sidecar import SampleRef
 
 
@@ -48,6 +51,8 @@ class Sampler:
     chunk_size: int
     run_length: int
     chunks_per_batch: int
+    order: np.ndarray | None = field(default=None, compare=False)
+    """Of one data set: its samples [N] in the order in which neighbours are taken together; None: as they are."""
 
     def __post_init__(self) -> None:
         batch, whole = self.chunks_per_batch * self.chunk_size, sum(self.shares)
@@ -72,11 +77,12 @@ class Sampler:
             runs += [SampleRange(source, epoch, *run) for run in self.plan(source, epoch).chunk(within)]
         return runs
 
-    def plan(self, source: int, epoch: int) -> EpochPlan:
+    def plan(self, source: int, epoch: int) -> EpochPlan | OrderedPlan:
         """How an epoch of a data set is laid out. Of a mix, each of its chunks is one run."""
         size = self.sizes[source]
         if not self.mixed:
-            return _plan(size, self.seed, epoch, self.chunk_size, self.run_length, self.chunks_per_batch)
+            plan = _plan(size, self.seed, epoch, self.chunk_size, self.run_length, self.chunks_per_batch)
+            return plan if self.order is None else OrderedPlan(plan, self.order)
         seed = key_number(f"{self.seed}/source", source)  # else data sets of one size would keep company for ever
         return _plan(size, seed, epoch, self.run_length, self.run_length, 1)
 
@@ -156,20 +162,25 @@ class SampleFinder:
         from vladva.data.shard_index import ShardIndex
 
         self.indexes = [ShardIndex.open(uri) for uri in config.data.uris]
+        data = config.data
+        self.order = read_order(data.order, self.indexes[0]) if data.order else None
         self.schedule = Sampler(
             tuple(index.num_samples for index in self.indexes),
             config.data.shares,
             seed=config.seed,
             chunk_size=config.train.chunk_size,
-            run_length=config.data.run_length,
+            run_length=data.neighbourhood if data.order else data.run_length,
             chunks_per_batch=config.chunks_per_batch,
+            order=self.order,
         )
 
     @property
     def fingerprint(self) -> str:
-        """Changes when a sample of one of the data sets does."""
-        from vladva.core.hashing import short_hash
+        """Changes when a sample of one of the data sets does, or their order."""
+        from vladva.core.hashing import digest, short_hash
 
+        if self.order is not None:
+            return short_hash([self.indexes[0].fingerprint, digest(self.order.tobytes()).hex()])
         fingerprints = [index.fingerprint for index in self.indexes]
         return short_hash(fingerprints) if self.schedule.mixed else fingerprints[0]
 

@@ -69,6 +69,7 @@ def train(
             ("loss.teacher", config.loss.teacher),
             *(("data.uri", uri) for uri in config.data.uris),
             ("data.validation_uri", config.data.validation_uri),
+            ("data.order", config.data.order),
         ],
         writes=[("storage", config.uri)],
     )

@@ -57,6 +57,7 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         uri=absolute(config.data.uri),
         mix=tuple(f"{absolute(uri)}={weight}" for uri, _, weight in (part.rpartition("=") for part in config.data.mix)),
         validation_uri=absolute(config.data.validation_uri),
+        order=absolute(config.data.order),
     )
     base = config.model.checkpoint
     if base != "tiny" and os.path.isdir(base):  # else a name of Hugging Face's
