@@ -169,7 +169,7 @@ def application(args: ServeArgs) -> Application:
     entrance: Any = Ingress  # what the decorators made of it
     ingress = entrance.options(
         num_replicas=args.ingress_replicas,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": args.ingress_cpus},
         max_ongoing_requests=INGRESS_REQUESTS,
         max_queued_requests=INGRESS_REQUESTS,
         backpressure_config=full,

@@ -43,6 +43,9 @@ class ServeArgs(BaseModel):
     min_replicas: int = Field(1, ge=0, description="of each deployment; 0: scale to zero when idle")
     max_replicas: int = Field(2, ge=1, description="of each deployment")
     ingress_replicas: int = Field(2, ge=1, description="processes that speak HTTP: with two, one may die")
+    ingress_cpus: float = Field(
+        0.1, ge=0, description="CPUs of each of them; they are spread over the nodes that have these left"
+    )
     max_batch_tokens: int = Field(4096, ge=1, description="cost at which a batch of embeddings is full")
     step_tokens: int = Field(512, ge=1, description="cost of a batch, or of prompts, between two tokens of answers")
     batch_wait_s: float = Field(0.002, ge=0, description="how long an idle replica waits for more items")

@@ -88,18 +88,11 @@ class BatchJob:
         for number, line in enumerate(lines):
             status, body = self.answer(number, line, vectors, description["fingerprint"], preprocessor)
             (refused if status >= 400 else answered).append(json.dumps(output_line(line.custom_id, status, body)))
-        files = {
-            name: self.files.write_file("\n".join(made).encode() + b"\n", f"{self.name}_{name}.jsonl", "batch_output")[
-                "id"
-            ]
-            for name, made in (("output", answered), ("error", refused))
-            if made
-        }
         self.files.write_batch(
             batch,
             status="completed",
-            output_file_id=files.get("output"),
-            error_file_id=files.get("error"),
+            output_file_id=self.output_file(answered, "output"),
+            error_file_id=self.output_file(refused, "error"),
             request_counts={"total": len(lines), "completed": len(answered), "failed": len(refused)},
         )
 
@@ -119,7 +112,7 @@ class BatchJob:
         rows = [
             {
                 "id": f"{number}#{i}",
-                "kind": "text" if item.image is None else "image",
+                "kind": kind_of(item),
                 "text": item.text,
                 "image": item.image,
             }

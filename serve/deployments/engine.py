@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from serve.deployments.runner import Encoded, OpenConversation, Runner
+from serve.deployments.runner import EmbedsBatches, Encoded, OpenConversation, TakesSteps
 from serve.deployments.service_rate import ServiceRate
 from serve.protocol.errors import INTERNAL, Failure
 
@@ -157,7 +157,8 @@ class ModelEngine:
 
     def __init__(
         self,
-        runner: Runner,
+        embedding: EmbedsBatches,
+        generation: TakesSteps | None,
         limits: EngineLimits,
         *,
         ends: set[int],
@@ -165,13 +166,16 @@ class ModelEngine:
         score: Callable[["torch.Tensor"], Sequence[float]],
         device: Any = "cpu",
     ) -> None:
-        """`ends`: tokens that end an answer. `text`: text of an answer with stop strings. `score`: of logits [B, V]."""
+        """`ends`: tokens that end an answer. `text`: text of an answer with stop strings. `score`: of logits [B, V].
+
+        A model without `generation` only embeds: nobody may ask the engine to answer or to score.
+        """
         import torch
 
-        self.runner, self.limits, self.ends, self.text, self.device = runner, limits, ends, text, device
+        self.generation, self.limits, self.ends, self.text, self.device = generation, limits, ends, text, device
         self.threads = torch.get_num_threads()  # a setting of every thread for itself
-        self.embeddings = ItemQueue(runner.embed)
-        self.scores = ItemQueue(lambda items: score(runner.next_token_logits(items)))
+        self.embeddings = ItemQueue(embedding.embed)
+        self.scores = ItemQueue(lambda items: score(self.stepped.next_token_logits(items)))
         self.waiting: deque[AnswerJob] = deque()
         self.answering: list[AnswerJob] = []
         self.answer_rate = ServiceRate()  # tokens per second, of all answers together
@@ -183,6 +187,13 @@ class ModelEngine:
         self.broken: BaseException | None = None
         self.thread = threading.Thread(target=self.run, name="vladva-engine", daemon=True)
         self.thread.start()
+
+    @property
+    def stepped(self) -> TakesSteps:
+        """What runs conversations. Raises ValueError for a model that only embeds."""
+        if self.generation is None:
+            raise ValueError("the model only embeds")
+        return self.generation
 
     # ------------------------------------------------------------------------------------------------ for the replica
 
@@ -361,15 +372,15 @@ class ModelEngine:
 
     def admit(self) -> None:
         """Give conversations a place, in order, while there are places and cache."""
-        held = sum(self.runner.reserved(job.reserved) for job in self.answering)
+        held = sum(self.stepped.reserved(job.reserved) for job in self.answering)
         while self.waiting and len(self.answering) < self.limits.conversations:
             job = self.waiting[0]
-            tokens = self.runner.reserved(job.reserved)
+            tokens = self.stepped.reserved(job.reserved)
             if self.answering and held + tokens > self.limits.cache_tokens:
                 return
             self.waiting.popleft()
             try:
-                job.progress = self.runner.begin(job.encoded, job.reserved, adapter=job.sampling.adapter)
+                job.progress = self.stepped.begin(job.encoded, job.reserved, adapter=job.sampling.adapter)
             except Exception:
                 logger.exception("a conversation cannot be begun")
                 job.say(INTERNAL)
@@ -408,7 +419,7 @@ class ModelEngine:
     def forward(self, parts: Sequence[tuple[AnswerJob, int]]) -> list[Any]:
         """Logits [V], None or a `Failure` for every conversation: an error is the failure of the one that causes it."""
         try:
-            return list(self.runner.step([(job.progress, tokens) for job, tokens in parts if job.progress]))
+            return list(self.stepped.step([(job.progress, tokens) for job, tokens in parts if job.progress]))
         except Exception:
             if len(parts) == 1:
                 logger.exception("a conversation cannot be answered")
@@ -448,7 +459,7 @@ class ModelEngine:
                 self.waiting.remove(job)
         else:
             self.answering.remove(job)
-            self.runner.end(job.progress)
+            self.stepped.end(job.progress)
         job.say(event)
 
     def run_batch(self, queue: ItemQueue, budget: int) -> None:

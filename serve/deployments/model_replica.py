@@ -1,6 +1,7 @@
 """Model replica: what a replica that holds a model has: the model, the engine that runs it, and threads beside it."""
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,7 +24,7 @@ SHORT_CHARACTERS = 2000  # a text up to which tokenising takes less time than ha
 HEALTH_S = 25.0  # less than Serve waits for a health check
 
 
-class ModelReplica:
+class ModelReplica(ABC):
     """Loads the model and starts its engine. The event loop hands out work and nothing else, so that it answers."""
 
     def __init__(self, args: ServeArgs) -> None:
@@ -31,7 +32,7 @@ class ModelReplica:
 
         device = assigned_device()
 
-        from serve.deployments.runners import runner_of, tokens_that_end
+        from serve.deployments.runners import runners_of, tokens_that_end
         from vladva.models.embedder import Embedder, load_embedder
         from vladva.models.generation import AnswerText
 
@@ -44,7 +45,7 @@ class ModelReplica:
         self.metrics: EngineMetrics | None = None
         self.preparing = ThreadPoolExecutor(args.prepare_threads, "vladva-prepare")
         self.engine = ModelEngine(
-            runner_of(embedder),
+            *runners_of(embedder),
             EngineLimits(
                 batch_tokens=args.max_batch_tokens,
                 step_tokens=args.step_tokens,
@@ -95,9 +96,10 @@ class ModelReplica:
             raise RuntimeError("the engine broke down") from self.engine.broken
         await asyncio.wait_for(self.probe(), HEALTH_S)
 
+    @abstractmethod
     async def probe(self) -> None:
         """Use the model for real. Raises RuntimeError where it does not do what this replica is for."""
-        raise NotImplementedError
+        ...
 
     async def beside(self, function: Callable[..., T], *args: Any) -> T:
         """The result of a function, in a thread beside the model's."""

@@ -1,7 +1,8 @@
-"""Runner: what the engine asks of a loaded model: embed a batch, score a batch, take conversations a step further.
+"""Runner: what the engine asks of a loaded model: of every one that it embeds a batch (`EmbedsBatches`), of one that
+generates that it scores a batch and takes conversations a step further (`TakesSteps`).
 
-Two runners are in runners.py; an engine of another make can stand behind this Protocol, or behind the methods of the
-replica (generation.py), where it has a loop of its own.
+The runners are in runners.py; an engine of another make can stand behind these Protocols, or behind the methods of the
+replica (generation.py), where it has a loop of its own. All methods are called by one thread.
 
 B items, D width, V tokens of the vocabulary.
 """
@@ -42,12 +43,16 @@ class OpenConversation:
         return len(self.encoded.ids) - self.read
 
 
-class Runner(Protocol):
-    """What the engine asks of a model. All methods are called by one thread."""
+class EmbedsBatches(Protocol):
+    """Runs a model that embeds (`Embeds` of vladva/models/interface.py): all do."""
 
     def embed(self, items: Sequence[Encoded]) -> "np.ndarray":
         """Unit vectors [B, D], float32, adapter on."""
         ...
+
+
+class TakesSteps(Protocol):
+    """Runs a model that answers (`Generates` of vladva/models/interface.py)."""
 
     def next_token_logits(self, items: Sequence[Encoded]) -> "torch.Tensor":
         """Logits [B, V] of the token after each prompt, adapter off."""

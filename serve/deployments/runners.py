@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from serve.deployments.runner import Encoded, OpenConversation, Runner
+from serve.deployments.runner import EmbedsBatches, Encoded, OpenConversation, TakesSteps
 from vladva.models.batch import Pixels, as_tensors
 from vladva.models.packed.generation import PackedGeneration, Prompt
 from vladva.models.packed.inference import PackedInference, packed_unsupported
@@ -28,16 +28,14 @@ if TYPE_CHECKING:
     from vladva.models.interface import Embeds
 
 
-def runner_of(embedder: "Embeds") -> Runner:
-    """The fastest runner that can run the model."""
+def runners_of(embedder: "Embeds") -> tuple[EmbedsBatches, TakesSteps | None]:
+    """The fastest runner of each mode that can run the model; no second one for a model that only embeds."""
     from vladva.models.embedder import Embedder
 
     if not isinstance(embedder, Embedder):
-        return DualEncoderRunner(embedder)
-    model = embedder.model
-    if packed_unsupported(model) is None:
-        return PackedRunner(embedder)
-    return PlainRunner(embedder)
+        return DualEncoderRunner(embedder), None
+    both = PackedRunner(embedder) if packed_unsupported(embedder.model) is None else PlainRunner(embedder)
+    return both, both
 
 
 def tokens_that_end(embedder: "Embeds") -> set[int]:
@@ -210,23 +208,3 @@ class DualEncoderRunner:
             pixels = Pixels.concatenate([pixels for item in items if (pixels := item.pixels) is not None])
             vectors_BD[images] = self.embedder.forward({}, as_tensors(pixels, self.embedder.device)).cpu().numpy()
         return vectors_BD
-
-    def next_token_logits(self, items: Sequence[Encoded]) -> torch.Tensor:
-        """Nobody is let in who asks for this."""
-        raise NotImplementedError
-
-    def reserved(self, tokens: int) -> int:
-        """The same."""
-        raise NotImplementedError
-
-    def begin(self, encoded: Encoded, tokens: int, *, adapter: bool) -> OpenConversation:
-        """The same."""
-        raise NotImplementedError
-
-    def step(self, parts: Sequence[tuple[OpenConversation, int]]) -> list[torch.Tensor | None]:
-        """The same."""
-        raise NotImplementedError
-
-    def end(self, progress: OpenConversation) -> None:
-        """The same."""
-        raise NotImplementedError

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """What one replica of both modes does: decoding together, memory, throughput beside the bare forward, overload.
 
-    tests/bench/serving.py                     everything, about eight minutes on two idle cores
-    tests/bench/serving.py --parts engine      without HTTP: two minutes
-    tests/bench/serving.py --model tiny        the tiny model, in place of the random LLaVA of 186M parameters
+    tests/bench/serving.py                       everything
+    tests/bench/serving.py --parts engine        without HTTP
+    tests/bench/serving.py --parts bare,overload of a server, and so on: layouts, bare, overload
+    tests/bench/serving.py --model tiny          the tiny model, in place of the random LLaVA of 186M parameters
 
 Two cores; the 186M model in bfloat16. What is compared runs in the same minutes and takes turns; medians count.
 
@@ -12,12 +13,18 @@ engine (one process, the engine as a replica has it):
 - `first_token_steps`: steps of the engine from the arrival of a conversation to its first token while 7 others are
   being answered; `first_token_ratio`: the same in time, over the time of a step before.
 
-http (a real server of two cores, clients in a process of their own on the same cores):
+The others ask a real server of two cores, with clients in a process of their own on the same cores.
+
+bare:
 - `throughput_vs_bare`: single-item requests per second of 32 clients, over the items per second of the bare forward at
   its best batch size, with the inputs made beforehand; of images, and of texts. `mean_batch` is that of the engine.
 - `cpu_ms_per_request`: CPU time of Serve's proxy, the ingress and the replica for each of these requests, less what
   the bare forward takes for it.
+
+overload:
 - `overload_goodput`: answers in time at twice the highest rate, over the highest rate. `late`: those past the deadline.
+
+layouts:
 - `colocated_memory`: memory of the replicas (proportional set size) that serve both modes from one copy of the
   weights, over that of `layout=separate`.
 - `colocated_throughput`: how much faster they get through a mixed load, embeddings and conversations.
@@ -50,6 +57,7 @@ import random_llava
 
 THREADS, STREAMS, ANSWER_TOKENS, TURNS = 2, 8, 48, 3
 CLIENTS, LOAD_S, DEADLINE_S, QUEUE_S = 32, 10.0, 10.0, 3.0
+PARTS = ("engine", "layouts", "bare", "overload")
 BATCH_SIZES = (8, 16, 32, 64)
 QUESTION = "what is it, and what is to the left of it?"
 
@@ -63,7 +71,7 @@ def engine_part(checkpoint: str, dtype: str, threads: int, turns: int) -> dict[s
 
     from serve.deployments.engine import EngineLimits, ModelEngine, Said, TokenSampling
     from serve.deployments.runner import Encoded
-    from serve.deployments.runners import runner_of
+    from serve.deployments.runners import runners_of
     from vladva.models.embedder import Embedder, load_embedder
     from vladva.models.generation import AnswerText
 
@@ -72,7 +80,7 @@ def engine_part(checkpoint: str, dtype: str, threads: int, turns: int) -> dict[s
     assert isinstance(embedder, Embedder)
     tokenizer = embedder.preprocessor.tokenizer
     limits = EngineLimits(4096, 512, 0.0, 32, 16_384, 65_536, 60)
-    engine = ModelEngine(runner_of(embedder), limits, ends=set(), text=lambda s: AnswerText(tokenizer, s), score=list)
+    engine = ModelEngine(*runners_of(embedder), limits, ends=set(), text=lambda s: AnswerText(tokenizer, s), score=list)
     ids = embedder.preprocessor.render([{"role": "user", "content": [{"type": "text", "text": QUESTION}]}])
     encoded = Encoded(ids, None, len(ids))
 
@@ -318,41 +326,33 @@ class Server:
         return sum(process.memory_full_info().pss for process in serve_processes()["replica"])
 
 
-def http_part(checkpoint: str, dtype: str, seconds: float) -> dict[str, Any]:
-    """What a server does, in both layouts."""
-    import ray
-
-    ray.init(num_cpus=THREADS * 2, log_to_driver=False, include_dashboard=False, configure_logging=False)
+def layouts_part(pool: Any, common: dict[str, Any], work: dict[str, int], turns: int) -> dict[str, Any]:
+    """Memory, and a mixed load, in both layouts."""
     found: dict[str, Any] = {}
-    common = {"model": checkpoint, "dtype": dtype}
-    work = {"embeddings": 192, "answers": 24} if checkpoint != "tiny" else {"embeddings": 1500, "answers": 120}
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        bare = multiprocessing.get_context("spawn").Pool(1)
-        mixed_s: dict[str, list[float]] = {}
-        for layout, cpus in (("separate", 1), ("colocated", THREADS)):
-            with Server(pool, layout=layout, num_cpus=cpus, **common) as server:
-                server.run("mixed", embeddings=32, answers=8)  # kernels are compiled, memory is taken
-                mixed_s[layout] = [server.run("mixed", **work)["seconds"] for _ in range(TURNS)]
-                found[f"{layout}_bytes"] = server.memory()
-                if layout == "colocated":
-                    found |= against_bare(server, bare, checkpoint, dtype, seconds)
-                    found |= overloaded(server, found, seconds)
-        bare.terminate()
-    found["colocated_memory"] = round(found["colocated_bytes"] / found["separate_bytes"], 3)
-    found["colocated_throughput"] = round(median(mixed_s["separate"]) / median(mixed_s["colocated"]), 2)
-    found["mixed_seconds"] = {name: [round(one, 2) for one in values] for name, values in mixed_s.items()}
-    ray.shutdown()
-    return found
+    mixed_s: dict[str, list[float]] = {}
+    for layout, cpus in (("separate", 1), ("colocated", THREADS)):
+        with Server(pool, layout=layout, num_cpus=cpus, **common) as server:
+            server.run("mixed", embeddings=32, answers=8)  # kernels are compiled, memory is taken
+            mixed_s[layout] = [server.run("mixed", **work)["seconds"] for _ in range(turns)]
+            found[f"{layout}_bytes"] = server.memory()
+            print(f"{layout}: {mixed_s[layout]} s, {found[f'{layout}_bytes'] / 2**20:.0f} MiB", flush=True)
+    return found | {
+        "colocated_memory": round(found["colocated_bytes"] / found["separate_bytes"], 3),
+        "colocated_throughput": round(median(mixed_s["separate"]) / median(mixed_s["colocated"]), 2),
+        "mixed_seconds": {name: [round(one, 2) for one in values] for name, values in mixed_s.items()},
+    }
 
 
-def against_bare(server: Server, bare: Any, checkpoint: str, dtype: str, seconds: float) -> dict[str, Any]:
+def bare_part(server: Server, bare: Any, checkpoint: str, dtype: str, *, seconds: float, turns: int) -> dict[str, Any]:
     """Throughput of single-item requests beside the bare forward, in turns."""
     found: dict[str, Any] = {}
     rates: dict[str, list[float]] = {"text": [], "image": []}
     plain: dict[str, list[float]] = {"text": [], "image": []}
     batches: dict[str, list[float]] = {"text": [], "image": []}
     cpu: dict[str, dict[str, float]] = {}
-    for _ in range(TURNS):
+    for kind in rates:
+        server.run("closed", kind=kind, clients=CLIENTS, seconds=seconds / 3)  # kernels are compiled
+    for _ in range(turns):
         for kind, value in bare.apply(bare_rates, (checkpoint, dtype)).items():
             plain[kind].append(value)
         for kind, values in rates.items():
@@ -362,6 +362,7 @@ def against_bare(server: Server, bare: Any, checkpoint: str, dtype: str, seconds
             values.append(result["rate"])
             batches[kind].append((after.batch_items - before.batch_items) / (after.batches - before.batches))
             cpu[kind] = {name: (then[name] - used[name]) / result["answers"] * 1e3 for name in then}
+            print(f"{kind}: {values[-1]:.1f}/s, bare {plain[kind][-1]:.1f}/s, {cpu[kind]} ms", flush=True)
     for kind, values in rates.items():
         found[f"throughput_vs_bare_{kind}"] = round(median(values) / median(plain[kind]), 2)
         found[f"{kind}s_per_s"] = round(median(values), 1)
@@ -374,36 +375,63 @@ def against_bare(server: Server, bare: Any, checkpoint: str, dtype: str, seconds
     return found
 
 
-def overloaded(server: Server, found: dict[str, Any], seconds: float) -> dict[str, Any]:
+def overload_part(server: Server, seconds: float) -> dict[str, Any]:
     """Answers in time at twice the highest rate."""
-    peak = found["images_per_s"]
+    server.run("closed", kind="image", clients=CLIENTS, seconds=seconds / 3)
+    peak = server.run("closed", kind="image", clients=CLIENTS, seconds=seconds)["rate"]
     result = server.run("open", kind="image", rate=2 * peak, seconds=2 * seconds)
     statuses = result["statuses"]
     return {
+        "overload_peak": round(peak, 1),
         "overload_goodput": round(statuses.get(200, 0) / result["seconds"] / peak, 2),
         "overload_statuses": statuses,
         "late": statuses.get(0, 0) + statuses.get(408, 0),
     }
 
 
+def server_parts(parts: list[str], checkpoint: str, dtype: str, *, seconds: float, turns: int) -> dict[str, Any]:
+    """What a server does."""
+    import ray
+
+    ray.init("local", num_cpus=THREADS * 2, log_to_driver=False, include_dashboard=False, logging_level="WARNING")
+    found: dict[str, Any] = {}
+    common = {"model": checkpoint, "dtype": dtype}
+    work = {"embeddings": 192, "answers": 24} if checkpoint != "tiny" else {"embeddings": 1500, "answers": 120}
+    processes = multiprocessing.get_context("spawn")
+    with processes.Pool(1) as pool, processes.Pool(1) as bare:
+        if "layouts" in parts:
+            found |= layouts_part(pool, common, work, turns)
+        if {"bare", "overload"} & set(parts):
+            with Server(pool, num_cpus=THREADS, **common) as server:
+                if "bare" in parts:
+                    found |= bare_part(server, bare, checkpoint, dtype, seconds=seconds, turns=turns)
+                if "overload" in parts:
+                    found |= overload_part(server, seconds)
+    ray.shutdown()
+    return found
+
+
 def main() -> None:
     """Measure, and print a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="engine,http")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure")
     parser.add_argument("--model", choices=["random", "tiny"], default="random")
     parser.add_argument("--threads", type=int, default=THREADS, help="of the engine part")
-    parser.add_argument("--turns", type=int, default=TURNS, help="of the engine part")
+    parser.add_argument("--turns", type=int, default=TURNS, help="how often each is measured")
     parser.add_argument("--seconds", type=float, default=LOAD_S, help="of each load")
     options = parser.parse_args()
+    parts = options.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts: no {sorted(unknown)[0]!r}; there are {', '.join(PARTS)}")
     result: dict[str, Any] = {"model": options.model}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, dtype = "tiny", "float32"
         if options.model == "random":
             checkpoint, dtype = random_llava.build_random_llava(Path(folder) / "llava"), "bfloat16"
-        if "engine" in options.parts:
+        if "engine" in parts:
             result |= engine_part(checkpoint, dtype, options.threads, options.turns)
-        if "http" in options.parts:
-            result |= http_part(checkpoint, dtype, options.seconds)
+        if parts != ["engine"]:
+            result |= server_parts(parts, checkpoint, dtype, seconds=options.seconds, turns=options.turns)
     print(json.dumps(result))
 
 

@@ -21,6 +21,7 @@ SMALL = {
     "num_cpus": 0,
     "max_replicas": 1,
     "ingress_replicas": 1,
+    "ingress_cpus": 0,
 }  # leave the logical CPUs of the shared cluster to the other tests
 
 

@@ -44,7 +44,7 @@ def test_ready_names_both_deployments(client: httpx.Client) -> None:
 def test_asleep_is_ready_and_probing_wakes_nothing(client: httpx.Client) -> None:
     from ray import serve
 
-    args = ServeArgs(min_replicas=0, ingress_replicas=1, num_cpus=0, max_replicas=1)
+    args = ServeArgs(min_replicas=0, ingress_replicas=1, ingress_cpus=0, num_cpus=0, max_replicas=1)
     serve.run(application(args), name="asleep", route_prefix="/asleep", logging_config={"log_level": "WARNING"})
     try:
         for _ in range(3):
@@ -257,6 +257,9 @@ def test_deployments_scale_by_themselves_without_thrashing(
     app = application(ServeArgs(layout=layout, min_replicas=0))
     deployments = {d.name: d for d in build_app(app, name="x").deployments}
     assert deployments.keys() == {*models, "Ingress"}
+    ingress = deployments["Ingress"]
+    assert ingress._deployment_config.num_replicas == 2
+    assert ingress.ray_actor_options["num_cpus"] == 0.1  # a node without any CPU, such as a head, gets none
     for name in models:
         config = deployments[name]._deployment_config
         scaling = config.autoscaling_config

@@ -8,15 +8,15 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import pytest
 import torch
 
 from serve.deployments.engine import EngineLimits, ItemQueue, ModelEngine, Said, TokenSampling
-from serve.deployments.runner import Encoded, OpenConversation, Runner
-from serve.deployments.runners import PackedRunner, PlainRunner, runner_of
+from serve.deployments.runner import EmbedsBatches, Encoded, OpenConversation, TakesSteps
+from serve.deployments.runners import PackedRunner, PlainRunner, runners_of
 from serve.deployments.service_rate import ServiceRate
 from serve.protocol.errors import Failure
 from tests.support import families
@@ -97,10 +97,14 @@ def alone(embedder: Embedder, encoded: Encoded, how: TokenSampling) -> Said:
     return Said(said, tokens, "stop" if text.stopped else "length")
 
 
+class BothModes(EmbedsBatches, TakesSteps, Protocol):
+    """A runner that does all."""
+
+
 class Recorded:
     """A runner that notes what it is asked for, and can be held up."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: BothModes) -> None:
         self.runner = runner
         self.batches: list[list[Encoded]] = []
         self.steps: list[list[tuple[OpenConversation, int]]] = []
@@ -134,10 +138,11 @@ class Recorded:
         self.runner.end(progress)
 
 
-def engine_of(embedder: Embedder, runner: Runner, limits: EngineLimits = LIMITS) -> ModelEngine:
+def engine_of(embedder: Embedder, runner: BothModes, limits: EngineLimits = LIMITS) -> ModelEngine:
     """An engine on a runner; items are scored by the logit of token 7."""
     tokenizer = embedder.preprocessor.tokenizer
     return ModelEngine(
+        runner,
         runner,
         limits,
         ends=ends_of(embedder),
@@ -157,7 +162,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def recorded(embedder: Embedder) -> Recorded:
-    return Recorded(runner_of(embedder))
+    return Recorded(PackedRunner(embedder))
 
 
 @pytest.fixture
@@ -438,7 +443,8 @@ def test_every_family_has_a_runner(family: str, tmp_path: Path) -> None:
     from vladva.models.embedder import load_embedder
 
     embedder = load_embedder(families.build(family, tmp_path))
-    runner = runner_of(embedder)
+    runner, also = runners_of(embedder)
+    assert also is runner
     assert isinstance(runner, PlainRunner if family == "qwen3_vl" else PackedRunner)
     engine = engine_of(embedder, runner)
     engine.ends = set()

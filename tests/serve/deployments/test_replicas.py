@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 
@@ -9,6 +10,7 @@ import httpx
 import numpy as np
 import ray
 
+from serve.config import ServeArgs
 from tests.support.wire import error_of
 
 
@@ -38,3 +40,40 @@ def test_a_request_survives_the_replica_that_works_on_it(client: httpx.Client) -
 def test_a_text_that_is_too_long_for_the_model_does_not_hurt_it(client: httpx.Client) -> None:
     error_of(client.post("/v1/embeddings", json={"input": "word " * 100_000}), 422, "context_length_exceeded")
     assert client.get("/ready").status_code == 200
+
+
+def test_a_stream_is_answered_by_another_replica_as_long_as_nothing_of_it_is_out(server: str) -> None:
+    """More conversations than a replica has places: those that wait have said nothing when it is killed."""
+    places, streams = ServeArgs().max_conversations, 40
+    body = {"messages": [{"role": "user", "content": "go on"}], "max_tokens": 300, "temperature": 3.0, "stream": True}
+    begun: set[int] = set()
+    last: dict[int, str] = {}
+
+    def ask(number: int) -> None:
+        url = f"{server}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body | {"seed": number}, timeout=120) as response:
+            assert response.status_code == 200
+            for line in response.iter_lines():
+                if line:
+                    begun.add(number)
+                    last[number] = line
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(streams)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 60
+    while len(begun) < places // 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    out, ended = set(begun), {number for number, line in last.items() if "[DONE]" in line}
+    ray.kill(replica_of("Colocated"))
+    for thread in threads:
+        thread.join()
+    assert len(out) < streams, "all had begun before the replica was killed: ask for more"
+    for number in range(streams):
+        if number not in out:
+            assert last[number] == "data: [DONE]", (number, last[number])
+    broken = [number for number in out - ended if last[number] != "data: [DONE]"]
+    assert broken, "no stream was under way when the replica was killed"
+    for number in broken:  # told in the stream, in the one shape; what is out cannot be taken back
+        assert json.loads(last[number].removeprefix("data: "))["error"]["code"] == "unavailable"

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 import pytest
+import ray
 
-from serve.deployments.batch_jobs import parse_lines
+from serve.deployments.batch_jobs import NAMESPACE, parse_lines
 from serve.protocol.batch_files import BatchFiles, new_batch
 from serve.protocol.errors import ApiError
 from serve.protocol.items import Limits
@@ -89,6 +90,34 @@ def test_a_batch_is_embedded_by_the_job(openai_client: OpenAI, client: httpx.Cli
 def read_lines(client: OpenAI, name: str) -> list[dict[str, Any]]:
     """The lines of an output file."""
     return [json.loads(one) for one in client.files.content(name).text.splitlines()]
+
+
+def test_a_killed_batch_goes_on_with_what_it_had(
+    openai_client: OpenAI, client: httpx.Client, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """As its node would die: the actor is killed once some of the vectors are written, and asked after again."""
+    lines = [line(f"{i}", {"input": [f"item {i} {j} {'word ' * (j % 90)}" for j in range(250)]}) for i in range(16)]
+    uploaded = openai_client.files.create(file=("in.jsonl", jsonl(*lines)), purpose="batch")
+    created = openai_client.batches.create(
+        input_file_id=uploaded.id, endpoint="/v1/embeddings", completion_window="24h"
+    )
+    root, parts = tmp_path_factory.getbasetemp(), f"*/batches/{created.id}/**/*.parquet"
+    deadline = time.monotonic() + 300
+    while not (written := {path: path.stat().st_mtime_ns for path in root.glob(parts)}):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ray.kill(ray.get_actor(created.id, NAMESPACE))
+    assert openai_client.batches.retrieve(created.id).status == "in_progress"
+    batch = wait_for(openai_client, created.id)
+    assert batch.request_counts.model_dump() == {"total": 16, "completed": 16, "failed": 0}
+    kept = [path for path, when in written.items() if path.exists() and path.stat().st_mtime_ns == when]
+    assert kept, "nothing that was written before was used again"
+    answers = {one["custom_id"]: one["response"]["body"] for one in read_lines(openai_client, batch.output_file_id)}
+    assert answers.keys() == {f"{i}" for i in range(16)}
+    for name in ("0", "15"):
+        online = client.post("/v1/embeddings", json=lines[int(name)]["body"]).json()
+        found, expected = ([entry["embedding"] for entry in one["data"]] for one in (answers[name], online))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_what_is_no_batch_is_refused(openai_client: OpenAI, client: httpx.Client, strict: httpx.Client) -> None:
