@@ -103,7 +103,7 @@ def write_index(folder: Path, model: dict[str, Any], vectors_ND: np.ndarray) -> 
     return uri
 
 
-def shaken_adapter(folder: Path) -> str:
+def shaken_adapter(folder: Path, seed: int = 0) -> str:
     """The folder of an adapter on the tiny model, shaken so that it changes both embeddings and captions."""
     import torch
 
@@ -112,7 +112,7 @@ def shaken_adapter(folder: Path) -> str:
     from vladva.models.embedding_model import EmbeddingModel
     from vladva.models.preprocessor import Preprocessor
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = ModelConfig("tiny", lora_rank=4)
     model = EmbeddingModel(config, Preprocessor("tiny", soft_prompts=True))
     add_adapter(model, config)
