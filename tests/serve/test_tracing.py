@@ -28,7 +28,7 @@ proxy_errors.ENVIRONMENT |= switch
 context = ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 args = ServeArgs(num_cpus=0, ingress_cpus=0, ingress_replicas=1, max_replicas=1)
 url = app.start(args, port=free_port())
-headers = {"traceparent": f"00-{sys.argv[1]}-00f067aa0ba902b7-01"}
+headers = {"traceparent": f"00-{sys.argv[1]}-1111111111111111-01"}
 assert httpx.post(f"{url}/v1/embeddings", json={"input": "a"}, headers=headers, timeout=60).status_code == 200
 spans = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve" / "spans"
 time.sleep(2)
