@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -119,7 +120,8 @@ def handle_errors(app: FastAPI) -> None:
 
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         code = code_of(error.status_code)
-        message = f"{request.method} {request.url.path}: {error.detail}"
+        allowed = Headers(error.headers or {}).get("allow")
+        message = f"this path takes {allowed}, not {request.method}" if allowed else str(error.detail)
         return reply(Failure(error.status_code, message, code), error.headers)
 
     async def on_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:

@@ -84,7 +84,7 @@ def test_every_error_has_the_one_shape(client: httpx.Client) -> None:
     error_of(client.get("/nope"), 404, "not_found")
     error_of(client.get("/v1/models/nope"), 404, "model_not_found")
     response = client.get("/v1/embeddings")
-    error_of(response, 405, "method_not_allowed")
+    assert error_of(response, 405, "method_not_allowed")["message"] == "this path takes POST, not GET"
     assert response.headers["allow"] == "POST"
 
 
