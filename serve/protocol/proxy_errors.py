@@ -82,17 +82,21 @@ class OneShape:
     async def attempt(self, scope: Scope, receive: Receive, send: Send) -> Message | None:
         """Pass the request on. Returns the start of an error of the proxy's own, of which nothing has been sent."""
         error: Message | None = None
+        started = False
 
         async def watch(message: Message) -> None:
-            nonlocal error
+            nonlocal error, started
             if message["type"] == "http.response.start" and message["status"] >= 400:
                 kind = MutableHeaders(scope=message).get("content-type", "")
                 if not kind.startswith("application/json"):
                     error = message
             if error is None:
+                started = True
                 await send(message)
 
         await self.app(scope, receive, watch)
+        if error is None and not started:  # what the proxy calls a 500 it does not answer at all: uvicorn does
+            return {"type": "http.response.start", "status": INTERNAL.status, "headers": []}
         return error
 
     async def answer(self, error: Message, scope: Scope, receive: Receive, send: Send) -> None:

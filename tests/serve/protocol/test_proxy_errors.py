@@ -18,6 +18,9 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy_errors, "RETRY_AFTER_S", (0, 0))
 
 
+SILENT = 0  # the proxy gives no answer, which uvicorn then does
+
+
 def ask(
     answers: list[tuple[int, str]], *, method: str = "POST", path: str = "/v1/embeddings", parts: int = 2
 ) -> tuple[int, bytes, list[bytes]]:
@@ -34,6 +37,8 @@ def ask(
             body, more = body + message["body"], message["more_body"]
         seen.append(body)
         status, kind = next(coming)
+        if status == SILENT:
+            return
         await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind.encode())]})
         await send({"type": "http.response.body", "body": b"{}"})
 
@@ -53,6 +58,13 @@ PLAIN, JSON = "text/plain", "application/json"
 
 def test_a_request_whose_ingress_died_is_answered_by_another() -> None:
     assert ask([(500, PLAIN), (503, PLAIN), (200, JSON)]) == (200, b"{}", [b"partpart"] * 3)
+
+
+def test_a_request_whose_ingress_died_in_silence_is_answered_by_another() -> None:
+    assert ask([(SILENT, ""), (200, JSON)]) == (200, b"{}", [b"partpart"] * 2)
+    status, body, seen = ask([(SILENT, "")] * 3)
+    assert (status, json.loads(body)["error"]["code"], len(seen)) == (500, "internal_error", 3)
+    assert len(ask([(SILENT, "")], path="/v1/batches")[2]) == 1
 
 
 def test_when_none_answers_the_error_has_the_one_shape() -> None:
