@@ -12,7 +12,7 @@ A *step* is planned anew every time, so that what arrives while the model is bus
 Nothing else runs in the engine's thread: tokenising and decoding images happen beside it. What is cancelled or late is
 dropped before the next step, and its place is free in it.
 
-Admission is by time: what waits, over the rate at which work of its kind has been done, may take `max_queue_s`.
+Admission is by time: what waits may take `max_queue_s`, as long as work of its kind has taken lately.
 """
 
 import asyncio
@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from serve.deployments.batch_times import BatchTimes
 from serve.deployments.runner import EmbedsBatches, Encoded, OpenConversation, TakesSteps
 from serve.deployments.service_rate import ServiceRate
 from serve.protocol.errors import INTERNAL, Failure
@@ -134,11 +135,11 @@ class AnswerJob:
 
 @dataclass
 class ItemQueue:
-    """Items of one kind, their batches' function, and the rate at which they were done."""
+    """Items of one kind, their batches' function, and how long batches took."""
 
     forward: Callable[[Sequence[Encoded]], Iterable[Any]]
     jobs: "deque[ItemJob]" = field(default_factory=deque)
-    rate: ServiceRate = field(default_factory=ServiceRate)
+    times: BatchTimes = field(default_factory=BatchTimes)
     cost: int = 0  # accepted, not finished
     last_done: float = 0.0
 
@@ -199,7 +200,16 @@ class ModelEngine:
 
     def refusal(self, queue: ItemQueue, cost: int) -> Failure | None:
         """Why items that cost so much cannot be taken on, or None where they can."""
-        return self.refuse(cost, queue.cost, queue.rate.seconds_for(queue.cost))
+        return self.refuse(cost, queue.cost, self.wait_s(queue))
+
+    def wait_s(self, queue: ItemQueue) -> float:
+        """How long an item that arrives now is expected to wait."""
+        return queue.times.seconds_for(queue.cost, self.batch_budget)
+
+    @property
+    def batch_budget(self) -> int:
+        """Cost at which a batch is full: while conversations are being answered, none waits long for its next token."""
+        return self.limits.step_tokens if self.answering else self.limits.batch_tokens
 
     def answer_refusal(self, tokens: int) -> Failure | None:
         """Why a conversation of so many tokens, answer included, cannot be taken on, or None where it can."""
@@ -301,7 +311,7 @@ class ModelEngine:
             queued_items=sum(len(job.items) for queue in queues for job in list(queue.jobs)),
             waiting=len(self.waiting),
             answering=len(self.answering),
-            wait_s=self.embeddings.rate.seconds_for(self.embeddings.cost),
+            wait_s=self.wait_s(self.embeddings),
             counters=self.counters,
         )
 
@@ -345,10 +355,9 @@ class ModelEngine:
         began = time.monotonic()
         self.drop()
         self.admit()
-        busy = bool(self.answering)
-        if busy:
+        budget = self.batch_budget
+        if self.answering:
             self.advance()
-        budget = self.limits.step_tokens if busy else self.limits.batch_tokens
         for queue in (self.embeddings, self.scores):
             self.run_batch(queue, budget)
         self.counters.steps += 1
@@ -472,7 +481,7 @@ class ModelEngine:
         now = time.monotonic()
         cost = sum(item.cost for item in items)
         began = max(queue.last_done, min(job.arrived for job, _, _ in batch))
-        queue.rate.record(cost, max(now - began, 1e-6))
+        queue.times.record(cost, now - began)
         queue.last_done = now
         self.counters.batches += 1
         self.counters.batch_items += len(items)

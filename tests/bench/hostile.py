@@ -213,7 +213,8 @@ def main() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        ray.init("local", num_cpus=4, include_dashboard=False, logging_level="WARNING")
+        # By default Ray's workers are nice, and would leave the cores to the clients.
+        ray.init("local", num_cpus=4, include_dashboard=False, _system_config={"worker_niceness": 0})
         start(ServeArgs(model="tiny", index=index, num_cpus=0, max_replicas=1), port=port)
         before = replicas()
         figures = asyncio.run(run(port, options.requests, options.at_a_time, options.seed))

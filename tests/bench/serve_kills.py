@@ -44,7 +44,7 @@ PARTS = ("kills", "updates", "scaling")
 EMBED = ("/v1/embeddings", {"input": "a red circle"})
 ANSWER = ("/v1/chat/completions", {"messages": [{"role": "user", "content": "What is it?"}], "max_tokens": 4})
 SEARCH = ("/v1/search", {"query": "a red circle", "k": 3})
-LONG = ("/v1/embeddings", {"input": ["word " * 100] * 4})
+LONG = ("/v1/embeddings", {"input": "word " * 100})
 VICTIMS = {
     "replica": "ray::ServeReplica:vladva:Colocated",
     "ingress": "ray::ServeReplica:vladva:Ingress",
@@ -52,7 +52,7 @@ VICTIMS = {
     "proxy": "ray::ProxyActor",
 }
 CLIENTS = 4
-UNDER_WAY = 64  # clients that one replica is not enough for
+UNDER_WAY = 48  # clients that one replica is not enough for
 SETTLED_S = 300.0
 
 

@@ -400,16 +400,16 @@ def test_a_score_is_of_the_base_model_while_others_answer(embedder: Embedder, en
 def test_a_queue_is_bounded_by_time_as_it_is_measured(embedder: Embedder, engine: ModelEngine) -> None:
     queue: ItemQueue = engine.embeddings
     assert engine.refusal(queue, 1000) is None  # nothing is known yet
-    queue.rate.record(1000, 10.0)  # 100 a second
-    queue.cost = 2900
-    assert engine.refusal(queue, 1000) is None  # 29 s
-    queue.cost = 4100
+    queue.times.record(2000, 10.0)
+    queue.cost = 3900
+    assert engine.refusal(queue, 1000) is None  # two batches: 20 s
+    queue.cost = 8100
     refused = engine.refusal(queue, 1)
     assert refused is not None
     assert (refused.status, refused.code) == (429, "overloaded")
-    assert "41.0 s" in refused.message
+    assert "about 50.0 s" in refused.message
     for _ in range(50):
-        queue.rate.record(1000, 1.0)  # ten times as fast now
+        queue.times.record(2000, 1.0)  # ten times as fast now
     assert engine.refusal(queue, 1) is None
     assert engine.refusal(queue, LIMITS.queued_tokens + 1).status == 413
     queue.cost = 0
