@@ -52,7 +52,9 @@ class ServeArgs(BaseModel):
     max_conversations: int = Field(32, ge=1, description="answered at the same time by a replica")
     max_cache_tokens: int = Field(16_384, ge=1, description="of all conversations that a replica answers at a time")
     max_queue_s: float = Field(10, gt=0, description="how long waiting work may take before more is answered 429")
-    max_queued_tokens: int = Field(65_536, ge=1, description="waiting work that a replica has memory for")
+    max_queued_tokens: int = Field(
+        65_536, ge=1, description="waiting work in memory; a quarter is left to small requests"
+    )
     prepare_threads: int = Field(2, ge=1, description="threads of a replica that tokenise and decode images")
     max_tokens: int = Field(256, ge=1, description="length of a generated answer, where the request does not say")
     max_items: int = Field(2048, ge=1, description="items of one request")

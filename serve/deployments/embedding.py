@@ -70,13 +70,13 @@ class Discriminative(ModelReplica):
         """Embeddings of the items, in order, with a `Failure` in the place of a bad one."""
         work = await self.counted(items)
         queue, cost = self.engine.embeddings, sum(one.cost for one in work if isinstance(one, Work))
-        refusal = self.engine.refusal(queue, cost)
+        refusal = self.engine.refusal(queue, cost, len(work))
         if refusal:
             return refusal
-        with queue.hold(cost):
+        with queue.hold(cost, len(work)) as held:
             encoded = await asyncio.gather(*[self.encoded(one) for one in work])
             good = [one for one in encoded if isinstance(one, Encoded)]
-            vectors = await self.engine.items(queue, good, self.args.deadline_s) if good else []
+            vectors = await self.engine.items(queue, good, self.args.deadline_s, held) if good else []
         if isinstance(vectors, Failure):
             return vectors
         computed = iter(vectors)

@@ -12,7 +12,8 @@ A *step* is planned anew every time, so that what arrives while the model is bus
 Nothing else runs in the engine's thread: tokenising and decoding images happen beside it. What is cancelled or late is
 dropped before the next step, and its place is free in it.
 
-Admission is by time: what waits may take `max_queue_s`, as long as work of its kind has taken lately.
+Admission is by time: what is done before a request may take `max_queue_s`, at the pace of the last seconds. Requests
+take turns, so a small one is not refused for a large one that waits, nor for the memory that this takes.
 """
 
 import asyncio
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 LATE = Failure(408, "not answered in time; the work was cancelled", "deadline_exceeded")
+SMALL_SHARE, LEFT_SHARE = 16, 4  # of the room for work: a quarter is left to requests of up to a sixteenth of it
 CLOSED = Failure(503, "the replica is shutting down; try again", "unavailable")
 
 
@@ -105,6 +107,14 @@ class EngineLoad:
 
 
 @dataclass(eq=False)
+class Held:
+    """What is left to do of a request that was accepted."""
+
+    cost: int
+    items: int
+
+
+@dataclass(eq=False)
 class ItemJob:
     """The items of one request to embed or to score."""
 
@@ -114,6 +124,7 @@ class ItemJob:
     arrived: float
     deadline: float
     missing: int
+    held: Held | None
     cancelled: bool = False
 
 
@@ -140,17 +151,27 @@ class ItemQueue:
     forward: Callable[[Sequence[Encoded]], Iterable[Any]]
     jobs: "deque[ItemJob]" = field(default_factory=deque)
     times: BatchTimes = field(default_factory=BatchTimes)
-    cost: int = 0  # accepted, not finished
+    held: set[Held] = field(default_factory=set)  # accepted, not finished
     last_done: float = 0.0
 
+    @property
+    def cost(self) -> int:
+        """Of all that is accepted and not finished."""
+        return sum(one.cost for one in self.held)
+
+    def ahead_of(self, items: int) -> int:
+        """Cost of what is done before so many items of a new request: requests take turns, item by item."""
+        return sum(one.cost if one.items <= items else one.cost * items // one.items for one in self.held)
+
     @contextmanager
-    def hold(self, cost: int) -> Iterator[None]:
-        """Count `cost` as accepted until it is done, or nobody waits for it any more."""
-        self.cost += cost
+    def hold(self, cost: int, items: int) -> Iterator[Held]:
+        """Count a request as accepted until it is done, or nobody waits for it any more."""
+        held = Held(cost, items)
+        self.held.add(held)
         try:
-            yield
+            yield held
         finally:
-            self.cost -= cost
+            self.held.remove(held)
 
 
 class ModelEngine:
@@ -198,13 +219,13 @@ class ModelEngine:
 
     # ------------------------------------------------------------------------------------------------ for the replica
 
-    def refusal(self, queue: ItemQueue, cost: int) -> Failure | None:
-        """Why items that cost so much cannot be taken on, or None where they can."""
-        return self.refuse(cost, queue.cost, self.wait_s(queue))
+    def refusal(self, queue: ItemQueue, cost: int, items: int) -> Failure | None:
+        """Why so many items that cost so much cannot be taken on, or None where they can."""
+        return self.refuse(cost, queue.cost, self.wait_s(queue, items))
 
-    def wait_s(self, queue: ItemQueue) -> float:
-        """How long an item that arrives now is expected to wait."""
-        return queue.times.seconds_for(queue.cost, self.batch_budget)
+    def wait_s(self, queue: ItemQueue, items: int = 1) -> float:
+        """How long so many items that arrive now are expected to wait for others."""
+        return queue.times.seconds_for(queue.ahead_of(items), self.batch_budget)
 
     @property
     def batch_budget(self) -> int:
@@ -216,16 +237,19 @@ class ModelEngine:
         return self.refuse(tokens, self.answer_tokens, self.answer_wait_s())
 
     def refuse(self, cost: int, held: int, wait_s: float) -> Failure | None:
-        """Why work cannot be taken on beside `held` tokens that take `wait_s`."""
-        if cost > self.limits.queued_tokens:
-            message = f"the request costs {cost:,} tokens; one request may cost at most {self.limits.queued_tokens:,}"
+        """Why work cannot be taken on beside `held` tokens, `wait_s` of which come first."""
+        room = self.limits.queued_tokens
+        if cost > room // SMALL_SHARE:
+            room -= room // LEFT_SHARE
+        if cost > room:
+            message = f"the request costs {cost:,} tokens; one request may cost at most {room:,}"
             return Failure(413, message, "request_too_large")
         if self.closed:
             return CLOSED
-        if wait_s > self.limits.queue_s or held + cost > self.limits.queued_tokens:
+        if wait_s > self.limits.queue_s or held + cost > room:
             self.counters.refused += 1
             again = max(1, math.ceil(wait_s - self.limits.queue_s))
-            message = f"{held:,} tokens of work are waiting, about {wait_s:.1f} s; try again in {again} s"
+            message = f"{held:,} tokens of work are waiting, {wait_s:.1f} s of it before this; try again in {again} s"
             return Failure(429, message, "overloaded", retry_after=again)
         return None
 
@@ -245,8 +269,13 @@ class ModelEngine:
         finally:
             self.answer_tokens -= tokens
 
-    async def items(self, queue: ItemQueue, items: Sequence[Encoded], deadline_s: float) -> list[Any] | Failure:
-        """A result or a `Failure` for every item, in order; they are dropped where the caller is cancelled."""
+    async def items(
+        self, queue: ItemQueue, items: Sequence[Encoded], deadline_s: float, held: Held | None = None
+    ) -> list[Any] | Failure:
+        """A result or a `Failure` for every item, in order; they are dropped where the caller is cancelled.
+
+        held: what is left of the request that they are of.
+        """
         loop = asyncio.get_running_loop()
         finished: asyncio.Future[ItemJob] = loop.create_future()
         now = time.monotonic()
@@ -257,6 +286,7 @@ class ModelEngine:
             now,
             now + deadline_s,
             len(items),
+            held,
         )
         try:
             with self.changed:
@@ -486,8 +516,11 @@ class ModelEngine:
         self.counters.batches += 1
         self.counters.batch_items += len(items)
         self.counters.batch_cost += cost
-        for (job, number, _), result in zip(batch, results, strict=True):
+        for (job, number, item), result in zip(batch, results, strict=True):
             job.results[number] = result
+            if job.held:
+                job.held.cost -= item.cost
+                job.held.items -= 1
             job.missing -= 1
             if not job.missing:
                 job.done(job)

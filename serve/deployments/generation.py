@@ -135,15 +135,15 @@ class Generative(ModelReplica):
         planned = await self.beside(lambda: [self.plan_question(*pair) for pair in pairs])
         queue = self.engine.scores
         cost = sum(len(one[0]) for one in planned if not isinstance(one, Failure))
-        refusal = self.engine.refusal(queue, cost)
+        refusal = self.engine.refusal(queue, cost, len(planned))
         if refusal:
             return refusal
-        with queue.hold(cost):
+        with queue.hold(cost, len(planned)) as held:
             encoded = await asyncio.gather(
                 *[self.as_value(one) if isinstance(one, Failure) else self.beside(self.decode, *one) for one in planned]
             )
             good = [one for one in encoded if isinstance(one, Encoded)]
-            scores = await self.engine.items(queue, good, self.args.deadline_s) if good else []
+            scores = await self.engine.items(queue, good, self.args.deadline_s, held) if good else []
         if isinstance(scores, Failure):
             return scores
         computed = iter(scores)

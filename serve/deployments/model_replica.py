@@ -1,6 +1,7 @@
 """Model replica: what a replica that holds a model has: the model, the engine that runs it, and threads beside it."""
 
 import asyncio
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SHORT_CHARACTERS = 2000  # a text up to which tokenising takes less time than handing it to a thread and back
+SWITCH_S = 0.001  # the engine's thread asks for the interpreter after every product; by default it may wait for 5 ms
 HEALTH_S = 25.0  # less than Serve waits for a health check
 
 
@@ -37,6 +39,7 @@ class ModelReplica(ABC):
         from vladva.models.generation import AnswerText
 
         self.args = args
+        sys.setswitchinterval(SWITCH_S)
         embedder = load_embedder(args.model, dtype=args.dtype or "float32", device=device)
         self.embedder: Embeds = embedder
         self.lvlm = embedder if isinstance(embedder, Embedder) else None  # a dual encoder only embeds

@@ -399,31 +399,62 @@ def test_a_score_is_of_the_base_model_while_others_answer(embedder: Embedder, en
 
 def test_a_queue_is_bounded_by_time_as_it_is_measured(embedder: Embedder, engine: ModelEngine) -> None:
     queue: ItemQueue = engine.embeddings
-    assert engine.refusal(queue, 1000) is None  # nothing is known yet
+    assert engine.refusal(queue, 1000, 10) is None  # nothing is known yet
     queue.times.record(2000, 10.0)
-    queue.cost = 3900
-    assert engine.refusal(queue, 1000) is None  # two batches: 20 s
-    queue.cost = 8100
-    refused = engine.refusal(queue, 1)
-    assert refused is not None
-    assert (refused.status, refused.code) == (429, "overloaded")
-    assert "about 50.0 s" in refused.message
-    for _ in range(50):
-        queue.times.record(2000, 1.0)  # ten times as fast now
-    assert engine.refusal(queue, 1) is None
-    assert engine.refusal(queue, LIMITS.queued_tokens + 1).status == 413
-    queue.cost = 0
+    with queue.hold(3900, 39):
+        assert engine.refusal(queue, 1000, 50) is None  # two batches: 20 s
+    with queue.hold(8100, 81):
+        refused = engine.refusal(queue, 1000, 100)
+        assert refused is not None
+        assert (refused.status, refused.code) == (429, "overloaded")
+        assert "50.0 s of it before this" in refused.message
+        for _ in range(50):
+            queue.times.record(2000, 1.0)  # ten times as fast now
+        assert engine.refusal(queue, 1000, 100) is None
+    assert engine.refusal(queue, LIMITS.queued_tokens + 1, 1).status == 413
+
+
+def test_a_small_request_is_not_refused_for_a_large_one(embedder: Embedder, engine: ModelEngine) -> None:
+    """They take turns: of a request of 800 items one comes before a request of one."""
+    queue: ItemQueue = engine.embeddings
+    queue.times.record(2000, 10.0)
+    room = LIMITS.queued_tokens * 3 // 4
+    with queue.hold(room, 800):
+        assert engine.refusal(queue, 20, 1) is None
+        assert engine.refusal(queue, 8000, 400).status == 429  # of time, and of memory
+    with queue.hold(room, 1):
+        assert engine.refusal(queue, 20, 1).status == 429  # before this it is the other one's turn
+
+
+def test_what_is_done_is_not_waited_for(embedder: Embedder, engine: ModelEngine, recorded: Recorded) -> None:
+    recorded.go.clear()
+    items = [text_item(embedder, f"a text of some length, {number}") for number in range(200)]
+    cost = sum(item.cost for item in items)
+    left = []
+
+    async def work() -> None:
+        with engine.embeddings.hold(cost, len(items)) as held:
+            asking = asyncio.create_task(engine.items(engine.embeddings, items, 30, held))
+            await until(lambda: recorded.asked == 1)
+            left.append((held.cost, held.items))
+            recorded.go.set()
+            await asking
+            left.append((held.cost, held.items))
+
+    run(work())
+    assert left == [(cost, 200), (0, 0)]
+    assert engine.embeddings.cost == 0
 
 
 def test_work_counts_until_it_is_done_or_dropped(engine: ModelEngine) -> None:
     queue: ItemQueue = engine.embeddings
-    with queue.hold(LIMITS.queued_tokens - 10), engine.hold_answer(LIMITS.queued_tokens - 10):
-        assert engine.refusal(queue, 10) is None
+    with queue.hold(LIMITS.queued_tokens - 10, 1), engine.hold_answer(LIMITS.queued_tokens - 10):
+        assert engine.refusal(queue, 10, 1) is None
         assert engine.answer_refusal(10) is None
-        for refused in (engine.refusal(queue, 11), engine.answer_refusal(11)):
+        for refused in (engine.refusal(queue, 11, 1), engine.answer_refusal(11)):
             assert refused is not None
             assert (refused.status, refused.retry_after) == (429, 1)
-    with pytest.raises(ZeroDivisionError), queue.hold(60):
+    with pytest.raises(ZeroDivisionError), queue.hold(60, 1):
         _ = 1 / 0
     assert (queue.cost, engine.answer_tokens) == (0, 0)
 
@@ -470,4 +501,4 @@ def test_an_engine_that_breaks_down_fails_what_waits(embedder: Embedder, recorde
     assert isinstance(failed, Failure)
     assert failed.status == 503
     assert isinstance(engine.broken, SystemExit)
-    assert engine.refusal(engine.embeddings, 1).status == 503
+    assert engine.refusal(engine.embeddings, 1, 1).status == 503
