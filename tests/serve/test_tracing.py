@@ -32,20 +32,21 @@ headers = {"traceparent": f"00-{sys.argv[1]}-1111111111111111-01"}
 assert httpx.post(f"{url}/v1/embeddings", json={"input": "a"}, headers=headers, timeout=60).status_code == 200
 spans = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve" / "spans"
 time.sleep(2)
-print("\\x1e".join(f"{one.name}\\x1f{one.read_text()}" for one in spans.iterdir()))
+Path(sys.argv[2]).write_text(json.dumps({one.name: one.read_text() for one in spans.iterdir()}))
 app.stop()
 """
 
 
 def test_spans_of_proxy_ingress_and_replica_are_of_the_callers_trace(tmp_path: Path) -> None:
-    found = subprocess.run([sys.executable, "-c", TRACED, TRACE], cwd=ROOT, capture_output=True, text=True, check=True)
+    file = tmp_path / "spans.json"
+    subprocess.run([sys.executable, "-c", TRACED, TRACE, str(file)], cwd=ROOT, capture_output=True, check=True)
+    found = json.loads(file.read_text())
     mine = set()
-    for file in found.stdout.strip("\n").split("\x1e"):
-        name, _, spans = file.partition("\x1f")
-        decoder, place = json.JSONDecoder(), 0
-        while place < len(spans.rstrip()):
-            span, place = decoder.raw_decode(spans, place)
-            place += len(spans[place:]) - len(spans[place:].lstrip())
+    for name, text in found.items():
+        decoder, spans = json.JSONDecoder(), text.strip()
+        while spans:
+            span, place = decoder.raw_decode(spans)
+            spans = spans[place:].lstrip()
             if span["context"]["trace_id"] == f"0x{TRACE}":
                 mine.add(name.split("_")[0] if name.startswith("proxy") else name.split("_")[2])
-    assert mine == {"proxy", "Ingress", "Colocated"}, found.stdout[:3000]
+    assert mine == {"proxy", "Ingress", "Colocated"}, found
