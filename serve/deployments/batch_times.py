@@ -4,7 +4,7 @@ A batch of many costs less than as many batches of one, so a rate would not do: 
 it says that forty at the same time take forty times as long. Kept are times of batches of each size, in powers of two.
 """
 
-MEMORY_S = 30.0  # what was measured longer ago does not count, in seconds of work
+BATCHES_COUNT_S = 30.0  # what was measured longer ago does not count, in seconds of work
 NEW_SHARE = 0.3  # of a new batch in the running mean of its size
 
 
@@ -18,9 +18,9 @@ class BatchTimes:
     def record(self, cost: int, seconds: float) -> None:
         """A batch that cost so much took `seconds`, in which there was work all the time."""
         self.worked_s += seconds
-        size = size_of(cost)
+        size = power_of_two(cost)
         before, at = self.measured.get(size, (seconds, self.worked_s))
-        if self.worked_s - at > MEMORY_S:
+        if self.worked_s - at > BATCHES_COUNT_S:
             before = seconds
         self.measured = {**self.measured, size: (before + (seconds - before) * NEW_SHARE, self.worked_s)}
 
@@ -31,10 +31,12 @@ class BatchTimes:
 
     def of_batch(self, cost: int) -> float:
         """How long a batch of this cost takes: no longer than a larger one, nor than as much in smaller ones."""
-        recent = {size: seconds for size, (seconds, at) in self.measured.items() if self.worked_s - at <= MEMORY_S}
+        recent = {
+            size: seconds for size, (seconds, at) in self.measured.items() if self.worked_s - at <= BATCHES_COUNT_S
+        }
         return min((seconds * max(1.0, cost / size) for size, seconds in recent.items()), default=0.0)
 
 
-def size_of(cost: int) -> int:
+def power_of_two(cost: int) -> int:
     """The power of two that a cost reaches."""
     return 1 << max(cost - 1, 0).bit_length()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serve.deployments.batch_times import MEMORY_S, BatchTimes
+from serve.deployments.batch_times import BATCHES_COUNT_S, BatchTimes
 
 
 def test_nothing_is_known_at_first() -> None:
@@ -28,8 +28,8 @@ def test_what_was_measured_long_ago_does_not_count() -> None:
     times = BatchTimes()
     times.record(16, 0.01)
     for _ in range(4):
-        times.record(4096, MEMORY_S / 3)  # all of a sudden the machine is slow
-    assert times.seconds_for(4096, 4096) == pytest.approx(MEMORY_S / 3)
+        times.record(4096, BATCHES_COUNT_S / 3)  # all of a sudden the machine is slow
+    assert times.seconds_for(4096, 4096) == pytest.approx(BATCHES_COUNT_S / 3)
     for _ in range(20):
         times.record(4096, 1.0)
     assert times.seconds_for(4096, 4096) == pytest.approx(1.0, rel=0.01)
