@@ -14,6 +14,11 @@ reason, in a table that the job names. A page with counts, histograms and images
     jobs/prepare.py dataset_coco.json --images /data/coco --split train,restval --out /data/coco-train
     jobs/prepare.py pairs.csv --out shards --captions-from long.jsonl --join-on stem=image_id
 
+With --recaption URI tar shards are copied to URI with the short and long captions that samples lack, written by a
+generator and marked in the data ("generated" in the samples' JSON):
+
+    jobs/prepare.py /data/cc3m --recaption /data/cc3m-captioned --captioner llava-hf/llava-1.5-7b-hf
+
 The same command goes on where it was interrupted. Next: jobs/train.py RECIPE --data.uri URI
 """
 
@@ -57,6 +62,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     join.add_argument(
         "--join-caption-column", action="append", default=[], help="the TABLE's captions; may be repeated"
     )
+    again = parser.add_argument_group("captions that are missing, written by a generator")
+    again.add_argument(
+        "--recaption", type=location, metavar="URI", default="", help="folder or s3://... for the shards"
+    )
+    again.add_argument("--captioner", metavar="RUN_OR_MODEL", default="", help="that writes them (default: --model)")
+    again.add_argument("--caption-kinds", default="short,long", help="what is filled in: short, long or short,long")
+    again.add_argument("--actors", type=int, default=2, help="processes that hold the captioner")
+    again.add_argument("--gpus-per-actor", type=float, help="0: on CPUs; default: one, where the cluster has GPUs")
     parser.add_argument("--model", default="tiny", help="model whose tokens the captions are counted in")
     parser.add_argument("--samples-per-shard", type=int, default=1000)
     parser.add_argument(
@@ -74,9 +87,31 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if bool(options.captions_from) != bool(options.join_on):
         raise ValueError("--captions-from and --join-on belong together: which table, and which of its columns")
+    if options.recaption and (options.out or options.captions_from):
+        raise ValueError("--recaption takes tar shards as they are: write them first, with --out, then caption those")
     if options.samples_per_shard < 1:
         raise ValueError(f"--samples-per-shard is {options.samples_per_shard}; it must be at least 1")
     return options
+
+
+def recaption_source(options: argparse.Namespace) -> str:
+    """Copy the source's shards with the captions that are missing; where the copy is."""
+    from vladva.core import ray_tasks
+    from vladva.core.devices import gpus_for
+    from vladva.core.shared_path import check_paths
+    from vladva.prepare.recaption import RecaptionConfig, recaption
+
+    captioner = options.captioner or options.model
+    config = RecaptionConfig(tuple(options.caption_kinds.split(",")))
+    ray_tasks.connect()
+    reads = [("SOURCE", options.source), ("--captioner", captioner)]
+    check_paths(reads=reads, writes=[("--recaption", options.recaption)])
+    gpus = gpus_for(options.gpus_per_actor)
+    print(
+        recaption(options.source, options.recaption, captioner, config, actors=options.actors, gpus_per_actor=gpus),
+        flush=True,
+    )
+    return options.recaption
 
 
 @user_errors
@@ -95,8 +130,11 @@ def main() -> None:
     join = None
     if options.captions_from:
         join = Join.parse(options.captions_from, options.join_on, options.join_caption_column)
+    source = options.source
+    if options.recaption:
+        source = recaption_source(options)
     prepared = prepare(
-        options.source,
+        source,
         options.out,
         count_tokens,
         source_options(options),
