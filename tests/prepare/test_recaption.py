@@ -19,7 +19,7 @@ from vladva.data.shard_index import ShardIndex
 from vladva.data.shard_writer import ShardWriter
 from vladva.models.embedder import load_lvlm
 from vladva.prepare import recaption as module
-from vladva.prepare.recaption import REQUESTS, RecaptionConfig, Recaptioner, claim_captions, result_uri, summarize
+from vladva.prepare.recaption import REQUESTS, RecaptionConfig, Recaptioner, captioned_uri, claim_captions, summarize
 
 CONFIG = RecaptionConfig(max_tokens=80)
 
@@ -102,10 +102,10 @@ def test_an_interrupted_job_goes_on_shard_by_shard(data: Path, tiny: str, tmp_pa
     whole, out = tmp_path / "whole", tmp_path / "out"
     fill(data, whole, SHARDS, tiny)
     fill(data, out, SHARDS[:1], tiny)
-    assert Path(result_uri(str(out), SHARDS[0])).exists()
-    assert not Path(result_uri(str(out), SHARDS[1])).exists()
+    assert Path(captioned_uri(str(out), SHARDS[0])).exists()
+    assert not Path(captioned_uri(str(out), SHARDS[1])).exists()
     stamp = Path(out / SHARDS[0]).stat().st_mtime_ns
-    left = [shard for shard in SHARDS if not Path(result_uri(str(out), shard)).exists()]
+    left = [shard for shard in SHARDS if not Path(captioned_uri(str(out), shard)).exists()]
     fill(data, out, left, tiny)
     assert Path(out / SHARDS[0]).stat().st_mtime_ns == stamp
     for shard in SHARDS:

@@ -279,13 +279,18 @@ def mining_items(index: ShardIndex, short_below: int) -> Corpus:
 
 
 def _items(index: ShardIndex, short_below: int, first: int, count: int) -> Iterator[list[dict[str, Any]]]:
+    yield mining_rows(index, short_below, first, count)
+
+
+def mining_rows(index: ShardIndex, short_below: int, first: int, count: int) -> list[dict[str, Any]]:
+    """The items of some samples: each image, with its first short caption, and each short caption."""
     items: list[dict[str, Any]] = []
     for ref in index.samples(first, count):
         place = {name: getattr(ref, name) for name in ("id", "shard", "offset", "length", "crc32")}
         short = short_captions(ref, short_below)
         items.append({**place, "kind": "image", "caption": next(iter(short.values()), None), "image": None})
         items += [{**place, "id": f"{ref.id}#{i}", "kind": "text", "text": text} for i, text in short.items()]
-    yield items
+    return items
 
 
 def short_captions(ref: SampleRef, short_below: int) -> dict[int, str]:

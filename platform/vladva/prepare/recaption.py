@@ -96,7 +96,7 @@ def recaption(
     dtype = dtype_for(model, gpus_per_actor)
     description = describe(model, adapter=False, dtype=dtype)[1]
     claim_captions(out_uri, source.uri, description["fingerprint"], config)
-    missing = [shard for shard in source.files if not storage.exists(result_uri(out_uri, shard))]
+    missing = [shard for shard in source.files if not storage.exists(captioned_uri(out_uri, shard))]
     if missing:
         rows = ray.data.from_arrow([pa.table({"shard": [shard]}) for shard in missing])
         rows.context.enable_progress_bars = False
@@ -119,7 +119,7 @@ def summarize(out_uri: str, shards: Sequence[str], written: int) -> RecaptionSum
     """The results of all shards, added up."""
     found: Counter[str] = Counter()
     for shard in shards:
-        found.update(storage.read_json(result_uri(out_uri, shard)))
+        found.update(storage.read_json(captioned_uri(out_uri, shard)))
     names = ("images", "short", "long", "unfit", "unreadable")
     return RecaptionSummary(out_uri, **{name: found[name] for name in names}, written_shards=written)
 
@@ -136,7 +136,7 @@ def claim_captions(out_uri: str, data_uri: str, fingerprint: str, config: Recapt
     storage.write_json(file, stamp)
 
 
-def result_uri(out_uri: str, shard: str) -> str:
+def captioned_uri(out_uri: str, shard: str) -> str:
     """What became of a shard; written after it."""
     return storage.join(out_uri, RECAPTIONED, f"{shard}.json")
 
@@ -170,7 +170,7 @@ class Recaptioner:
                     by = [self.model]
                     additions[sample.key] = {"captions": written, "generated": written, "generated_by": by}
         counts["unreadable"] = copy_shard(uri, storage.join(self.out_uri, shard), additions)
-        storage.write_json(result_uri(self.out_uri, shard), dict(counts))
+        storage.write_json(captioned_uri(self.out_uri, shard), dict(counts))
 
     def captions_for(self, sample: Sample, file: IO[bytes], counts: Counter[str]) -> list[str]:
         """What the model writes for the kinds of caption that a sample lacks; none of the wrong length."""
