@@ -3,7 +3,7 @@
 
     tests/cluster/rehearsal/run.py                    everything
     tests/cluster/rehearsal/run.py --short            up, refusals, doctor, training with a kill, audit, down
-    tests/cluster/rehearsal/run.py --only serving     steps whose name holds the word, between up and down
+    tests/cluster/rehearsal/run.py --only serv,link   steps whose name holds a word, with those they need
     tests/cluster/rehearsal/run.py --logs DIR         keep what the jobs said
 
 Prints a line for each step, then a report, and one JSON object as its last line. Exit status: 0 where all steps hold,
@@ -35,7 +35,7 @@ NOT_RUN = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="the part that continuous integration runs")
-    parser.add_argument("--only", default="", metavar="WORD", help="of the other steps, those whose name holds it")
+    parser.add_argument("--only", metavar="WORDS", help="steps whose name holds one of them, with those they need")
     parser.add_argument("--logs", type=Path, help="folder for what the jobs said")
     parser.add_argument(INSIDE, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -53,12 +53,15 @@ def rehearse(options: argparse.Namespace) -> int:
     """Run the steps; returns the exit status."""
     from tests.cluster.rehearsal.cluster import Cluster, use
     from tests.cluster.rehearsal.prometheus import prometheus
-    from tests.cluster.rehearsal.steps import STEPS
+    from tests.cluster.rehearsal.steps import STEPS, chosen
     from tests.support.s3_server import s3_server
 
     began = time.monotonic()
     compile_op()
     rows = []
+    steps = (
+        chosen(options.only.split(",")) if options.only else [step for step in STEPS if step.short or not options.short]
+    )
     with (
         hosts.hosts() as machines,
         s3_server(machines.folder / "s3", hosts.SWITCH) as s3,
@@ -66,9 +69,7 @@ def rehearse(options: argparse.Namespace) -> int:
     ):
         use(s3)
         cluster = Cluster(machines, s3, machines.folder, metrics)
-        for step in STEPS:
-            if not (step.short or (options.only in step.name and not options.short)):
-                continue
+        for step in steps:
             started = time.monotonic()
             try:
                 told, passed = step.run(cluster), True
@@ -79,7 +80,7 @@ def rehearse(options: argparse.Namespace) -> int:
             seconds = time.monotonic() - started
             rows.append({"step": step.name, "seconds": round(seconds, 1), "passed": passed, "saw": told})
             print(f"{'ok' if passed else 'FAILED':7}{seconds:7.1f} s  {step.name}: {told}", flush=True)
-            if not passed and step is STEPS[0]:
+            if not passed and step is steps[0]:
                 break
         if options.logs:
             options.logs.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import io
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,24 +26,42 @@ from vladva.train.audit import audit
 
 @dataclass(frozen=True)
 class Step:
-    """What is run, and whether it belongs to the short part."""
+    """What is run, whether it belongs to the short part, and which steps leave what it needs."""
 
     name: str
     short: bool
+    after: tuple[str, ...]
     run: Callable[[Cluster], str]
 
 
 STEPS: list[Step] = []
 
 
-def step(*, short: bool = False) -> Callable[[Callable[[Cluster], str]], Callable[[Cluster], str]]:
+def step(*after: str, short: bool = False) -> Callable[[Callable[[Cluster], str]], Callable[[Cluster], str]]:
     """A step: its function returns what it saw, in a line, and raises StepError."""
 
     def add(run: Callable[[Cluster], str]) -> Callable[[Cluster], str]:
-        STEPS.append(Step(run.__name__.replace("_", " "), short, run))
+        STEPS.append(Step(run.__name__.replace("_", " "), short, after, run))
         return run
 
     return add
+
+
+def chosen(words: Sequence[str]) -> list[Step]:
+    """The steps whose name holds one of the words, with those they need, between up and down."""
+    by_name = {each.name: each for each in STEPS}
+    wanted: set[str] = set()
+
+    def want(one: Step) -> None:
+        if one.name not in wanted:
+            wanted.add(one.name)
+            for name in one.after:
+                want(by_name[name])
+
+    for one in STEPS:
+        if one.run in (ray_up, ray_dashboard, ray_down) or any(word in one.name for word in words):
+            want(one)
+    return [one for one in STEPS if one.name in wanted]
 
 
 def matched(pattern: str, text: str) -> re.Match[str]:
@@ -165,7 +183,7 @@ def on_two_hosts(cluster: Cluster, name: str) -> str:
     return ", ".join(f"rank {place['rank']} on {place['node']}" for place in places)
 
 
-@step(short=True)
+@step("draw scenes", short=True)
 def train_while_a_host_dies(cluster: Cluster) -> str:
     run = f"{BUCKET}/runs/killed"
     job = cluster.submit(*train("killed", 30))
@@ -181,7 +199,7 @@ def train_while_a_host_dies(cluster: Cluster) -> str:
     return f"{where}; went on with one worker; {audited(cluster, 'killed')}"
 
 
-@step(short=True)
+@step("train while a host dies", short=True)
 def audit_as_a_job(cluster: Cluster) -> str:
     line = cluster.job("jobs/audit.py", f"{BUCKET}/runs/killed").splitlines()
     figures = json.loads(next(each for each in reversed(line) if each.startswith("{")))
@@ -205,7 +223,7 @@ def exit_codes_and_spellings(cluster: Cluster) -> str:
     return "both spellings end with 0 and with 1; VLADVA_TRACEBACK=1 shows where"
 
 
-@step()
+@step("draw scenes")
 def job_stop_leaves_nothing(cluster: Cluster) -> str:
     job = cluster.submit(*train("stopped", 1000))
     cluster.wait_for_step(f"{BUCKET}/runs/stopped", 2, job)
@@ -251,7 +269,7 @@ def examined(cluster: Cluster, *options: str) -> dict[str, dict[str, Any]]:
     return json.loads(line)["nodes"]["between the nodes"]
 
 
-@step()
+@step("draw scenes")
 def train_while_a_host_is_drained(cluster: Cluster) -> str:
     run = f"{BUCKET}/runs/drained"
     job = cluster.submit(*train("drained", 24, "--train.checkpoint-every", "100"))
@@ -271,7 +289,7 @@ def train_while_a_host_is_drained(cluster: Cluster) -> str:
     return f"checkpoint after step {saved} at once, none was due; {audited(cluster, 'drained')}"
 
 
-@step()
+@step("draw scenes")
 def train_through_a_link_that_is_down(cluster: Cluster) -> str:
     job = cluster.submit(*train("partitioned", 24))
     cluster.wait_for_step(f"{BUCKET}/runs/partitioned", 4, job)
@@ -285,7 +303,7 @@ def train_through_a_link_that_is_down(cluster: Cluster) -> str:
     return audited(cluster, "partitioned")
 
 
-@step()
+@step("draw scenes")
 def train_over_a_slow_link(cluster: Cluster) -> str:
     victim = cluster.machines.workers[1]
     victim.slow("20mbit")
@@ -326,7 +344,7 @@ def last_line(output: str) -> str:
 TEXTS = 3000
 
 
-@step()
+@step("train while a host dies")
 def embed_while_a_host_dies(cluster: Cluster) -> str:
     corpus, table = f"{BUCKET}/corpus.txt", f"{BUCKET}/texts"
     lines = "".join(f"object number {number} is left of a square\n" for number in range(TEXTS))
@@ -352,7 +370,7 @@ def embed_while_a_host_dies(cluster: Cluster) -> str:
     return f"{TEXTS} texts, each once: {last_line(output)}"
 
 
-@step()
+@step("train while a host dies")
 def embed_index_evaluate_search_verify(cluster: Cluster) -> str:
     run = f"{BUCKET}/runs/killed"
     table, index = f"{run}/embeddings", f"{run}/index"
@@ -371,7 +389,7 @@ def embed_index_evaluate_search_verify(cluster: Cluster) -> str:
 # --- serve
 
 
-@step()
+@step("embed index evaluate search verify")
 def serving_while_a_host_dies(cluster: Cluster) -> str:
     config = yaml.safe_load((PROJECT / "cluster/serve.yaml").read_text())
     config["http_options"]["host"] = "0.0.0.0"
@@ -401,7 +419,7 @@ def serving_while_a_host_dies(cluster: Cluster) -> str:
     return f"replicas {replicas}; {load.figures()}"
 
 
-@step()
+@step("serving while a host dies")
 def every_panel_of_the_dashboard_has_figures(cluster: Cluster) -> str:
     check(bool(cluster.prometheus), "no prometheus on PATH: apt-get install prometheus")
     panels = json.loads((PROJECT / "cluster/grafana.json").read_text())["panels"]
@@ -436,7 +454,7 @@ def node_types_of_ray_cluster_yaml(cluster: Cluster) -> str:
 # --- the head
 
 
-@step()
+@step("draw scenes")
 def train_while_the_head_is_lost(cluster: Cluster) -> str:
     run = f"{BUCKET}/runs/headless"
     job = cluster.submit(*train("headless", 24))
@@ -459,6 +477,8 @@ def train_while_the_head_is_lost(cluster: Cluster) -> str:
 @step(short=True)
 def ray_down(cluster: Cluster) -> str:
     cluster.laptop("ray down ~/on_prem.yaml --yes", timeout=120)
+    for worker in cluster.machines.workers:  # as on_prem.yaml says for who does not want to wait two minutes
+        cluster.laptop(f"ssh -o StrictHostKeyChecking=no {worker.address} \"bash -lc 'ray stop'\"", timeout=120)
     began = time.monotonic()
     names = ("raylet", "gcs_server", "ray::", "dashboard.py")
 
