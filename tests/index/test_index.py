@@ -26,6 +26,7 @@ from vladva.index.store import Hit, VectorStore
 from vladva.index.tuning import (
     Queries,
     RecallEstimate,
+    best_scores,
     cheapest_settings,
     exact_thresholds,
     measure_recall,
@@ -225,14 +226,14 @@ def test_thresholds_are_those_of_a_sort_without_the_query_itself() -> None:
     queries = Queries(vectors_ND[:20], keys[:20])
     blocks = ((vectors_ND[first : first + 70], keys[first : first + 70]) for first in range(0, 300, 70))
     scores = np.sort(vectors_ND[:20] @ vectors_ND.T, axis=1)[:, ::-1]
-    np.testing.assert_allclose(exact_thresholds(blocks, queries, 10), scores[:, 10], atol=1e-6)
+    np.testing.assert_allclose(best_scores(blocks, queries, 10).min(axis=1), scores[:, 10], atol=1e-6)
 
 
 def test_recall_is_the_fraction_found() -> None:
     vectors_ND = clustered(300)
     keys = [(f"r{i}", "image") for i in range(300)]
     queries = Queries(vectors_ND[:20], keys[:20])
-    thresholds = exact_thresholds([(vectors_ND, keys)], queries, 10)
+    thresholds = best_scores([(vectors_ND, keys)], queries, 10).min(axis=1)
     twin = ExactStore(rows_of(vectors_ND, list(range(300))), MODEL["fingerprint"])
     assert measure_recall(twin.search, queries, thresholds, 10).recall == 1.0
     # One that misses the best six and gives worse ones instead has four of ten right.
@@ -460,13 +461,22 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
     assert {index.search(vector, 1)[0].columns["number"] for vector in vectors_ND} == set(range(1000, 1300))
 
 
-def test_a_build_by_ray_workers_gives_the_same_answers(tmp_path: Path, ray_cluster: None) -> None:
+def test_a_build_by_ray_workers_gives_the_same_answers(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # workers have another working directory
     vectors_ND = clustered(3000)
     table = write_table(tmp_path / "table", vectors_ND)
-    summary = build_index(table, str(tmp_path / "index"), exact_below=1000, workers=2)
+    summary = build_index(table, "index", exact_below=1000, workers=2)
     assert summary.settings.recall_at_10 >= 0.98
-    index = open_index(str(tmp_path / "index"))
+    index = open_index("index")
     assert len(index.dataset.get_fragments()) == 2
+    # What recall is measured against comes from a task for each fragment.
+    queries = Queries(vectors_ND[:20], [(f"r{number}", "image") for number in range(20)])
+    for where, left in ((None, slice(0, None)), ("number >= 2000", slice(2000, None))):
+        ranked = np.sort(vectors_ND[:20] @ vectors_ND[left].T, axis=1)[:, ::-1]
+        tenth = ranked[:, 10 if where is None else 9]  # a query is no neighbour of itself
+        np.testing.assert_allclose(exact_thresholds(index.dataset, where, queries, 10), tenth, atol=1e-6)
     assert len(index.dataset.stats.index_stats(VECTORS)["segments"]) == 2  # one for each worker
     for number in range(0, 3000, 150):
         scores = vectors_ND @ vectors_ND[number]

@@ -77,7 +77,9 @@ def build_index(
     if workers is None:
         workers = cluster_nodes() if manifest.num_rows >= PARALLEL_FROM else 1
     workers = max(1, min(workers, MAX_WORKERS))
-    dataset = _write(manifest, table_uri, index_uri, kind, filter_columns, -(-manifest.num_rows // workers))
+    dataset = _write(
+        manifest, table_uri, storage.absolute(index_uri), kind, filter_columns, -(-manifest.num_rows // workers)
+    )
     rows = dataset.count_rows()
     settings = planned(dataset, SearchSettings(planned=index_type, exact_below=exact_below), workers)
     dataset.create_scalar_index("kind", "BITMAP")
@@ -124,7 +126,7 @@ def _write(
     files = [storage.absolute(join(table_uri, file)) for file in manifest.files]
     written = collect(
         [
-            submit(_write_fragments, files[i : i + per_task], kind, schema, storage.absolute(index_uri), rows_per_file)
+            submit(_write_fragments, files[i : i + per_task], kind, schema, index_uri, rows_per_file)
             for i in range(0, len(files), per_task)
         ]
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from vladva.core.ray_tasks import collect, submit
 from vladva.embed.table import embedding_matrix
 from vladva.index.searcher import RECALL_AT, Searcher, SearchSettings
 from vladva.index.store import Hit
@@ -55,10 +56,8 @@ class RecallEstimate:
         return self.recall - 2 * self.error
 
 
-def exact_thresholds(
-    blocks: Iterable[tuple[np.ndarray, list[tuple[str, str]]]], queries: Queries, k: int
-) -> np.ndarray:
-    """Score [Q] of each query's exact k-th neighbour; `blocks` are embeddings [N, D] and the keys of their rows."""
+def best_scores(blocks: Iterable[tuple[np.ndarray, list[tuple[str, str]]]], queries: Queries, k: int) -> np.ndarray:
+    """Scores [Q, k] of each query's nearest; `blocks` are embeddings [N, D] and the keys of their rows."""
     best_Qk = np.full((len(queries.keys), k), -np.inf, np.float32)
     position = {key: i for i, key in enumerate(queries.keys)}
     for embeddings_ND, keys in blocks:
@@ -66,9 +65,29 @@ def exact_thresholds(
         for column, key in enumerate(keys):
             if key in position:
                 scores_QN[position[key], column] = -np.inf
-        both = np.concatenate([best_Qk, scores_QN], axis=1)
-        best_Qk = -np.partition(-both, k - 1, axis=1)[:, :k]
-    return best_Qk.min(axis=1)
+        best_Qk = _best(np.concatenate([best_Qk, scores_QN], axis=1), k)
+    return best_Qk
+
+
+def exact_thresholds(dataset: lance.LanceDataset, where: str | None, queries: Queries, k: int) -> np.ndarray:
+    """Score [Q] of each query's exact k-th neighbour: every row is compared, a task for each fragment."""
+    fragments = range(len(dataset.get_fragments()))
+    found = collect([submit(_best_in_fragment, dataset, number, where, queries, k) for number in fragments])
+    nothing_Qk = best_scores([], queries, k)
+    return _best(np.concatenate([nothing_Qk, *found], axis=1), k).min(axis=1)
+
+
+def _best(scores_QN: np.ndarray, k: int) -> np.ndarray:
+    return -np.partition(-scores_QN, k - 1, axis=1)[:, :k]
+
+
+def _best_in_fragment(
+    dataset: lance.LanceDataset, number: int, where: str | None, queries: Queries, k: int
+) -> np.ndarray:
+    fragment = dataset.get_fragments()[number]
+    batches = fragment.to_batches(columns=["id", "kind", "embedding"], filter=where, batch_size=8192)
+    tables = (pa.Table.from_batches([batch]) for batch in batches)
+    return best_scores(((embedding_matrix(table), _keys(table)) for table in tables), queries, k)
 
 
 def measure_recall(
@@ -152,11 +171,7 @@ def tune(
     `settings` say the type of index, and the least number of partitions to look at.
     """
     k = max(1, min(RECALL_AT, min(dataset.count_rows(where) for where in wheres) - 1))
-    cases = [
-        (where, queries, exact_thresholds(_blocks(dataset, where), queries, k))
-        for where in wheres
-        for queries in samples
-    ]
+    cases = [(where, queries, exact_thresholds(dataset, where, queries, k)) for where in wheres for queries in samples]
 
     # By Lance, from disk: in memory as much is found, or more, because nothing is quantised.
     def try_out(nprobes: int, candidates: int, at_least: float = target) -> RecallEstimate:
@@ -183,12 +198,6 @@ def tune(
         p50_ms=measured.p50_ms,
         p99_ms=measured.p99_ms,
     )
-
-
-def _blocks(dataset: lance.LanceDataset, where: str | None) -> Iterator[tuple[np.ndarray, list[tuple[str, str]]]]:
-    for batch in dataset.to_batches(columns=["id", "kind", "embedding"], filter=where, batch_size=8192):
-        table = pa.Table.from_batches([batch])
-        yield embedding_matrix(table), _keys(table)
 
 
 def _keys(table: pa.Table) -> list[tuple[str, str]]:

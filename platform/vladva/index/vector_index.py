@@ -163,7 +163,8 @@ def open_dataset(
 ) -> lance.LanceDataset:
     import lance
 
-    return lance.dataset(uri, version=version, storage_options=lance_options(), session=session)
+    # Absolute: tasks of a cluster, which get the data set, have working directories of their own.
+    return lance.dataset(storage.absolute(uri), version=version, storage_options=lance_options(), session=session)
 
 
 def lance_options() -> dict[str, str]:
