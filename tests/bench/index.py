@@ -34,7 +34,8 @@ import numpy as np
 import pyarrow as pa
 
 from vladva.core.hashing import digest
-from vladva.embed.table_writer import TableWriter, write_part
+from vladva.embed.table_parts import write_part
+from vladva.embed.table_writer import TableWriter
 from vladva.index.build import build_index
 from vladva.index.vector_index import open_index
 
@@ -86,7 +87,7 @@ def write_table(uri: str, vectors_ND: np.ndarray, model: dict[str, Any]) -> None
     for first in range(0, len(vectors_ND), 10_000):
         block_ND = vectors_ND[first : first + 10_000]
         write_part(uri, items_of(first, len(block_ND)), block_ND, model)
-    table.commit([])
+    table.commit()
 
 
 def exact_search(vectors_ND: np.ndarray) -> Search:
