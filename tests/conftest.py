@@ -22,6 +22,7 @@ STARTS_PROCESSES = (
     "train/test_elastic.py",
     "train/test_grad_cache.py",
     "train/test_portable.py",
+    "train/test_precision.py",
     "train/test_train_options.py",
 )
 

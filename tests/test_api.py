@@ -79,6 +79,7 @@ def test_every_form_of_an_image_is_embedded_alike(model: Model, photo: Image.Ima
     assert model.embed_texts("a red circle").shape == (1, model.dimension)
 
 
+@pytest.mark.slow
 def test_an_image_of_an_object_store_is_embedded(
     model: Model, photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

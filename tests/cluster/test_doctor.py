@@ -144,6 +144,7 @@ def test_a_failed_build_says_why(doctor: ModuleType) -> None:
     assert doctor.compile_error("Command failed") == "Command failed"
 
 
+@pytest.mark.slow
 def test_storage_with_wrong_keys_and_with_right_ones(
     doctor: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

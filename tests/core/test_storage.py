@@ -222,6 +222,7 @@ def test_faults_in_answers_that_are_no_objects_are_retried(
     assert len(caplog.records) == retries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", range(4))  # of the first fault, in the order of requests
 def test_the_filesystem_of_other_libraries_survives_faults_in_another_process(place: int, proxy: FaultyProxy) -> None:
     filesystem, path = storage.open_storage(f"s3://{BUCKET}/library-{place}")

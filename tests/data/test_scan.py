@@ -123,6 +123,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyProxy]:
         yield proxy
 
 
+@pytest.mark.slow
 def test_s3_with_faults_gives_what_the_disk_gives(tmp_path: Path, proxy: FaultyProxy, without_ray: None) -> None:
     images = write_shards(str(tmp_path), 60, 20)
     uri = f"s3://{BUCKET}/data"

@@ -40,6 +40,7 @@ def test_all_figures_are_there_and_both_ways_embed_alike() -> None:
         assert serve["embeddings_per_s"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     done = run()

@@ -266,6 +266,7 @@ def test_the_least_that_suffices_is_chosen() -> None:
     assert cheapest_settings(195, (3, 5), recall, 0.9)[:2] == (195, 5)  # nothing suffices: the most there is
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index_type", ["IVF_SQ", "IVF_PQ", "IVF_HNSW_SQ"])
 def test_built_indexes_find_what_brute_force_finds(
     tmp_path: Path, index_type: str, monkeypatch: pytest.MonkeyPatch

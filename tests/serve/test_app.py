@@ -209,6 +209,7 @@ def test_wrong_arguments_are_named_in_one_line(args: dict[str, object], message:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_serve_run_shows_one_line_for_a_wrong_argument_and_lists_them_all() -> None:
     """As a user types it. Ray is never started."""
     command = [Path(sys.executable).with_name("serve"), "run", "serve.app:build"]

@@ -22,6 +22,7 @@ def test_a_client_gets_the_vectors_that_plain_http_gets(server: str, client: str
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_server_that_is_none_does_not_pass() -> None:
     """The negative control."""
     command = [sys.executable, str(COMMAND), "--check", "openai", "--url", "http://127.0.0.1:1"]

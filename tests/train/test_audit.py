@@ -190,6 +190,7 @@ def attempt(run: RunConfig, world: int, start: int, saves: range) -> None:
             log.write(steps)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_and_went_on_with_other_workers(config: RunConfig, tmp_path: Path) -> None:
     run = replace(config, storage=str(tmp_path))
     attempt(run, 2, 0, range(2, 9, 2))

@@ -11,7 +11,8 @@ from vladva.data.scenes.corpus import scenes
 from vladva.data.scenes.scene import render
 from vladva.models.batch import MicroBatch, as_tensors
 from vladva.models.preprocessor import Preprocessor
-from vladva.train.device_chunk import ALIGNMENT, arrays_of, feed, from_parts, in_one_buffer, on_device, views_of
+from vladva.models.transfer import ALIGNMENT, in_one_buffer, views_of
+from vladva.train.device_chunk import arrays_of, feed, from_parts, on_device
 
 CPU = torch.device("cpu")
 

@@ -131,6 +131,7 @@ def test_the_plan_is_what_the_rehearsal_found_or_a_little_more(case: str) -> Non
     assert found <= planned <= 1.15 * found, f"{planned / found:.3f} of {found / GIB:.1f} GiB"
 
 
+@pytest.mark.slow
 def test_the_dry_run_prints_a_table_or_refuses_in_one_line() -> None:
     def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "jobs/train.py", "tiny", "--dry-run", *arguments]

@@ -189,6 +189,7 @@ def test_mlflow_continues_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert sorted((metric.step, metric.value) for metric in history) == [(s, float(s)) for s in range(5)]
 
 
+@pytest.mark.slow
 def test_wandb_continues_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")

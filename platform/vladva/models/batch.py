@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from vladva.core.hashing import key_of
+from vladva.models.transfer import to_device
 
 BATCH_TOKENS = 32_768  # in one batch, padding included; long items come in smaller batches
 
@@ -157,5 +158,19 @@ def pixel_statistics(image_processor: Any) -> tuple[list[float], list[float]]:
 
 
 def as_tensors(record: Tokens | Pixels, device: torch.device | str) -> dict[str, torch.Tensor]:
-    """The record's fields, on the device."""
-    return {f.name: torch.tensor(getattr(record, f.name), device=device) for f in fields(record)}
+    """The record's fields, on the device; those of tokens on the host besides, where that is another place."""
+    tensors = to_device({f.name: getattr(record, f.name) for f in fields(record)}, device)
+    if isinstance(record, Tokens) and torch.device(device).type != "cpu":
+        tensors |= on_host(record)
+    return tensors
+
+
+def on_host(tokens: Tokens) -> dict[str, torch.Tensor]:
+    """The fields as the host has them, by the names that `host_array` looks for."""
+    return {f"host_{f.name}": torch.from_numpy(getattr(tokens, f.name)) for f in fields(tokens)}
+
+
+def host_array(tokens: dict[str, torch.Tensor], name: str) -> np.ndarray:
+    """A field of tokens for the host to read: its own copy, or the device's, which is waited for."""
+    own = tokens.get(f"host_{name}")
+    return (tokens[name].cpu() if own is None else own).numpy()

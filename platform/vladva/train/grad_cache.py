@@ -107,7 +107,10 @@ def count_caption_tokens(chunks: Sequence[MicroBatch], device: torch.device) -> 
 def prompts_only(tokens: Tokens, on_device: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tokens without the captions that follow the prompt: all that an embedding needs, as attention is causal."""
     width = int(tokens.prompt_lengths.max())  # of the host's copy: nobody waits for the device
-    return on_device | {"ids": on_device["ids"][:, :width], "lengths": on_device["prompt_lengths"]}
+    prompts = on_device | {"ids": on_device["ids"][:, :width], "lengths": on_device["prompt_lengths"]}
+    if "host_ids" in on_device:
+        prompts |= {"host_ids": on_device["host_ids"][:, :width], "host_lengths": on_device["host_prompt_lengths"]}
+    return prompts
 
 
 # ------------------------------------------------------------------------------------------------------ the two paths

@@ -170,7 +170,7 @@ def test_few_sizes_are_met_and_what_fills_them_up_is_of_no_prompt() -> None:
     ids, lengths = prompts_of(*rows)
     packed = pack(ids, lengths, np.arange(5), IMAGE_TOKEN)
     assert packed.num_unique == 85
-    assert len(packed.ids) == len(packed.source_index) == len(packed.is_image) == 88
+    assert len(packed.ids) == len(packed.source_index) == 88
     assert packed.gather_index.shape == (5, 18)
     assert packed.gather_index.max() == 84
     assert packed.gather_index.flatten()[packed.source_index[:85]].tolist() == list(range(85))
@@ -180,7 +180,7 @@ def test_a_gpu_is_given_no_filling() -> None:
     ids, lengths = prompts_of(*[list(range(10 * i + 10, 10 * i + 27)) for i in range(5)])
     exact, filled = (pack(ids, lengths, np.arange(5), IMAGE_TOKEN, few_sizes=few) for few in (False, True))
     assert exact.num_unique == filled.num_unique == 85
-    assert len(exact.ids) == len(exact.source_index) == len(exact.is_image) == 85
+    assert len(exact.ids) == len(exact.source_index) == 85
     assert exact.gather_index.shape == (5, 17)
     assert torch.equal(exact.gather_index, filled.gather_index[:, :17])
     assert torch.equal(exact.source_index // 17 * 18 + exact.source_index % 17, filled.source_index[:85])

@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.support import families
 from tests.support.packed_inputs import FAST, TEXTS, inputs, load
+from vladva.models.batch import Tokens, as_tensors, host_array
 from vladva.models.embedding_model import EmbeddingModel, checkpoint_activations
 from vladva.models.packed import autograd_ops, training
-from vladva.models.packed.training import PackedTraining
+from vladva.models.packed.packing import pack
+from vladva.models.packed.training import Group, PackedTraining
 from vladva.train import grad_cache
 
 
@@ -121,3 +124,35 @@ def test_features_of_images_are_kept_as_long_as_there_is_room(monkeypatch: pytes
         kept.append(grad_cache.keep_features(chunk, kept))
     assert [each is not None for each in kept] == [True, True, True, False, False]
     assert grad_cache.keep_features({"features": torch.zeros(3)}, kept) is None
+
+
+def test_a_group_goes_to_a_device_whole() -> None:
+    ids = np.array([[5, 6, 90, 90, 7, 8], [5, 6, 90, 90, 9, 0]])
+    prompts, lengths = np.array([5, 5]), np.array([6, 5])
+    packed = pack(ids, lengths, np.arange(2), image_token=90, few_sizes=False)
+    group = Group.of(ids, prompts, packed, soft_ids=(7, 6), few_sizes=False)
+    found = packed.ids[group.soft.index].tolist(), group.soft.row.tolist()
+    assert sorted(zip(*found, strict=True)) == [(6, 1), (7, 0)]  # 6 is shared: there once
+    assert packed.ids[packed.image_index].tolist() == [90] * 4
+    there = group.to(torch.device("meta"))
+    for name in ("ends", "wanted", "summary", "before", "targets"):
+        assert getattr(there, name).shape == getattr(group, name).shape
+    for part in ("packed", "shared", "soft"):
+        for name, value in vars(getattr(group, part)).items():
+            moved = getattr(getattr(there, part), name)
+            if isinstance(value, torch.Tensor):
+                assert (moved.device.type, moved.shape, moved.dtype) == ("meta", value.shape, value.dtype), name
+            else:
+                assert moved == value
+
+
+def test_the_host_reads_its_own_tokens() -> None:
+    record = Tokens(np.array([[5, 6, 7]]), np.array([2]), np.array([3]))
+    elsewhere = as_tensors(record, "meta")  # of which nothing can be read
+    for name in ("ids", "prompt_lengths", "lengths"):
+        assert host_array(elsewhere, name).tolist() == getattr(record, name).tolist()
+        with pytest.raises(NotImplementedError, match="no data"):
+            host_array({name: elsewhere[name]}, name)
+    prompts = grad_cache.prompts_only(record, elsewhere)
+    assert host_array(prompts, "ids").tolist() == [[5, 6]]
+    assert host_array(prompts, "lengths").tolist() == [2]

@@ -10,7 +10,9 @@ padding, H heads of d, K key-value heads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -242,10 +244,6 @@ class SharedPrefix:
         positions = np.flatnonzero(inside & np.isin(index, tokens))
         return cls(*map(torch.from_numpy, (tokens, positions, np.searchsorted(tokens, index.ravel()[positions]))))
 
-    def to(self, device: torch.device) -> SharedPrefix:
-        """The same on a device."""
-        return SharedPrefix(self.tokens.to(device), self.positions.to(device), self.numbers.to(device))
-
 
 def padded(tokens_NC: Tensor, packed: Packed, shared: SharedPrefix) -> Tensor:
     """Packed tokens as rows [B, T, C]; a token that several prompts begin with is in each of their rows."""
@@ -280,8 +278,13 @@ class TokenEmbedding:
     """
 
     base: Any  # nn.Embedding or nn.Linear: callable, with a weight [V, D]
-    soft: Tensor | None = None
+    soft_ids: tuple[int, ...] = ()
     rows: Tensor | None = None
+
+    @property
+    def soft(self) -> Tensor:
+        """The tokens [S], on the device."""
+        return _on_device(self.soft_ids, self.base.weight.device)
 
     @classmethod
     def of(cls, module: Any) -> TokenEmbedding:
@@ -293,24 +296,38 @@ class TokenEmbedding:
         if adapter.disable_adapters or adapter.merged:
             return cls(base)
         (name,) = adapter.active_adapters
-        return cls(
-            base,
-            torch.tensor(adapter.token_indices[name], device=base.weight.device),
-            adapter.trainable_tokens_delta[name],
-        )
+        return cls(base, tuple(adapter.token_indices[name]), adapter.trainable_tokens_delta[name])
+
+
+@lru_cache(maxsize=64)
+def _on_device(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Copied once: soft prompts stay the same tokens."""
+    return torch.tensor(ids, device=device)
+
+
+@dataclass(frozen=True)
+class SoftPlaces:
+    """Where a group has soft prompts: found on the host, so that nobody waits for a device to count them."""
+
+    index: Tensor  # [P] which of the N they are
+    row: Tensor  # [P] which of the S soft prompts is there
+
+    @classmethod
+    def of(cls, packed: Packed, soft_ids: Sequence[int]) -> SoftPlaces:
+        """Those of a group that is on the host."""
+        found = np.nonzero(packed.ids.numpy()[:, None] == np.array(soft_ids, np.int64))
+        return cls(*map(torch.from_numpy, found))
 
 
 def embedded(
-    module: nn.Module, ids_N: Tensor, is_image_N: Tensor | None = None, features: Tensor | None = None
+    table: TokenEmbedding, packed: Packed, soft: SoftPlaces | None = None, features_KD: Tensor | None = None
 ) -> Tensor:
-    """Token embeddings [N, D], with the features of images instead of the image tokens'."""
-    table = TokenEmbedding.of(module)
+    """Token embeddings [N, D], with the features of images instead of the image tokens', and trained soft prompts."""
     with torch.no_grad():
-        hidden_ND = table.base(ids_N)
-        if features is not None:
-            hidden_ND[is_image_N] = features.to(hidden_ND.dtype)
-    if table.rows is None or table.soft is None:
+        hidden_ND = table.base(packed.ids)
+        if features_KD is not None:
+            hidden_ND.index_copy_(0, packed.image_index, features_KD.to(hidden_ND.dtype))
+    if table.rows is None or soft is None:
         return hidden_ND
-    index, row = (ids_N[:, None] == table.soft).nonzero(as_tuple=True)
-    trained = table.rows.float()[row].to(hidden_ND.dtype)  # so that their gradients are added up in float32
-    return hidden_ND.index_copy(0, index, trained)
+    trained = table.rows.float()[soft.row].to(hidden_ND.dtype)  # so that their gradients are added up in float32
+    return hidden_ND.index_copy(0, soft.index, trained)

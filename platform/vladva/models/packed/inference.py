@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
+from vladva.models.batch import host_array
 from vladva.models.packed.cpu_linear import (
     CPU_TOKENS,
     in_threads,
@@ -83,7 +84,7 @@ class PackedInference:
         """Embeddings [B, D] (float32, unit norm) of the prompts; captions after them are not read."""
         inputs = self.model.inputs(tokens, pixels)
         features_KD = None if pixels is None else image_features(self.vision, inputs)
-        ids_BT, lengths_B = (tokens[name].cpu().numpy() for name in ("ids", "prompt_lengths"))
+        ids_BT, lengths_B = host_array(tokens, "ids"), host_array(tokens, "prompt_lengths")
         image_token = self.model.base.config.image_token_id
         embeddings_BD = torch.empty(len(ids_BT), self.language.config.hidden_size, device=tokens["ids"].device)
 
@@ -105,7 +106,7 @@ class PackedInference:
         adapter = self.decoder.adapter_on
         hidden_ND = self.decoder.embed(packed.ids, adapter)
         if features_KD is not None:
-            hidden_ND[packed.is_image] = features_KD[packed.feature].to(hidden_ND.dtype)
+            hidden_ND.index_copy_(0, packed.image_index, features_KD[packed.feature].to(hidden_ND.dtype))
         rotation: Rotation
         if "position_ids" in inputs:  # [3, B, T]: where the images are, they differ
             cos, sin = self.language.rotary_emb(hidden_ND, packed.positions(inputs["position_ids"]))

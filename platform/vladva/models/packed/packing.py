@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vladva.models.transfer import to_device
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -29,13 +31,18 @@ class Packed:
     source_index: torch.Tensor  # [N] a position among the B * T where each token is; 0 for those of no prompt
     num_unique: int  # tokens of prompts among the N
     lengths: torch.Tensor  # [B]
-    is_image: torch.Tensor  # bool [N]
-    feature: torch.Tensor  # [K] which image feature of the batch each of the K image tokens takes
+    image_index: torch.Tensor  # [K] which of the N the K image tokens are
+    feature: torch.Tensor  # [K] which image feature of the batch each of them takes
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All tensors, of a group that is on the host."""
+        return {name: value.numpy() for name, value in vars(self).items() if name != "num_unique"}
 
     def to(self, device: torch.device) -> Packed:
-        """The same on a device."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if name != "num_unique"}
-        return Packed(**tensors, num_unique=self.num_unique)
+        """The same, of a group that is on the host, on a device."""
+        if device.type == "cpu":
+            return self
+        return Packed(**to_device(self.arrays(), device), num_unique=self.num_unique)
 
     def positions(self, positions: torch.Tensor) -> torch.Tensor:
         """Those of the group's prompts [3, B, T], of positions [3, rows, tokens] of the batch."""
@@ -94,7 +101,7 @@ def pack(
         "gather_index": gather_index,
         "source_index": np.pad(np.flatnonzero(unique), filling),
         "lengths": lengths,
-        "is_image": np.pad(is_image[unique], filling),
+        "image_index": np.flatnonzero(is_image[unique]),
         "feature": feature_BT[rows, :longest][(unique & is_image)[:, :longest]],
     }
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}

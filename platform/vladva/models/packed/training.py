@@ -10,8 +10,9 @@ B prompts, T tokens of the longest, N packed tokens, K tokens of captions, D wid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,8 +21,10 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from vladva.losses.next_token import cross_entropy_sum, mean_share
+from vladva.models.batch import host_array
 from vladva.models.packed.autograd_ops import (
     SharedPrefix,
+    SoftPlaces,
     TokenEmbedding,
     causal_attention,
     embedded,
@@ -34,6 +37,7 @@ from vladva.models.packed.decoder import Decoder, DecoderLayer, LinearLayer, pac
 from vladva.models.packed.packing import Packed, groups, pack, round_up
 from vladva.models.packed.rope import RotaryEmbedding
 from vladva.models.packed.towers import image_features, with_packed_tower
+from vladva.models.transfer import to_device
 
 if TYPE_CHECKING:
     from vladva.config import RunConfig
@@ -54,22 +58,54 @@ class Group:
     summary: Tensor  # [B] the end of each prompt among the U
     before: Tensor  # [K] what predicts each token of a caption among the U
     targets: Tensor  # [K] that token
+    soft: SoftPlaces
 
     @classmethod
-    def of(cls, ids_BT: np.ndarray, prompts_B: np.ndarray, packed: Packed, device: torch.device) -> Group:
-        """The group of packed prompts, on the device."""
+    def of(
+        cls,
+        ids_BT: np.ndarray,
+        prompts_B: np.ndarray,
+        packed: Packed,
+        soft_ids: Sequence[int] = (),
+        *,
+        few_sizes: bool = True,
+    ) -> Group:
+        """The group of packed prompts, on the host. soft_ids: the trained soft prompts. few_sizes: as in `pack`."""
         rows, longest = packed.prompts.numpy(), int(packed.lengths.max())
         index, ends, steps = packed.gather_index.numpy()[:, :longest], prompts_B[rows] - 1, np.arange(longest)
         # A caption's tokens are predicted from its prompt's last token to its own last but one.
         predicts = (steps >= ends[:, None]) & (steps < packed.lengths.numpy()[:, None] - 1)
         needed = np.concatenate([index[np.arange(len(rows)), ends], index[predicts]])
         wanted, order = np.unique(needed, return_inverse=True)
-        if device.type == "cpu":
+        if few_sizes:
             wanted = np.pad(wanted, (0, round_up(len(wanted)) - len(wanted)))
         targets = ids_BT[rows, 1:longest][predicts[:, :-1]]
         arrays = ends, wanted, order[: len(rows)], order[len(rows) :], targets
-        tensors = (torch.from_numpy(array).to(device) for array in arrays)
-        return cls(packed.to(device), SharedPrefix.of(packed).to(device), *tensors)
+        return cls(packed, SharedPrefix.of(packed), *map(torch.from_numpy, arrays), SoftPlaces.of(packed, soft_ids))
+
+    def to(self, device: torch.device) -> Group:
+        """The same, of a group that is on the host, on a device: one copy."""
+        if device.type == "cpu":
+            return self
+        parts: dict[str, Any] = {"packed": self.packed, "shared": self.shared, "soft": self.soft}
+        own = {name: value.numpy() for name, value in vars(self).items() if name not in parts}
+        theirs = {
+            f"{part}.{name}": value.numpy()
+            for part, record in parts.items()
+            for name, value in vars(record).items()
+            if isinstance(value, Tensor)
+        }
+        there = to_device(own | theirs, device)
+
+        def of_part(part: str) -> dict[str, Tensor]:
+            return {name.removeprefix(f"{part}."): there[name] for name in theirs if name.startswith(f"{part}.")}
+
+        return Group(
+            packed=Packed(**of_part("packed"), num_unique=self.packed.num_unique),
+            shared=SharedPrefix(**of_part("shared")),
+            soft=SoftPlaces(**of_part("soft")),
+            **{name: there[name] for name in own},
+        )
 
 
 class PackedTraining:
@@ -93,12 +129,14 @@ class PackedTraining:
         """
         if caption_tokens is None:
             prompts = tokens | {"lengths": tokens["prompt_lengths"]}
+            if "host_lengths" in tokens:
+                prompts |= {"host_lengths": tokens["host_prompt_lengths"]}
             embeddings_BD = self.run(prompts, pixels, captions=False)[0]
             return embeddings_BD, embeddings_BD.new_zeros(())
         embeddings_BD, before_KD, targets_K = self.with_captions(tokens, pixels)
         # With trained rows of a tied head, the loss is told them: no copy of the whole head is made.
         head = TokenEmbedding.of(self.model.base.lm_head)
-        replaced = None if head.soft is None or head.rows is None else (head.soft, head.rows)
+        replaced = None if head.rows is None else (head.soft, head.rows)
         total = cross_entropy_sum(before_KD, head.base.weight, targets_K, replaced=replaced)
         return embeddings_BD, mean_share(total, caption_tokens)
 
@@ -120,14 +158,16 @@ class PackedTraining:
         features_KD = None
         if pixels is not None:
             features_KD = pixels["features"] if "features" in pixels else self.image_features(inputs)
-        ids_BT, prompts_B, lengths_B = (tokens[name].cpu().numpy() for name in ("ids", "prompt_lengths", "lengths"))
+        ids_BT, prompts_B, lengths_B = (host_array(tokens, name) for name in ("ids", "prompt_lengths", "lengths"))
         device, image_token = tokens["ids"].device, self.model.base.config.image_token_id
+        table = TokenEmbedding.of(self.language.embed_tokens)
+        few_sizes = device.type == "cpu"
         order, parts = [], []
         for rows in groups(lengths_B, GROUP_TOKENS[device.type]):
-            packed = pack(ids_BT, lengths_B, rows, image_token, few_sizes=device.type == "cpu")
-            group = Group.of(ids_BT, prompts_B, packed, device)
+            packed = pack(ids_BT, lengths_B, rows, image_token, few_sizes=few_sizes)
+            group = Group.of(ids_BT, prompts_B, packed, table.soft_ids, few_sizes=few_sizes).to(device)
             order.append(group.packed.prompts)
-            parts.append((*self.states(group, inputs, features_KD, captions), group.targets))
+            parts.append((*self.states(group, table, inputs, features_KD, captions), group.targets))
         summaries_BD, before_KD, targets_K = (torch.cat(part) for part in zip(*parts, strict=True))
         return normalize(summaries_BD[torch.cat(order).argsort()].float(), dim=-1), before_KD, targets_K
 
@@ -137,13 +177,18 @@ class PackedTraining:
         return image_features(self.vision, inputs)
 
     def states(
-        self, group: Group, inputs: dict[str, Tensor], features_KD: Tensor | None, captions: bool
+        self,
+        group: Group,
+        table: TokenEmbedding,
+        inputs: dict[str, Tensor],
+        features_KD: Tensor | None,
+        captions: bool,
     ) -> tuple[Tensor, Tensor]:
         """Final-normed hidden states of a group: of prompts' ends [B, D], and before the tokens of captions [K, D]."""
         packed = group.packed
         tokens = packed.gather_index.shape[1]
         features = None if features_KD is None else features_KD[packed.feature]
-        hidden = embedded(self.language.embed_tokens, packed.ids, packed.is_image, features)
+        hidden = embedded(table, packed, group.soft, features)
         positions = torch.arange(tokens, device=hidden.device)[None]
         if "position_ids" in inputs:  # [3, B, T]
             positions = packed.positions(inputs["position_ids"])
