@@ -53,12 +53,12 @@ class Group:
 
     packed: Packed
     shared: SharedPrefix
+    soft: SoftPlaces
     ends: Tensor  # [B] the column of each prompt's last token
     wanted: Tensor  # [U] the tokens whose last hidden state is needed: ends, and what predicts captions
     summary: Tensor  # [B] the end of each prompt among the U
     before: Tensor  # [K] what predicts each token of a caption among the U
     targets: Tensor  # [K] that token
-    soft: SoftPlaces
 
     @classmethod
     def of(
@@ -81,7 +81,7 @@ class Group:
             wanted = np.pad(wanted, (0, round_up(len(wanted)) - len(wanted)))
         targets = ids_BT[rows, 1:longest][predicts[:, :-1]]
         arrays = ends, wanted, order[: len(rows)], order[len(rows) :], targets
-        return cls(packed, SharedPrefix.of(packed), *map(torch.from_numpy, arrays), SoftPlaces.of(packed, soft_ids))
+        return cls(packed, SharedPrefix.of(packed), SoftPlaces.of(packed, soft_ids), *map(torch.from_numpy, arrays))
 
     def to(self, device: torch.device) -> Group:
         """The same, of a group that is on the host, on a device: one copy."""
