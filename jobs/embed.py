@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from vladva.core.cli import location, user_errors
+from vladva.core.cli import location, parse_actors, user_errors
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -42,17 +42,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add_source_arguments(parser)
     options = parser.parse_args(arguments)
     options.kinds = options.kinds.split(",")
-    options.actors = actors(options.actors)
+    options.actors = parse_actors(options.actors)
     return options
-
-
-def actors(argument: str) -> int | tuple[int, int]:
-    """`2`, or `1,8` for a pool that grows and shrinks."""
-    least, comma, most = argument.partition(",")
-    try:
-        return (int(least), int(most)) if comma else int(least)
-    except ValueError:
-        raise ValueError(f"--actors is {argument!r}; give a number, or the least and the most: 1,8") from None
 
 
 @user_errors

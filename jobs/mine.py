@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from vladva.core.cli import location, user_errors
+from vladva.core.cli import location, parse_actors, user_errors
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -50,14 +50,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--html", type=location, metavar="PAGE", default="", help="default: _mine/negatives.html in URI"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.actors = parse_actors(options.actors)
+    return options
 
 
 @user_errors
 def main() -> None:
     options = parse(sys.argv[1:])
 
-    from jobs.embed import actors
     from vladva.core import ray_tasks, storage
     from vladva.core.devices import gpus_for
     from vladva.core.shared_path import check_paths
@@ -83,7 +84,7 @@ def main() -> None:
         options.out,
         config,
         adapter=not options.no_adapter,
-        actors=actors(options.actors),
+        actors=options.actors,
         batch_size=options.batch_size,
         dtype=dtype_for(options.model, gpus),
         cpus_per_actor=options.cpus_per_actor,

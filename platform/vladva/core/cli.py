@@ -36,6 +36,15 @@ def user_errors(main: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
+def parse_actors(argument: str) -> int | tuple[int, int]:
+    """`2`, or `1,8` for a pool that grows and shrinks."""
+    least, comma, most = argument.partition(",")
+    try:
+        return (int(least), int(most)) if comma else int(least)
+    except ValueError:
+        raise ValueError(f"--actors is {argument!r}; give a number, or the least and the most: 1,8") from None
+
+
 def location(argument: str) -> str:
     """`type` of an argument that is a path or s3://...: absolute from here on, as every worker is in another folder."""
     from vladva.core import storage

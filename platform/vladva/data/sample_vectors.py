@@ -61,10 +61,8 @@ class SampleVectors:
         """The vector int16 [E] of a caption of sample `number`; zeros, similar to nothing, where there is none."""
         shard, row = self.index.locate(number)
         found = _vectors(vectors_uri(self.uri, self.index.shards[shard]), row // ROWS_AT_ONCE)[row % ROWS_AT_ONCE]
-        vectors = [] if caption is None else found.as_py()
-        if caption is None or caption >= len(vectors) or not vectors[caption]:
-            return np.zeros(self.dimension, np.int16)
-        return np.array(vectors[caption], np.int16)
+        vector = None if caption is None else found.values[caption].values
+        return np.zeros(self.dimension, np.int16) if vector is None or not len(vector) else vector.to_numpy()
 
 
 def open_teachers(config: RunConfig, indexes: Sequence[ShardIndex]) -> list[SampleVectors]:
@@ -103,7 +101,7 @@ def complete_vectors(uri: str, manifest: VectorsManifest) -> None:
     storage.write_json(storage.join(uri, MANIFEST), asdict(manifest))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _vectors(uri: str, group: int) -> pa.ChunkedArray:
     return _file(uri).read_row_group(group)["vectors"]
 

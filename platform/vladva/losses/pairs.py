@@ -73,7 +73,7 @@ class Pairs:
         Duplicates, and pairs whose captions the teacher finds too similar. Hard negatives are wrong on purpose, however
         similar they are: of them only those with the very caption are left out.
         """
-        excluded_RC, similar_RP = self.duplicates(rows), self._similar(rows)
+        excluded_RC, similar_RP = self.duplicates(rows), self.similar(rows)
         if similar_RP is None:
             return excluded_RC
         if excluded_RC is None:
@@ -81,8 +81,8 @@ class Pairs:
         excluded_RC[:, : len(self)] |= similar_RP
         return excluded_RC
 
-    def _similar(self, rows: range) -> Tensor | None:
-        """Bool [R, P]: the pairs whose captions the teacher finds too similar to those of these."""
+    def similar(self, rows: range) -> Tensor | None:
+        """Bool [R, P]: the other pairs whose captions the teacher finds too similar to these; None without one."""
         if self.teacher is None:
             return None
         similar_RP = self.teacher[rows.start : rows.stop] @ self.teacher.T >= self.too_similar
@@ -204,12 +204,16 @@ def _counts(x_PD: Tensor, y_KD: Tensor, pairs: Pairs, chunk_size: int) -> Tensor
         similarity_RK = x_PD[rows.start : rows.stop] @ y_KD.T
         positives_R = similarity_RK.diagonal(offset=rows.start).clone()
         # What is no negative can win nothing: duplicates, false negatives, and the positive itself.
-        duplicates_RC, excluded_RC = pairs.duplicates(rows), pairs.excluded(rows)
-        if excluded_RC is not None:
-            similarity_RK.masked_fill_(excluded_RC[:, : len(y_KD)], -torch.inf)
-            num_duplicates = 0 if duplicates_RC is None else duplicates_RC[:, : len(y_KD)].sum()
-            counts_4[2] += num_duplicates
-            counts_4[3] += excluded_RC[:, : len(y_KD)].sum() - num_duplicates
+        duplicates_RC, similar_RP = pairs.duplicates(rows), pairs.similar(rows)
+        if duplicates_RC is not None:
+            duplicates_RK = duplicates_RC[:, : len(y_KD)]
+            similarity_RK.masked_fill_(duplicates_RK, -torch.inf)
+            counts_4[2] += duplicates_RK.sum()
+        if similar_RP is not None:
+            if duplicates_RC is not None:
+                similar_RP &= ~duplicates_RC[:, : len(pairs)]
+            similarity_RK[:, : len(pairs)].masked_fill_(similar_RP, -torch.inf)
+            counts_4[3] += similar_RP.sum()
         similarity_RK.diagonal(offset=rows.start).fill_(-torch.inf)
         best_R = similarity_RK.amax(1)
         has_negatives_R = best_R > -torch.inf
