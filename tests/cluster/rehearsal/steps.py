@@ -272,7 +272,7 @@ def examined(cluster: Cluster, *options: str) -> dict[str, dict[str, Any]]:
 @step("draw scenes")
 def train_while_a_host_is_drained(cluster: Cluster) -> str:
     run = f"{BUCKET}/runs/drained"
-    job = cluster.submit(*train("drained", 24, "--train.checkpoint-every", "100"))
+    job = cluster.submit(*train("drained", 40, "--train.checkpoint-every", "100"))
     head, victim = cluster.machines.head, cluster.machines.workers[1]
     wait_until(lambda: storage.exists(f"{run}/metrics.jsonl"), WITHIN["checkpoint"], lambda: job.output[-3000:])
     node = cluster.node_id(victim)
@@ -281,12 +281,39 @@ def train_while_a_host_is_drained(cluster: Cluster) -> str:
     done = victim.run(f"RAY_AUTH_MODE=token ray drain-node {address} {reason}")
     check(done.returncode == 0, done.stdout)
     saved = cluster.wait_for_step(run, 1, job)
+    check(saved < 40, f"the run ended before it had taken notice: {job.output[-3000:]}")
     victim.kill()
     cluster.faults.append(f"{victim.name} drained as before the end of a spot instance, then gone")
     job.succeed()
     victim.boot()
     cluster.rejoin(victim)
     return f"checkpoint after step {saved} at once, none was due; {audited(cluster, 'drained')}"
+
+
+@step("draw scenes")
+def train_grows_back(cluster: Cluster) -> str:
+    run = f"{BUCKET}/runs/grown"
+    job = cluster.submit(*train("grown", 120))
+    cluster.wait_for_step(run, 4, job)
+    victim = cluster.machines.workers[1]
+    victim.kill()
+    cluster.faults.append(f"{victim.name} SIGKILLed in training, and back before its end")
+
+    def wait_for_workers(number: int) -> float:
+        def there() -> bool:
+            check(job.process.poll() is None, job.output)
+            return len(cluster.places(run)) == number
+
+        return wait_until(there, WITHIN["checkpoint"], lambda: f"{number} workers: {job.output[-3000:]}", pause=2)
+
+    alone = wait_for_workers(1)
+    victim.boot()
+    cluster.rejoin(victim)
+    grown = wait_for_workers(2)
+    where = on_two_hosts(cluster, "grown")
+    job.succeed()
+    times = f"with one worker {alone:.0f} s after the kill, with two again {grown:.0f} s after the host was a node"
+    return f"{times}; {where}; {audited(cluster, 'grown')}"
 
 
 @step("draw scenes")
