@@ -90,7 +90,7 @@ class MemoryIndex:
         """
         if nprobes is None:
             rows = None if ids is None else self._rows(ids)
-            scores = (self.matrix_ND if rows is None else self.matrix_ND[rows]) @ query_D
+            scores = np.vecdot(self.matrix_ND if rows is None else self.matrix_ND[rows], query_D)
         else:
             rows, scores = self._probe(query_D, nprobes, ids)
             if len(rows) < k and nprobes < len(self.centroids.matrix_PD):
@@ -101,7 +101,7 @@ class MemoryIndex:
         return [to_hit(row, float(score)) for row, score in zip(found, scores[best], strict=True)]
 
     def _probe(self, query_D: np.ndarray, nprobes: int, ids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and scores of the nearest partitions; partitions that are neighbours in the matrix are one product."""
+        """Rows and scores of the nearest partitions; partitions that are neighbours in the matrix are taken together."""
         # The nearest partitions, in the order of the matrix.
         chosen = np.sort(np.argsort(-self.centroids.similarity(query_D))[:nprobes])
         # Runs of partitions that follow one another: each begins at a row of `firsts` and ends before one of `lasts`.
@@ -112,10 +112,11 @@ class MemoryIndex:
         ends = np.cumsum(lasts - firsts)
         # The matrix row of each compared row: its number, moved by as much as its run is.
         rows = np.arange(ends[-1]) + np.repeat(lasts - ends, lasts - firsts)
-        # A product for each run, written where it belongs.
+        # The products of each run, written where they belong. Row by row takes half the time of OpenBLAS's product of
+        # matrix and vector, where rows come from memory.
         scores = np.empty(ends[-1], np.float32)
         for first, last, end in zip(firsts.tolist(), lasts.tolist(), ends.tolist(), strict=True):
-            np.dot(self.matrix_ND[first:last], query_D, out=scores[end - (last - first) : end])
+            np.vecdot(self.matrix_ND[first:last], query_D, out=scores[end - (last - first) : end])
         if ids is None:
             return rows, scores
         # Only rows that a filter has left.
