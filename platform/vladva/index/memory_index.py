@@ -101,7 +101,7 @@ class MemoryIndex:
         return [to_hit(row, float(score)) for row, score in zip(found, scores[best], strict=True)]
 
     def _probe(self, query_D: np.ndarray, nprobes: int, ids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and scores of the nearest partitions; partitions that are neighbours in the matrix are taken together."""
+        """Rows and scores of the nearest partitions; neighbours in the matrix are taken together."""
         # The nearest partitions, in the order of the matrix.
         chosen = np.sort(np.argsort(-self.centroids.similarity(query_D))[:nprobes])
         # Runs of partitions that follow one another: each begins at a row of `firsts` and ends before one of `lasts`.
