@@ -91,6 +91,8 @@ def main() -> None:
         f"{summary.embedded:,} now, {summary.repeated:,} repeats, {summary.skipped:,} from before, "
         f"{summary.quarantined:,} quarantined"
     )
+    if summary.cleaned:
+        print(f"{summary.cleaned:,} captions cleaned of marks and control characters")
     if summary.halvings:
         times = "once" if summary.halvings == 1 else f"{summary.halvings} times"
         print(f"{times} there was no memory for a batch, and it was halved: a smaller --batch-size would be faster")

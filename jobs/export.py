@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from vladva.core.cli import user_errors
+from vladva.core.cli import local_folder, location, user_errors
 from vladva.export.checkpoint import DTYPES
 from vladva.export.pipeline import EXPORT_FORMS
 
@@ -28,14 +27,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         prog="jobs/export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="RUN_OR_MODEL", help="run or checkpoint folder, `tiny` or Hugging Face name")
-    parser.add_argument("--out", required=True, type=Path, help="new folder for the exported model")
+    parser.add_argument("--out", required=True, type=local_folder, help="new folder for the exported model")
     parser.add_argument("--to", choices=EXPORT_FORMS, default="sentence-transformers", help="what to write")
     parser.add_argument("--layers", type=int, metavar="K", help="keep K layers, and embed from the last of them")
     parser.add_argument("--dimensions", type=int, metavar="D", help="cut embeddings to D numbers; trained for")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights")
     parser.add_argument("--name", default="", help="of the model in its card (default: the folder's)")
     parser.add_argument("--licence", default="", help="of the base model, by the Hub's short name, e.g. apache-2.0")
-    parser.add_argument("--scores", default="", metavar="URI", help="scores.json of jobs/evaluate.py, for the card")
+    parser.add_argument(
+        "--scores", type=location, default="", metavar="URI", help="scores.json of jobs/evaluate.py, for the card"
+    )
     parser.add_argument("--push", default="", metavar="USER/NAME", help="upload to the Hub as this, private")
     parser.add_argument("--public", action="store_true", help="with --push: for everybody to see")
     return parser.parse_args(arguments)

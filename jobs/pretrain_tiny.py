@@ -14,13 +14,14 @@ import argparse
 import os
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
+
+from vladva.core.cli import local_folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out", type=Path, default=Path(".vladva/tiny"), help="folder of the checkpoint and the weights"
+        "--out", type=local_folder, default=".vladva/tiny", help="folder of the checkpoint and the weights"
     )
     parser.add_argument(
         "--tower-steps", type=int, default=1500, help="steps of the vision tower alone, 128 images each"

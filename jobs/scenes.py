@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from vladva.core.cli import user_errors
+from vladva.core.cli import location, user_errors
 
 SCENES, TRIPLETS = ".vladva/scenes", ".vladva/triplets"
 
@@ -29,7 +29,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--test", type=int, default=1_000, help="held-out images")
     parser.add_argument("--negatives", type=int, default=250, help="hard negatives of each of the seven kinds")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.out = location(options.out or (TRIPLETS if options.triplets else SCENES))
+    return options
 
 
 @user_errors
@@ -42,13 +44,12 @@ def main() -> None:
     from vladva.core.shared_path import refuse_temporary
     from vladva.data.scenes.corpus import write_scenes, write_triplets
 
-    refuse_temporary("--out", options.out or SCENES)
+    out = options.out
+    refuse_temporary("--out", out)
     if options.triplets:
-        out = options.out or TRIPLETS
         write_triplets(out, count=options.train, seed=options.seed)
         print(f"{out}: {options.train:,} triplets. Next: jobs/train.py tiny_e5_v --data.uri {out}")
         return
-    out = options.out or SCENES
     with Progress("drawing", options.train + options.test) as progress:
         write_scenes(
             out,

@@ -13,7 +13,7 @@ import argparse
 import sys
 
 from vladva.config import RunConfig
-from vladva.core.cli import user_errors
+from vladva.core.cli import location, user_errors
 from vladva.recipes import parse_recipe
 
 
@@ -23,9 +23,12 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser.add_argument("--extend", action="store_true", help="go on with a run to more --train.steps than it had")
     parser.add_argument("--dry-run", action="store_true", help="say how much memory each worker needs, and stop")
     parser.add_argument(
-        "--price", metavar="FILE", default="", help="with --dry-run: also GPU-hours and cost, by a list of prices "
-        "(cluster/prices.yaml)",
-    )  # fmt: skip
+        "--price",
+        type=location,
+        metavar="FILE",
+        default="",
+        help="with --dry-run: also GPU-hours and cost, by a list of prices (cluster/prices.yaml)",
+    )
     parser.add_argument("--price-items", metavar="N", type=int, default=1_000_000, help="to embed, for --price")
     options, rest = parser.parse_known_args(arguments)
     if options.price and not options.dry_run:

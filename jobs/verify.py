@@ -26,7 +26,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--data", type=location, required=True, help="folder or s3://... of the shards that training reads"
     )
     parser.add_argument("--url", default="", help="of a server, e.g. http://127.0.0.1:8000; its key in VLADVA_API_KEY")
-    parser.add_argument("--out", default=".vladva/verify", help="folder or s3://... for the table that the job writes")
+    parser.add_argument(
+        "--out",
+        type=location,
+        default=".vladva/verify",
+        help="folder or s3://... for the table that the job writes",
+    )
     parser.add_argument("--samples", type=int, default=32, help="images, and as many captions")
     parser.add_argument("--dtype", default="float32", choices=list(TOLERANCE), help="of the model here")
     parser.add_argument("--tolerance", type=float, help="that passes (float32: 1e-5, bfloat16: 0.02)")

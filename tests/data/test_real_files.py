@@ -203,6 +203,7 @@ def test_one_latin_1_byte_in_a_folder_of_captions_costs_one_sample_and_is_named(
     assert (again.written, again.notes) == (0, prepared.notes)
     items = embedded(tmp_path / "in")
     assert [item["text"] for item in items if item["kind"] == "text"] == ["a cat", "a cow"]
+    assert [item.get("cleaned") for item in items if item["kind"] == "text"] == [1, 1]
     [bad] = [item for item in items if item["kind"] == "rejected"]
     assert "b.txt, line 2: " in bad["text"]
 
@@ -214,6 +215,7 @@ def test_a_file_of_texts_loses_no_line_to_another(tmp_path: Path) -> None:
         ("texts.txt#0", "text"), ("texts.txt#1", "rejected"), ("texts.txt#3", "text"), ("texts.txt#4", "text")
     ]  # fmt: skip
     assert [row["text"] for row in rows if row["kind"] == "text"] == ["one", "t\nwo", "three \n lines"]
+    assert [row.get("cleaned") for row in rows if row["kind"] == "text"] == [None, 1, 1]
     assert rows[1]["text"].startswith("caption is not UTF-8: ")
     (tmp_path / "texts.txt").write_text("one\r\ntwo\r\n", encoding="utf-16", newline="")
     assert [row["text"] for row in text_items(str(tmp_path / "texts.txt"))] == ["one", "two"]

@@ -64,7 +64,11 @@ def test_arguments_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [location(each) for each in ("", "a/b", "s3://a/b", "/a")] == ["", f"{tmp_path}/a/b", "s3://a/b", "/a"]
     from jobs.embed import parse as parse_embed
     from jobs.evaluate import parse as parse_evaluate
+    from jobs.export import parse as parse_export
     from jobs.prepare import parse as parse_prepare
+    from jobs.scenes import parse as parse_scenes
+    from jobs.train import parse as parse_train
+    from jobs.verify import parse as parse_verify
 
     embed = parse_embed(["tiny", "--data", "a", "--out", "b", "--images", "c"])
     assert (embed.data, embed.out, embed.images) == (f"{tmp_path}/a", f"{tmp_path}/b", f"{tmp_path}/c")
@@ -72,6 +76,14 @@ def test_arguments_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (evaluate.data, evaluate.out) == (f"{tmp_path}/.vladva/scenes", f"{tmp_path}/.vladva/evaluation")
     prepare = parse_prepare(["a", "--out", "b", "--captions-from", "c", "--join-on", "d"])
     assert (prepare.source, prepare.out, prepare.captions_from) == tuple(f"{tmp_path}/{name}" for name in "abc")
+    assert parse_scenes(["--out", "a"]).out == f"{tmp_path}/a"
+    assert [parse_scenes(kind).out for kind in ([], ["--triplets"])] == [
+        f"{tmp_path}/.vladva/{name}" for name in ("scenes", "triplets")
+    ]
+    export = parse_export(["tiny", "--out", "a", "--scores", "b"])
+    assert (export.out, export.scores) == (tmp_path / "a", f"{tmp_path}/b")
+    assert parse_verify(["tiny", "--data", "a"]).out == f"{tmp_path}/.vladva/verify"
+    assert parse_train(["tiny", "--dry-run", "--price", "a"])[0].price == f"{tmp_path}/a"
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from vladva.core.errors import refusal
 from vladva.core.quiet import be_quiet, is_verbose
@@ -53,6 +54,11 @@ def location(argument: str) -> str:
         return storage.absolute(argument) if argument else ""
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def local_folder(argument: str) -> Path:
+    """`type` of an argument that is a folder of this machine."""
+    return Path(argument).absolute()
 
 
 def _line_of(error: Exception) -> str | None:

@@ -75,6 +75,11 @@ def decode_json(data: bytes) -> Any:
     return json.loads(data.decode(json.detect_encoding(data), "surrogateescape"))
 
 
+def lost_more_than_space(text: str, clean: str) -> bool:
+    """Whether cleaning took marks or control characters out of a text, or changed its line ends."""
+    return clean != text and clean != text.strip()
+
+
 def clean_captions(texts: Iterable[str], changed: Counter[str] | None = None) -> list[str]:
     """Clean texts without empty ones, each once; `changed` counts those that had more than space taken away.
 
@@ -83,7 +88,7 @@ def clean_captions(texts: Iterable[str], changed: Counter[str] | None = None) ->
     cleaned = []
     for text in texts:
         clean = clean_text(text)
-        if changed is not None and clean != text and clean != text.strip():
+        if changed is not None and lost_more_than_space(text, clean):
             changed["caption cleaned of marks and control characters"] += 1
         if clean:
             cleaned.append(clean)

@@ -88,6 +88,11 @@ def make_batches(items: pa.Table, *, settings: BatchingConfig) -> Iterator[pa.Ta
     if "image" not in items.column_names:
         items = items.append_column("image", pa.nulls(len(items), pa.binary()))
     fresh = items.filter(pa.array(~settings.known.are_done(items)))
+    if "cleaned" in fresh.column_names:
+        cleaned = pc.sum(fresh["cleaned"]).as_py() or 0
+        fresh = fresh.drop_columns(["cleaned"])
+        if cleaned:
+            yield _row(None, settings, cleaned=cleaned)
     for kind, size, prepare in ("text", WINDOW, _texts), ("image", IMAGES_AT_ONCE, _images):
         rows = fresh.filter(pc.equal(fresh["kind"], kind))
         for first in range(0, len(rows), size):
@@ -211,10 +216,14 @@ def _without(
 
 
 def _row(
-    batch: PreparedBatch | None, settings: BatchingConfig, bad: Sequence[dict[str, Any]] = (), repeated: int = 0
+    batch: PreparedBatch | None,
+    settings: BatchingConfig,
+    bad: Sequence[dict[str, Any]] = (),
+    repeated: int = 0,
+    cleaned: int = 0,
 ) -> pa.Table:
     data = None if batch is None else pickle.dumps(batch, protocol=5)
-    report: dict[str, Any] = {"repeated": repeated}
+    report: dict[str, Any] = {"repeated": repeated, "cleaned": cleaned}
     reject(settings.uris, bad, report)
     return pa.table({"batch": pa.array([data], pa.large_binary()), "report": [json.dumps(report)]})
 

@@ -9,6 +9,7 @@ Every corpus gives a Ray data set of the same columns: a row is an image or a te
     offset, length  the image's bytes in that file; in Parquet: row, and 0; of a whole file of unknown size: 0, and -1
     crc32           checksum of the bytes, where the scan of the shards has left one
     image           bytes, where they came along; otherwise `read_images` fetches them, for those items that need it
+    cleaned         captions of the sample that lost more than space around them, on the first of its texts
 
 What is named in a source and cannot be delivered is an item too, of the kind "rejected": its `text` says why.
 """
@@ -25,7 +26,7 @@ import pyarrow as pa
 from vladva.core import storage
 from vladva.core.errors import InvalidSampleError
 from vladva.core.ray_tasks import collect, submit
-from vladva.core.text import UTF_16, clean_text, text_lines
+from vladva.core.text import UTF_16, clean_text, lost_more_than_space, text_lines
 from vladva.data.columns import IMAGE_COLUMNS, choose_image_column
 from vladva.data.image_refs import ImageRef, fetch_images
 from vladva.data.source import SourceOptions, open_source
@@ -46,6 +47,7 @@ ITEM = pa.schema(
         *[(name, pa.string()) for name in ("id", "kind", "text", "caption", PLACE[0])],
         *[(name, pa.int64()) for name in PLACE[1:]],
         ("image", pa.binary()),
+        ("cleaned", pa.int64()),
     ]
 )
 
@@ -137,7 +139,7 @@ def _shards(
 ) -> Corpus:
     """WebDataset shards, by their index: only images are read from the shards themselves."""
     from vladva.data.scan import scan
-    from vladva.data.shard_index import ShardIndex
+    from vladva.data.shard_index import ShardIndex, quarantine_uri, read_manifest
 
     index_is_there = storage.exists(storage.join(uri, "_index", "manifest.json"))
     if count_tokens and not (index_is_there and set(ShardIndex.open(uri).shards) == shards):
@@ -147,7 +149,12 @@ def _shards(
     pieces = [(first, min(ROWS_PER_READ, total - first)) for first in range(0, total, ROWS_PER_READ)]
     read = partial(_shard_items, index, tuple(kinds))
     per_sample = len(next(read(*pieces[0]))) / pieces[0][1]
-    return Corpus(uri, item_dataset(pieces, read, ITEM), round(total * per_sample), told)
+    manifest = read_manifest(index.index_uri) or {}
+    bad = [f"not embedded: {count:,} x {reason}" for reason, count in manifest.get("reasons", {}).items()]
+    if bad:
+        bad.append(f"the samples that are not embedded: {quarantine_uri(index.index_uri)}")
+    notes = [f"in the shards: {count:,} x {note}" for note, count in manifest.get("notes", {}).items()]
+    return Corpus(uri, item_dataset(pieces, read, ITEM), round(total * per_sample), [*told, *bad, *notes])
 
 
 def _shard_items(index: ShardIndex, kinds: Sequence[str], first: int, count: int) -> Iterator[list[dict[str, Any]]]:
@@ -184,21 +191,26 @@ def _count_lines(uri: str, blocks: Sequence[tuple[int, int]]) -> list[tuple[int,
     return counts
 
 
-def _some_items(uri: str, first: int, length: int, number: int) -> Iterator[list[dict[str, str]]]:
+def _some_items(uri: str, first: int, length: int, number: int) -> Iterator[list[dict[str, Any]]]:
     items = text_items(uri, first, length, number)
     for start in range(0, len(items), 16 * ROWS_PER_READ):
         yield items[start : start + 16 * ROWS_PER_READ]
 
 
-def text_items(uri: str, first: int = 0, length: int | None = None, number: int = 0) -> list[dict[str, str]]:
+def text_items(uri: str, first: int = 0, length: int | None = None, number: int = 0) -> list[dict[str, Any]]:
     """The items of the lines that begin in a block of a file (by default all of it), before which `number` lines are.
 
     Empty lines are left out, and keep their number; those that are no UTF-8 are rejected.
     """
     name = uri.rpartition("/")[2]
     length = storage.file_info(uri).size if length is None else length
-    items = [(line, _item(text)) for line, text in enumerate(_lines(uri, first, length), start=number)]
-    return [{"id": f"{name}#{line}", "kind": item[0], "text": item[1]} for line, item in items if item]
+    items: list[dict[str, Any]] = []
+    for place, line in enumerate(_lines(uri, first, length), start=number):
+        if found := _item(line):
+            kind, text = found
+            cleaned = {"cleaned": 1} if isinstance(line, str) and lost_more_than_space(line, text) else {}
+            items.append({"id": f"{name}#{place}", "kind": kind, "text": text, **cleaned})
+    return items
 
 
 def _item(line: str | InvalidSampleError) -> tuple[str, str] | None:

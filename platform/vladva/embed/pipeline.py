@@ -48,6 +48,7 @@ class EncodeSummary:
     repeated: int  # the same text or image as another item, whose embedding they got
     skipped: int  # had an embedding before
     quarantined: int
+    cleaned: int  # captions that lost marks or control characters, of those embedded now
     halvings: int  # how often a batch was halved, because there was no memory for all of it
     rows: int  # in the table
     tokens: int
@@ -79,7 +80,7 @@ def encode(
 
     out_uri: the table; or layer -> its table, for several layers of the model in one pass.
     items: columns id, kind ("image" or "text"), image (bytes; null for texts), text (null for images); all but
-        `image` are carried into the table, which holds each (id, kind) once.
+        `image` and `cleaned` (a number that is summed up) are carried into the table, which holds each (id, kind) once.
     actors: how many hold the model, or the (least, most) of a pool that grows and shrinks with the load.
     read_images: gives the bytes of images whose `image` is null.
     corpus: noted in the table: where the images can be found again.
@@ -206,7 +207,8 @@ class Run:
     """Counts of a run, from the reports of its batches."""
 
     def __init__(self, max_bad_fraction: float) -> None:
-        self.counts = dict.fromkeys(("embedded", "images", "repeated", "skipped", "tokens", "bad", "halvings"), 0)
+        names = ("embedded", "images", "repeated", "skipped", "tokens", "bad", "cleaned", "halvings")
+        self.counts = dict.fromkeys(names, 0)
         self.last_bad = ""
         self.quarantined = 0  # in the end: repeats of bad items are bad too
         self.max_bad_fraction = max_bad_fraction
@@ -257,6 +259,7 @@ class Run:
             repeated=counts["repeated"] - (self.quarantined - counts["bad"]),
             skipped=counts["skipped"],
             quarantined=self.quarantined,
+            cleaned=counts["cleaned"],
             halvings=counts["halvings"],
             rows=rows,
             tokens=counts["tokens"],

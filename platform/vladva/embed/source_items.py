@@ -53,10 +53,12 @@ def _entry_items(
 ) -> list[dict[str, Any]]:
     """The items of an entry; its image only where the image is not among those `seen`, to which it is added."""
     captions: list[str] = []
+    cleaned: Counter[str] = Counter()
     items = []
     if source.format != "class_folders":  # their names tell training which images belong together, nothing more
         try:
-            captions = clean_captions([*read_caption_files(source.images_uri, entry), *entry.captions])
+            written = [*read_caption_files(source.images_uri, entry), *entry.captions]
+            captions = clean_captions(written, cleaned)
         except InvalidSampleError as problem:
             items.append(_rejected(f"{entry.id}, captions", problem.reason, problem.detail))
     row_name = item_id(source, entry)
@@ -70,7 +72,10 @@ def _entry_items(
         seen.add(place["id"])
         items += sample_items(place, captions, ["image"], image)
     if "text" in kinds:
-        items += sample_items(place | {"id": row_name}, captions, ["text"])
+        texts = sample_items(place | {"id": row_name}, captions, ["text"])
+        if texts and cleaned:
+            texts[0]["cleaned"] = cleaned.total()
+        items += texts
     return items
 
 
