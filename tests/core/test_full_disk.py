@@ -4,20 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.index.test_index import write_table
 from tests.support.checkpoints import build_llava
 from tests.support.full_disk import resize_disk, small_disk
+from tests.support.shards import image
+from tests.support.without_ray import count_words
 from vladva.config import ClusterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from vladva.core.cli import user_errors
+from vladva.index.build import build_index
+from vladva.index.vector_index import open_index
 from vladva.models import checkpoint
+from vladva.prepare.pipeline import prepare
 from vladva.train.audit import audit
 from vladva.train.launch import train
 from vladva.train.tracking import read_metrics
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLADVA_TRACEBACK", raising=False)
 
 
 def size_of(folder: Path) -> int:
@@ -38,9 +51,8 @@ def refused(job: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> st
 
 
 def test_training_goes_on_when_there_is_room_again(
-    ray_cluster: None, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ray_cluster: None, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("VLADVA_TRACEBACK", raising=False)
     model = ModelConfig(build_llava(tmp_path / "llava"), lora_rank=16)
     data = DataConfig(str(scenes / "train"), run_length=2)
     options = TrainConfig(steps=6, global_batch=8, chunk_size=4, checkpoint_every=1, keep_last=10, audit=True)
@@ -60,3 +72,56 @@ def test_training_goes_on_when_there_is_room_again(
         losses = [row["loss"] for row in read_metrics(run.uri)]
         assert losses == pytest.approx([row["loss"] for row in read_metrics(whole.uri)], rel=1e-4)
         assert audit(run.uri).ok
+
+
+def test_preparing_goes_on_when_there_is_room_again(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(40):
+        (tmp_path / f"images/{number:03d}.png").write_bytes(image(size=(96, 96), seed=number))
+        (tmp_path / f"images/{number:03d}.txt").write_text(f"image {number}")
+
+    def job(out: Path) -> object:
+        return prepare(str(tmp_path / "images"), str(out), count_words, samples_per_shard=8)
+
+    job(tmp_path / "whole")
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*.tar")}
+    assert len(expected) == 5
+    with small_disk(tmp_path / "disk", int(size_of(tmp_path / "whole") * 0.5)) as disk:
+        assert f"{disk}/out" in refused(lambda: job(disk / "out"), capsys)
+        assert not (disk / "out/_index/manifest.json").exists()
+        # What is under its last name is whole.
+        kept = {path.name: path.read_bytes() for path in (disk / "out").glob("*.tar")}
+        assert kept.items() <= expected.items()
+        resize_disk(disk, 64 << 20)
+        job(disk / "out")
+        assert {path.name: path.read_bytes() for path in (disk / "out").glob("*.tar")} == expected
+        assert (disk / "out/_index/manifest.json").exists()
+
+
+@pytest.mark.parametrize("share", [0.3, 0.85, 0.97])  # it fills with the rows, the partitions, the columns
+def test_indexing_goes_on_when_there_is_room_again(
+    share: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vectors_ND = np.random.default_rng(0).standard_normal((3000, 64)).astype(np.float32)
+    vectors_ND /= np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+    table = write_table(tmp_path / "table", vectors_ND)
+    old = write_table(tmp_path / "old", vectors_ND[:5])
+    build_index(table, str(tmp_path / "whole"), exact_below=1000)
+    with small_disk(tmp_path / "disk", 64 << 20) as disk:
+        job = partial(build_index, table, f"{disk}/index", exact_below=1000)
+        build_index(old, f"{disk}/index")
+        before = open_index(f"{disk}/index")
+        resize_disk(disk, size_of(disk) + int(size_of(tmp_path / "whole") * share))
+        assert f"error: {disk}/index: No space left on device." in refused(job, capsys)
+        # The rows of the new version may be there, but not what it takes to find them: the old one is the newest.
+        found = open_index(f"{disk}/index")
+        assert (found.version, found.num_rows) == (before.version, 5)
+        before.refresh()
+        assert before.num_rows == 5
+        resize_disk(disk, 64 << 20)
+        built = job()
+        assert (built.num_rows, built.settings.index_type) == (3000, "IVF_SQ")
+        before.refresh()
+        assert before.version == open_index(f"{disk}/index").version == built.version

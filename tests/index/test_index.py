@@ -358,6 +358,44 @@ def test_versions_and_tags_stay_as_they_were(tmp_path: Path) -> None:
         open_index(index, version="nothing")
 
 
+def test_a_build_that_is_not_done_is_not_the_newest_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri, vectors_ND = str(tmp_path / "index"), np.eye(8, dtype=np.float32)
+    table = write_table(tmp_path / "table", vectors_ND)
+    (tmp_path / "index/_versions").mkdir(parents=True)  # all that is left of a build that has just begun
+
+    def interrupted() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(build, "tune", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                build_index(table, uri)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        interrupted()
+        with pytest.raises(ValueError, match=r"holds an index whose build is not done; run jobs/index\.py again"):
+            open_index(uri)
+    built = build_index(write_table(tmp_path / "first", vectors_ND[:3]), uri)
+    index = open_index(uri)
+    interrupted()
+    index.refresh()
+    assert (index.version, index.num_rows) == (built.version, 3)
+    assert open_index(uri).version == built.version
+    unfinished = index.dataset.latest_version
+    with pytest.raises(ValueError, match=f"holds a version {unfinished} whose build is not done"):
+        open_index(uri, version=unfinished)
+    with pytest.raises(ValueError, match="is being built anew, or that was interrupted"):
+        index.upsert(rows_of(vectors_ND[[0]], [9]))
+    with pytest.raises(ValueError, match="is being built anew"):
+        index.delete(["r0"])
+    assert build_index(table, uri).num_rows == 8
+    index.refresh()
+    assert index.num_rows == 8
+    index.upsert(rows_of(vectors_ND[[0]], [9]))
+    assert index.num_rows == 9
+
+
 def test_in_memory_no_less_is_found_and_the_scores_are_the_same(tmp_path: Path) -> None:
     vectors_ND = clustered(4000)
     build_index(write_table(tmp_path / "table", vectors_ND[:3900]), str(tmp_path / "index"), exact_below=1000)

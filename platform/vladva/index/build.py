@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Literal
 import pyarrow as pa
 
 from vladva.core import storage
+from vladva.core.errors import refused
 from vladva.core.ray_tasks import collect, submit
 from vladva.core.storage import join
 from vladva.embed.table import TableManifest, open_table, rows_of_file, sample_rows, schema_of
 from vladva.index.ivf import IndexType
 from vladva.index.searcher import EXACT_BELOW, SearchSettings
 from vladva.index.tuning import CANDIDATES_GRID, NUM_QUERIES, TARGET_RECALL, sample_queries, tune
-from vladva.index.vector_index import VectorIndex, lance_options, open_index, planned
+from vladva.index.vector_index import VectorIndex, lance_options, newest_whole, planned
 
 if TYPE_CHECKING:
     import lance
@@ -66,22 +67,53 @@ def build_index(
     workers: Ray workers that build, each with all cores of its machine, at most MAX_WORKERS; by default one for each
         node of the cluster from PARALLEL_FROM rows on, else none.
 
-    Raises FingerprintMismatch, and ValueError for a table without rows of the kind or with unknown columns.
+    Raises FingerprintMismatch, ValueError for a table without rows of the kind or with unknown columns, and
+    StorageRefusedError where the index cannot be written: the version that was there stays the newest one.
     """
     began = time.monotonic()
     if index_type not in ("exact", *CANDIDATES_GRID):
         raise ValueError(f"index_type is {index_type!r}; use one of exact, {', '.join(CANDIDATES_GRID)}")
     manifest = open_table(table_uri)
-    if storage.exists(join(index_uri, "_versions")) and not replace:
-        open_index(index_uri, fingerprint=manifest.fingerprint)
+    if storage.exists(join(index_uri, "_versions")) and not replace and (there := newest_whole(index_uri)):
+        VectorIndex(there).check(manifest.fingerprint)
     if workers is None:
         workers = cluster_nodes() if manifest.num_rows >= PARALLEL_FROM else 1
     workers = max(1, min(workers, MAX_WORKERS))
+    plan = SearchSettings(planned=index_type, exact_below=exact_below)
+    try:
+        index = _build(manifest, table_uri, index_uri, kind, filter_columns, plan, workers, recall)
+        tagged = index.tag(tag or f"v{index.version}")
+    except OSError as error:
+        raise refused(error, index_uri) or error from None
+    return IndexSummary(
+        uri=index_uri,
+        version=index.version,
+        tag=tagged,
+        fingerprint=manifest.fingerprint,
+        num_rows=index.num_rows,
+        dimension=manifest.dimension,
+        settings=index.settings,
+        index_bytes=sum(one.total_size_bytes or 0 for one in index.dataset.describe_indices()),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _build(
+    manifest: TableManifest,
+    table_uri: str,
+    index_uri: str,
+    kind: str,
+    filter_columns: Sequence[str],
+    plan: SearchSettings,
+    workers: int,
+    recall: float,
+) -> VectorIndex:
+    """The rows, partitioned as planned if they are many, and measured: a new version of the index."""
     dataset = _write(
         manifest, table_uri, storage.absolute(index_uri), kind, filter_columns, -(-manifest.num_rows // workers)
     )
     rows = dataset.count_rows()
-    settings = planned(dataset, SearchSettings(planned=index_type, exact_below=exact_below), workers)
+    settings = planned(dataset, plan, workers)
     dataset.create_scalar_index("kind", "BITMAP")
     for column in dict.fromkeys(["id", *filter_columns]):
         dataset.create_scalar_index(column, "BTREE")
@@ -89,20 +121,8 @@ def build_index(
     queries = sample_queries(sample_rows(table_uri, 2 * NUM_QUERIES, seed=0))
     conditions = [f"kind = '{one}'" for one in ("image", "text")]
     wheres = [None, *(where for where in conditions if 0 < dataset.count_rows(where) < rows)]
-    settings = tune(dataset, settings, queries, wheres, recall)
-    settings.keep(dataset)
-    index = VectorIndex(dataset)
-    return IndexSummary(
-        uri=index_uri,
-        version=index.version,
-        tag=index.tag(tag or f"v{index.version}"),
-        fingerprint=manifest.fingerprint,
-        num_rows=rows,
-        dimension=manifest.dimension,
-        settings=settings,
-        index_bytes=sum(one.total_size_bytes or 0 for one in dataset.describe_indices()),
-        seconds=time.monotonic() - began,
-    )
+    tune(dataset, settings, queries, wheres, recall).keep(dataset)
+    return VectorIndex(dataset)
 
 
 def _write(

@@ -56,6 +56,11 @@ class SearchSettings:
         settings = cls(**kept)
         return settings if effort is None else settings.with_candidates(effort)
 
+    @classmethod
+    def are_kept(cls, dataset: lance.LanceDataset) -> bool:
+        """Whether a data set has settings: a build keeps them last, so without them it is not done."""
+        return b"vladva.search" in (dataset.schema.metadata or {})
+
     def keep(self, dataset: lance.LanceDataset) -> None:
         """Keep the settings with a data set."""
         dataset.update_schema_metadata({"vladva.search": json.dumps(asdict(self))})

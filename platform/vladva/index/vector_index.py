@@ -2,7 +2,8 @@
 
     write the table's rows -> partition and quantise, if they are many -> index columns of filters -> measure -> tag
 
-Every change makes a version; who has opened a version or a tag is never disturbed. searcher.py says how it is searched.
+Every change makes a version; who has opened a version or a tag is never disturbed. Those of a build that is under way,
+or that was interrupted, are not opened: the newest is the newest that is whole. searcher.py says how it is searched.
 """
 
 from __future__ import annotations
@@ -42,7 +43,11 @@ def open_index(uri: str, *, version: int | str | None = None, fingerprint: str |
     if not storage.exists(join(uri, "_versions")):
         raise ValueError(f"{uri} holds no index; build one with jobs/index.py")
     with plain_errors(None):
-        index = VectorIndex(open_dataset(uri, version))
+        dataset = newest_whole(uri) if version is None else open_dataset(uri, version)
+    if dataset is None or not SearchSettings.are_kept(dataset):
+        what = "holds an index" if version is None else f"holds a version {version}"
+        raise ValueError(f"{uri} {what} whose build is not done; run jobs/index.py again if it was interrupted")
+    index = VectorIndex(dataset)
     if fingerprint is not None:
         index.check(fingerprint)
     return index
@@ -110,13 +115,21 @@ class VectorIndex:
         self.searcher.warm(limit)
 
     def _newest(self) -> lance.LanceDataset:
-        """The newest version, with what is in memory of the index already."""
-        return open_dataset(self.dataset.uri, session=self.dataset.session())
+        """The newest version, to be changed, with what is in memory already. Raises ValueError during a build."""
+        newest = open_dataset(self.dataset.uri, session=self.dataset.session())
+        if not SearchSettings.are_kept(newest):
+            raise ValueError(
+                f"the index {self.dataset.uri} is being built anew, or that was interrupted: change it when "
+                "jobs/index.py is done"
+            )
+        return newest
 
     def refresh(self) -> None:
         """See the newest version from now on."""
         if self.dataset.latest_version != self.version:
-            self._open_version(self._newest())
+            newest = newest_whole(self.dataset.uri, self.dataset.session())
+            if newest is not None and newest.version != self.version:
+                self._open_version(newest)
 
     def upsert(self, rows: pa.Table) -> None:
         """Add rows (an embeddings table), in place of those with the same (id, kind). Raises FingerprintMismatch."""
@@ -165,6 +178,21 @@ def open_dataset(
 
     # Absolute: tasks of a cluster, which get the data set, have working directories of their own.
     return lance.dataset(storage.absolute(uri), version=version, storage_options=lance_options(), session=session)
+
+
+def newest_whole(uri: str, session: lance.Session | None = None) -> lance.LanceDataset | None:
+    """The newest version that is whole, not of a build under way or interrupted; None where there is none."""
+    try:
+        newest = open_dataset(uri, session=session)
+    except ValueError:  # the folder of versions was made, and no version in it
+        return None
+    if SearchSettings.are_kept(newest):
+        return newest
+    for version in sorted((one["version"] for one in newest.versions()), reverse=True):
+        older = open_dataset(uri, version, session)
+        if SearchSettings.are_kept(older):
+            return older
+    return None
 
 
 def lance_options() -> dict[str, str]:
