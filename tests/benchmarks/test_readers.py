@@ -130,6 +130,33 @@ def test_files_without_captions_are_refused() -> None:
         read_captions("nocaps_val.json", as_json([{"image": "val/a.jpg", "img_id": 0}]))
 
 
+COCO = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": "a"}]}
+BROKEN = {
+    "a line without a comma": ("t.txt", b"image,caption\n1.jpg,a\n2.jpg\n", r"t.txt, line 3: expected .* a comma"),
+    "a line without a name": ("t.txt", b"image,caption\n,a\n", "t.txt, line 2: expected an image's name"),
+    "an annotation of no image": (
+        "c.json", as_json(COCO | {"annotations": [*COCO["annotations"], {"image_id": 7, "caption": "b"}]}),
+        "c.json, annotation 1: unknown image",
+    ),
+    "a caption that is null": (
+        "c.json", as_json(COCO | {"annotations": [{"image_id": 1, "caption": None}]}),
+        "c.json, annotation 0: no caption",
+    ),
+    "a row too short": ("t.csv", b'filename,raw\n1.jpg,"[""a""]"\n2.jpg\n', "t.csv, line 3: broken row; 1 cell"),
+    "a list of captions with a number": (
+        "b.json", as_json([{"image": "1.jpg", "caption": ["a", 7]}]), r"b.json, row 0: caption is not text; 7",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_wrong_is_named_by_file_and_line_with_what_was_expected(case: str) -> None:
+    name, content, told = BROKEN[case]
+    with pytest.raises(ValueError, match=told) as refused:
+        read_captions(name, content)
+    assert "\n" not in str(refused.value)
+
+
 def test_bytes_that_are_no_utf_8_are_named_by_file_and_line() -> None:
     with pytest.raises(ValueError, match=r"t.txt, line 3: expected UTF-8"):
         read_captions("t.txt", b"image,caption\n1.jpg,a dog\n2.jpg,No\xebl\n")
@@ -251,6 +278,16 @@ def test_missing_images_are_counted_and_named(tmp_path: Path) -> None:
     (tmp_path / "images/1.png").write_bytes(picture((0, 0, 0)))
     with pytest.raises(ValueError, match=r"Set: expected 3 images .* found 1; missing 2.png, 3.png"):
         pick_images(str(tmp_path), ("images",), ["1.png", "2.png", "3.png"], "Set")
+
+
+def test_a_name_that_two_images_have_is_refused_unless_its_folder_is_given(tmp_path: Path) -> None:
+    for folder, colour in (("train", 0), ("val", 255)):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        (tmp_path / "images" / folder / "0.png").write_bytes(picture((colour, 0, 0)))
+    with pytest.raises(ValueError, match=r"Set: 0.png stands for 2 images \(images/train/0.png, images/val/0.png\)"):
+        pick_images(str(tmp_path), ("images",), ["0.png"], "Set")
+    refs = pick_images(str(tmp_path), ("images",), ["val/0.png", "train/0.png"], "Set")
+    assert read_images(refs) == [picture((255, 0, 0)), picture((0, 0, 0))]
 
 
 def test_labels_of_class_folders_are_sorted(tmp_path: Path) -> None:

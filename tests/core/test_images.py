@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from random import Random
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from tests.support.shards import JPEG, PNG, WEBP, bomb, image, scanned, tar_of
 from vladva.core import errors, images
@@ -107,6 +109,34 @@ def test_a_jpeg_without_its_end_marker_is_taken_if_it_is_whole() -> None:
     assert images.check_image(JPEG[:-2], verify=True).note == "JPEG without end marker"
     with pytest.raises(ValueError, match="corrupt"):
         decode_image(JPEG[: len(JPEG) // 2])
+
+
+def test_of_several_frames_the_first_is_taken_and_counted() -> None:
+    first, second = (Image.new("RGB", (16, 8), colour) for colour in ("red", "blue"))
+    for kind in ("GIF", "PNG", "WEBP", "TIFF", "MPO", "AVIF"):
+        data = encoded(first, kind, save_all=True, append_images=[second])
+        found = np.asarray(decode_image(data)).astype(int)
+        assert np.abs(found - [255, 0, 0]).max() <= 5, kind
+        assert images.check_image(data, verify=True).note == "several frames, the first is taken", kind
+        assert images.check_image(encoded(first, kind), verify=True).note == "", kind
+
+
+@pytest.mark.parametrize("metadata", [b"tEXt", b"zTXt", b"iTXt", b"iCCP"])
+def test_metadata_larger_than_pillow_reads_costs_no_image(metadata: bytes) -> None:
+    text = b"x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1)
+    packed = zlib.compress(text)
+    body = {
+        b"tEXt": b"Comment\0" + text,
+        b"zTXt": b"Comment\0\0" + packed,
+        b"iTXt": b"Comment\0\1\0\0\0" + packed,
+        b"iCCP": b"profile\0\0" + packed,
+    }[metadata]
+    chunk = struct.pack(">I", len(body)) + metadata + body + struct.pack(">I", zlib.crc32(metadata + body))
+    header = len(b"\x89PNG\r\n\x1a\n") + 25
+    for place in (header, len(PNG) - 12):  # before the pixels, and after them
+        data = PNG[:place] + chunk + PNG[place:]
+        np.testing.assert_array_equal(np.asarray(decode_image(data)), np.asarray(decode_image(PNG)))
+        assert images.check_image(data, verify=True)[:2] == (60, 60)
 
 
 def test_a_side_is_at_most_so_many_times_the_other() -> None:
