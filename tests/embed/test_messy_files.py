@@ -191,7 +191,9 @@ def test_training_jobs_and_server_give_the_model_the_same(
 def test_jobs_and_server_give_the_same_embeddings_to_the_bit(
     messy: str, tiny: str, replica: Any, ray_cluster: None, tmp_path: Path
 ) -> None:
+    """Item by item: in batches that are put together differently, sums are rounded differently (1e-8)."""
     count_tokens = Preprocessor(tiny).count_tokens
+    alone = {"actors": 1, "batch_size": 1}
     prepared = prepare(messy, str(tmp_path / "shards"), count_tokens)
     (tmp_path / "tars").mkdir()
     members = {name: image for name, (image, _, _) in MESSY.items()}
@@ -202,7 +204,7 @@ def test_jobs_and_server_give_the_same_embeddings_to_the_bit(
     for name, uri in (("raw", messy), ("prepared", prepared.uri), ("tar", str(tmp_path / "tars"))):
         corpus = open_corpus(uri, count_tokens=count_tokens)
         out = str(tmp_path / name)
-        summary = encode(corpus.items, tiny, out, read_images=corpus.read_images, actors=1, corpus=corpus.uri)
+        summary = encode(corpus.items, tiny, out, read_images=corpus.read_images, corpus=corpus.uri, **alone)
         told.append((summary.cleaned, [remark for remark in corpus.remarks if "cleaned" in remark]))
         table = read_embeddings(str(tmp_path / name))
         rows = table.select(["kind", "text", "caption"]).to_pylist()
@@ -215,7 +217,7 @@ def test_jobs_and_server_give_the_same_embeddings_to_the_bit(
     assert len(set(found[0].values())) == 2 * len(MESSY)
 
     task = find_benchmark("retrieval").read(messy)
-    embedded = embed(tiny, {"retrieval": task}, str(tmp_path / "evaluation"), dtype="float32", actors=1)
+    embedded = embed(tiny, {"retrieval": task}, str(tmp_path / "evaluation"), dtype="float32", **alone)
     evaluated = open_embeddings(embedded.tables[embedded.layer])
     meant = [MESSY[Path(image.uri).name][2] for image in task.images]
     vectors = dict(zip(meant, map(bytes, evaluated.of_images(task.images).astype(np.float32)), strict=True))
@@ -223,7 +225,10 @@ def test_jobs_and_server_give_the_same_embeddings_to_the_bit(
     vectors |= {f"text of {text}": vector for text, vector in zip(task.texts, texts, strict=True)}
     assert vectors == found[0]
 
-    served = asyncio.run(replica.embed(sent_items()))
+    async def answers() -> list[Any]:
+        return [one for item in sent_items() for one in await replica.embed([item])]
+
+    served = asyncio.run(answers())
     names = [*MEANT, *(f"text of {text}" for text in MEANT)]
     assert {name: bytes(one.vector) for name, one in zip(names, served, strict=True)} == found[0]
     # The model in this process, fed with what training is fed with.
