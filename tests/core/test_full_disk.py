@@ -14,7 +14,7 @@ from tests.index.test_index import write_table
 from tests.support.checkpoints import build_llava
 from tests.support.full_disk import resize_disk, small_disk
 from tests.support.shards import image
-from tests.support.without_ray import count_words
+from tests.support.without_ray import count_words, leave_ray_out
 from vladva.config import ClusterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from vladva.core.cli import user_errors
 from vladva.index.build import build_index
@@ -74,9 +74,11 @@ def test_training_goes_on_when_there_is_room_again(
         assert audit(run.uri).ok
 
 
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.97])  # it fills with the first shard, a later one, the index
 def test_preparing_goes_on_when_there_is_room_again(
-    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    share: float, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    leave_ray_out(monkeypatch)
     (tmp_path / "images").mkdir()
     for number in range(40):
         (tmp_path / f"images/{number:03d}.png").write_bytes(image(size=(96, 96), seed=number))
@@ -88,8 +90,8 @@ def test_preparing_goes_on_when_there_is_room_again(
     job(tmp_path / "whole")
     expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*.tar")}
     assert len(expected) == 5
-    with small_disk(tmp_path / "disk", int(size_of(tmp_path / "whole") * 0.5)) as disk:
-        assert f"{disk}/out" in refused(lambda: job(disk / "out"), capsys)
+    with small_disk(tmp_path / "disk", int(size_of(tmp_path / "whole") * share)) as disk:
+        assert f"error: {disk}/out/" in refused(lambda: job(disk / "out"), capsys)
         assert not (disk / "out/_index/manifest.json").exists()
         # What is under its last name is whole.
         kept = {path.name: path.read_bytes() for path in (disk / "out").glob("*.tar")}
