@@ -156,12 +156,17 @@ def of_serving(replica: Any) -> Inputs:
 @pytest.fixture
 def replica(tiny: str) -> Iterator[Any]:
     """What Serve runs in a process of its own."""
+    import torch
+
     from serve.config import ServeArgs
     from serve.deployments.colocated import Colocated
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in an actor of one CPU: with two, sums are rounded differently
     one = Colocated(ServeArgs(model=tiny))
     yield one
     one.engine.close()
+    torch.set_num_threads(threads)
 
 
 def test_training_jobs_and_server_give_the_model_the_same(
