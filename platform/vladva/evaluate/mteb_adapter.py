@@ -1,14 +1,18 @@
 """mteb: our embedders as models of the mteb package, and our scores in the form of its result files.
 
     import mteb
-    from vladva.evaluate.mteb_adapter import MtebEncoder
+    from vladva.evaluate.mteb_adapter import model_meta
 
-    mteb.evaluate(MtebEncoder("RUN_OR_MODEL"), mteb.get_tasks(tasks=["Winoground"]))
+    mteb.evaluate(model_meta("RUN_OR_MODEL"), mteb.get_tasks(tasks=["Winoground"]))
 
-needs `pip install 'vladva[mteb]'`. The result files need nothing: `jobs/evaluate.py` leaves them beside `scores.json`,
-for mteb's `TaskResult.from_disk`. Winoground and SugarCrepe have the names that mteb gives them, and the same protocol
-but for ties (which mteb counts as hits). What mteb scores otherwise (retrieval by nDCG over merged captions, ImageNet
-with one template) or not at all keeps our title, so that nobody takes one for the other.
+needs `pip install 'vladva[mteb]'`, and torchvision, without which mteb loads no model for images; `MtebEncoder(MODEL)`
+in the place of `model_meta(MODEL)` needs none. mteb over HTTP (its `OpenAIAPIEncodeWrapper` and
+`OpenAIAPIRerankWrapper`) against our server gives the same scores, as does `jobs/evaluate.py`.
+
+The result files need nothing: `jobs/evaluate.py` leaves them beside `scores.json`, for mteb's `TaskResult.from_disk`.
+Winoground and SugarCrepe have the names that mteb gives them, and the same protocol but for ties (which mteb counts as
+hits). What mteb scores otherwise (retrieval by nDCG over merged captions, ImageNet with one template) or not at all
+keeps our title, so that nobody takes one for the other.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ import numpy as np
 from vladva.benchmarks.metrics import cosines, unit_rows
 from vladva.core.storage import join, write_json
 from vladva.evaluate.scores import BenchmarkFacts, Scores
+from vladva.models.backbones import without_weights
+from vladva.models.resolve import describe, pin, preprocessor_of
 
 if TYPE_CHECKING:
     from mteb.models.model_meta import ModelMeta
@@ -78,12 +84,20 @@ class MtebEncoder:
     An item of an image and a text gets the sum of its two unit vectors, as mteb's own dual encoders do it.
     """
 
-    def __init__(self, model_name: str, revision: str | None = None, *, device: str | None = None, **_: Any) -> None:
-        """Load a run, checkpoint or model name. Raises ValueError for BLIP-2, whose images have several vectors."""
+    mteb_model_meta: ModelMeta
+
+    def __init__(
+        self, model_name: str, revision: str | None = None, *, device: str | None = None, path: str = "", **_: Any
+    ) -> None:
+        """Load a run, checkpoint or model name: `path`, where mteb calls it something else.
+
+        Raises ValueError for BLIP-2, whose images have several vectors.
+        """
         from vladva.models.embedder import load_embedder
 
+        model_name = path or model_name
         self.embedder = load_embedder(model_name, merge=True, device=device or "cpu")
-        self.name, self.revision = model_name, revision or self.embedder.fingerprint
+        self.mteb_model_meta = model_meta(model_name, revision=revision or self.embedder.fingerprint)
         if self.embedder.description().get("vectors_per_image", 1) > 1:
             raise ValueError(f"{model_name} gives an image several vectors, and mteb takes one; jobs/evaluate.py does")
 
@@ -111,21 +125,44 @@ class MtebEncoder:
 
         return torch.from_numpy(cosines(_rows(embeddings1), _rows(embeddings2)))
 
-    @property
-    def mteb_model_meta(self) -> ModelMeta:
-        """What mteb wants to know of a model."""
-        from mteb.models.model_meta import ModelMeta, ScoringFunction
 
-        known = {
-            "name": f"vladva/{self.name.rstrip('/').rpartition('/')[2]}",
-            "revision": self.revision,
-            "embed_dim": self.embedder.dimension,
-            "languages": ["eng-Latn"],
-            "modalities": ["image", "text"],
-            "framework": ["PyTorch"],
-            "similarity_fn_name": ScoringFunction.COSINE,
-        }
-        return ModelMeta.create_empty(known)
+def model_meta(model: str, **known: Any) -> ModelMeta:
+    """What mteb wants to know of a run, checkpoint or model name, from its files; loading it loads our embedder.
+
+    known: fields of mteb's ModelMeta that no file tells, or tells otherwise: `license`, `release_date`,
+        `training_datasets`, `public_training_data`, `name` (by default `vladva/` and the last part of the path).
+    """
+    from mteb.models.model_meta import ModelMeta, ScoringFunction
+
+    model = pin(model)
+    config, description = describe(model, adapter=True, dtype="float32")
+    dual = description["layer"] is None
+    network = preprocessor_of(config).config
+    parameters = None if dual else sum(each.numel() for each in without_weights(network).parameters())
+    trained, base = description["adapter"] is not None, description["base_model"]
+    found = {
+        "loader": MtebEncoder,
+        "loader_kwargs": {"path": model},
+        "name": f"vladva/{_short_name(model)}",
+        "revision": description["fingerprint"],
+        "embed_dim": description["dimension"],
+        "n_parameters": parameters,
+        "memory_usage_mb": parameters and parameters * 4 / 2**20,
+        "max_tokens": getattr(network.get_text_config(), "max_position_embeddings", None),
+        "languages": ["eng-Latn"],
+        "modalities": ["image", "text"],
+        "framework": ["PyTorch"],
+        "similarity_fn_name": ScoringFunction.COSINE,
+        "use_instructions": not dual,  # as mteb means it: every input stands in a prompt, of all tasks the same
+        "adapted_from": base if trained else None,
+    }
+    return ModelMeta.create_empty(found | known)
+
+
+def _short_name(model: str) -> str:
+    """The name of a run for its checkpoints; of any other model the last part of its name."""
+    run = model.rstrip("/").partition("/checkpoints/")[0]
+    return run.rpartition("/")[2].partition("@")[0]
 
 
 def _rows(embeddings: Any) -> np.ndarray:
