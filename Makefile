@@ -10,7 +10,7 @@ BROWSER  := $(if $(CHROMIUM),,-m "not browser")
 PYTEST   := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test lint format bench rehearse gpu clean
+.PHONY: help install demo check test lint format docs bench rehearse gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,11 @@ lint: $(STAMP)  ## check style, spelling, the direction of imports and types
 format: $(STAMP)  ## rewrite the code as `make lint` wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## the documentation as a site, in build/site; a warning or a link that leads nowhere is an error
+	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict --quiet -f .docs/mkdocs.yml
+	$(PYTEST) tests/test_site.py
 
 bench: $(STAMP)  ## run the side-by-side benchmarks, one after the other; each ends with one line of JSON
 	set -e; for script in $(filter-out tests/bench/gpu.py,$(wildcard tests/bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done

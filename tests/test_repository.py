@@ -21,7 +21,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "platform/vladva"
-FOLDERS = {"platform", "jobs", "serve", "cluster", "tests", ".ci", ".github"}
+FOLDERS = {"platform", "jobs", "serve", "cluster", "tests", ".ci", ".docs", ".github"}
 JOBS = sorted((ROOT / "jobs").glob("[a-z]*.py"))
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 README = (ROOT / "README.md").read_text()
@@ -88,7 +88,7 @@ LONGEST = {"serve": 100}  # lines: routes, options, and the tables of what it ha
 
 
 def test_the_top_folders_say_what_they_hold() -> None:
-    for folder in sorted(FOLDERS - {".ci", ".github"}):
+    for folder in sorted(folder for folder in FOLDERS if not folder.startswith(".")):
         lines = (ROOT / folder / "README.md").read_text().splitlines()
         assert lines[0].startswith("# "), folder
         assert 3 <= len(lines) <= LONGEST.get(folder, 40), f"{folder}/README.md: short, or nobody reads it"
@@ -326,12 +326,25 @@ def test_make_help_lists_every_target() -> None:
     phony = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
     shown = subprocess.run(["make", "help"], cwd=ROOT, text=True, capture_output=True, check=True).stdout
     assert re.findall(r"^  make (\w+) ", shown, re.MULTILINE) == phony
-    assert phony == ["help", "install", "demo", "check", "test", "lint", "format", "bench", "rehearse", "gpu", "clean"]
+    assert phony == [
+        "help",
+        "install",
+        "demo",
+        "check",
+        "test",
+        "lint",
+        "format",
+        "docs",
+        "bench",
+        "rehearse",
+        "gpu",
+        "clean",
+    ]
 
 
 def readme_commands() -> list[str]:
     """The lines of the README's shell blocks, without comments, continuation lines joined."""
-    blocks = re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(?:bash|sh|console)[^\n]*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.partition(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 

@@ -1,4 +1,4 @@
-"""A new benchmark, and a new source format, are one file each: added here to a copy of the tree."""
+"""A new benchmark, and a new source format, are one file each: those of the site's pages, in a copy of the tree."""
 
 from __future__ import annotations
 
@@ -11,16 +11,8 @@ from pathlib import Path
 import pytest
 
 import vladva
+from tests.support.site_pages import file_of_page
 
-BENCHMARK = """
-from vladva.benchmarks.protocols.retrieval import Retrieval
-from vladva.benchmarks.score_columns import TableLayout
-
-BENCHMARK = Retrieval(
-    title="Birds", annotations=("birds/birds.csv",), images=("birds",), cutoffs=(1, 5), source="here", licence="none",
-    table=TableLayout("Birds and bees", 5),
-)
-"""
 SHOW_BENCHMARK = """
 import json, sys
 import numpy as np
@@ -43,25 +35,6 @@ print(json.dumps({
     "change": [change.title, change.rows[0].cells[0].value], "headlines": list(headlines(scores)),
 }))
 """
-FORMAT = '''
-"""Lines of `path: caption`."""
-from vladva.core import storage
-from vladva.data.source import Entry, Rejected, file_by_file as split
-
-TITLE, PRIORITY, OPTIONS = "lines of path: caption", 50, ()
-
-
-def match(files):
-    return files.with_suffix(".captions")
-
-
-def entries(source):
-    for file in source.files:
-        for number, line in enumerate(storage.read_bytes(storage.join(source.uri, file)).decode().splitlines()):
-            path, colon, caption = line.partition(": ")
-            where = f"{file}, line {number + 1}"
-            yield Entry(path, where, path, [caption]) if colon else Rejected(where, where, "broken row", line)
-'''
 SHOW_FORMAT = """
 import json, sys
 from vladva.data.source import SourceOptions, open_source
@@ -81,8 +54,11 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tree")
     ignored = shutil.ignore_patterns("__pycache__", "weights")
     shutil.copytree(Path(vladva.__file__).parent, folder / "vladva", ignore=ignored)
-    (folder / "vladva/benchmarks/tasks/birds.py").write_text(BENCHMARK)
-    (folder / "vladva/data/formats/lines.py").write_text(FORMAT)
+    for page, file in (
+        ("extend/benchmark.md", "vladva/benchmarks/tasks/birds.py"),
+        ("extend/source.md", "vladva/data/formats/lines.py"),
+    ):
+        (folder / file).write_text(file_of_page(page, f"platform/{file}"))
     return folder
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import vladva
+from tests.support.site_pages import file_of_page
 from vladva.config import LossConfig
 from vladva.losses.contrastive import Scalar, find_loss, loss_names
 from vladva.losses.info_nce import InfoNCE
@@ -20,29 +21,7 @@ from vladva.losses.sigmoid import Sigmoid
 
 PACKAGE = Path(vladva.__file__).parent
 
-HINGE = """
-from dataclasses import dataclass
-from vladva.losses.contrastive import ContrastiveLoss, Scalar
-
-
-@dataclass(frozen=True)
-class Hinge(ContrastiveLoss):
-    margin: float = 0.2
-    hardest: bool = False
-
-    def scalars(self):
-        return {"margin": Scalar(self.margin, lowest=0.0, highest=0.21)}
-
-    def __call__(self, pairs, scalars, *, chunk_size=0):
-        similarity = pairs.images @ pairs.texts.T
-        return (similarity - similarity.diagonal()[:, None] + scalars["margin"]).clamp(min=0).mean()
-
-    def block_bytes(self, pairs, texts):
-        return 12345 * pairs
-
-
-LOSS = Hinge
-"""
+PAGE, FILE = "extend/loss.md", "platform/vladva/losses/hinge.py"
 
 # Three steps of the tiny model with the new loss, on two chunks, by the code that trains; then its memory plan.
 PROGRAM = """
@@ -81,9 +60,9 @@ print(json.dumps({
 
 @pytest.mark.slow
 def test_a_new_file_is_a_new_loss(tmp_path: Path) -> None:
-    """The package and one more file: the command line, the step, the clamp, checkpoint names and the memory plan."""
+    """The package and the file of the page: command line, step, clamp, names in checkpoints and the memory plan."""
     shutil.copytree(PACKAGE, tmp_path / "vladva", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "vladva/losses/hinge.py").write_text(HINGE)
+    (tmp_path / "vladva/losses/hinge.py").write_text(file_of_page(PAGE, FILE))
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path.cwd()}"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

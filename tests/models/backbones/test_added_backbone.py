@@ -1,4 +1,4 @@
-"""A family is one file: one is added to a copy of the library, and embeds, trains its adapter and generates."""
+"""A family is one file: that of the site's page is added to a copy of the library; it embeds, trains and generates."""
 
 from __future__ import annotations
 
@@ -12,17 +12,11 @@ from pathlib import Path
 import pytest
 
 import vladva
+from tests.support.site_pages import file_of_page
 from vladva.models.backbones import find_backbone
 
 ROOT = Path(__file__).parents[3]
-BACKBONE = '''"""ViP-LLaVA: as LLaVA-1.5, with features of several layers of the vision tower."""
-
-from dataclasses import replace
-
-from vladva.models.backbones import llava
-
-BACKBONE = replace(llava.BACKBONE, model_class="VipLlavaForConditionalGeneration", packed_decoders=())
-'''
+PAGE, FILE = "extend/backbone.md", "platform/vladva/models/backbones/vipllava.py"
 SHOW = """
 import json, sys
 from pathlib import Path
@@ -67,7 +61,7 @@ def test_a_backbone_is_one_file_of_a_few_lines(tmp_path: Path) -> None:
     package = tmp_path / "tree/vladva"
     ignored = shutil.ignore_patterns("__pycache__", "weights")
     shutil.copytree(Path(vladva.__file__).parent, package, ignore=ignored)
-    (package / "models/backbones/vipllava.py").write_text(BACKBONE)
+    (package / "models/backbones/vipllava.py").write_text(file_of_page(PAGE, FILE))
     environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'tree'}:{ROOT}"}
     command = [sys.executable, "-c", SHOW, str(tmp_path / "checkpoint")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

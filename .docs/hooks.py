@@ -1,0 +1,72 @@
+"""What MkDocs asks while it builds the site: pages that are not written but made.
+
+index.md, folders/*.md   the repository's own Markdown, links included
+commands/VERB.md         a verb: what its file says of itself, and the options that its parser has
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+REPOSITORY = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "folders/contributing.md",
+    "CHANGELOG.md": "folders/changelog.md",
+    **{f"{name}/README.md": f"folders/{name}.md" for name in ("platform", "jobs", "serve", "cluster", "tests")},
+}
+LINK = re.compile(r"\[([^\]]+)\]\(([^)#:]+)\)")  # to a file, not to another host
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """The verbs, for the navigation."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
+    from jobs.__main__ import verbs
+
+    pages = [{f"vladva {verb}": f"commands/{verb}.md"} for verb in verbs()]
+    config.nav = [{"Commands": pages} if entry == {"Commands": "VERBS"} else entry for entry in config.nav or []]
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """The made pages, beside the written ones."""
+    made = {page: with_links_of_the_site(source, page) for source, page in REPOSITORY.items()}
+    made |= verb_pages()
+    for page, content in made.items():
+        files.append(File.generated(config, page, content=content))
+    return files
+
+
+def with_links_of_the_site(source: str, page: str) -> str:
+    """A file of the repository: links to others that are pages lead there, the rest become names of files."""
+
+    def target(found: re.Match[str]) -> str:
+        path = os.path.normpath(Path(source).parent / found[2])
+        if path not in REPOSITORY:
+            return f"{found[1]} (`{path}`)" if found[1] != path else f"`{path}`"
+        return f"[{found[1]}]({os.path.relpath(REPOSITORY[path], Path(page).parent)})"
+
+    return LINK.sub(target, (ROOT / source).read_text())
+
+
+def verb_pages() -> dict[str, str]:
+    """One page a verb."""
+    from jobs.__main__ import verbs
+
+    def page(verb: str) -> str:
+        command = ["-m", "jobs", verb, "help=1" if verb == "serve" else "--help"]
+        environment = os.environ | {"COLUMNS": "100", "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", "NO_COLOR": "1"}
+        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=True)
+        also = "" if verb == "serve" else f"\n\n`jobs/{verb}.py` is the same."
+        return f"# vladva {verb}\n\n{verbs()[verb].capitalize()}.{also}\n\n```text\n{done.stdout.rstrip()}\n```\n"
+
+    with ThreadPoolExecutor(2) as pool:  # each starts a Python
+        return {f"commands/{verb}.md": text for verb, text in zip(verbs(), pool.map(page, verbs()), strict=True)}
