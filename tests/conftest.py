@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,14 @@ import pytest
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+MTEB_TESTS = "evaluate/test_mteb_*.py"
+collect_ignore_glob = [] if find_spec("mteb") else [MTEB_TESTS]
+
+
+def pytest_report_header() -> list[str]:
+    """Say what is left out: mteb needs Python 3.11, vladva does not."""
+    return [f"mteb is not installed: {pattern} is left out" for pattern in collect_ignore_glob]
 
 
 # Tests whose own processes start Ray or a group of training workers; whoever asks for `ray_cluster` needs no line here.

@@ -14,10 +14,14 @@ from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
 import pytest
-import tomllib
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it there
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "platform/vladva"
@@ -191,6 +195,7 @@ def copied(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="import-linter needs Python 3.11")
 def test_imports_run_one_way_and_a_wrong_one_is_seen(copied: Path) -> None:
     assert lint_imports(copied) == []
     for name, (line, _) in PLANTED.items():
