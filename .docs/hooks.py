@@ -63,7 +63,7 @@ def verb_pages() -> dict[str, str]:
 
     def page(verb: str) -> str:
         command = ["-m", "jobs", verb, "help=1" if verb == "serve" else "--help"]
-        environment = os.environ | {"COLUMNS": "100", "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", "NO_COLOR": "1"}
+        environment = os.environ | {"COLUMNS": "80", "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", "NO_COLOR": "1"}
         done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=True)
         also = "" if verb == "serve" else f"\n\n`jobs/{verb}.py` is the same."
         return f"# vladva {verb}\n\n{verbs()[verb].capitalize()}.{also}\n\n```text\n{done.stdout.rstrip()}\n```\n"

@@ -56,9 +56,9 @@ def completions() -> dict[str, Completions]:
 
 
 def help_of(verb: str, *arguments: str) -> str:
-    """What `vladva VERB ... --help` prints, in wide lines."""
+    """What `vladva VERB ... --help` prints, in lines too narrow for columns beside each other."""
     printed, before = io.StringIO(), (sys.argv, os.environ.get("COLUMNS", ""))
-    sys.argv, os.environ["COLUMNS"] = [f"vladva {verb}", *arguments, "--help"], "240"
+    sys.argv, os.environ["COLUMNS"] = [f"vladva {verb}", *arguments, "--help"], "80"
     try:
         with redirect_stdout(printed), suppress(SystemExit):
             importlib.import_module(f"jobs.{verb}").main()

@@ -40,11 +40,12 @@ def complete(script: tuple[str, str], *words: str) -> list[str]:
     shell, text = script
     quoted = " ".join(f"'{word}'" for word in ("vladva", *words))
     asking = f'{text}\nCOMP_WORDS=({quoted}); COMP_CWORD={len(words)}; _vladva; printf "%s\\n" "${{COMPREPLY[@]}}"'
-    if shell == "zsh":  # arrays begin at 1 there, unless it does as ksh, which bashcompinit asks for itself
-        asking = asking.replace("; _vladva;", "; emulate -L ksh; _vladva;")
+    if shell == "zsh":  # arrays begin at 1 there, unless it emulates sh, as bashcompinit has it do
+        asking = asking.replace("; _vladva;", "; emulate sh; _vladva;")
     done = subprocess.run([shell, "-c", asking], text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    offered = done.stdout.split()  # zsh itself leaves out what does not begin as the word does
+    return [each for each in offered if each.startswith(words[-1])] if shell == "zsh" else offered
 
 
 def test_verbs(script: tuple[str, str]) -> None:

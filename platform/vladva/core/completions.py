@@ -27,7 +27,7 @@ def options_of(help_text: str) -> dict[str, tuple[str, ...]]:
         column = OPTION_COLUMN.match(line)
         if column:
             named = re.split(r"\s{2,}", column[1])[0]
-            choices = re.search(r"\{([^}\s]+)\}", named)
+            choices = re.search(r"\{([^}\s]+)\}(?!\|)", named)
             values = tuple(choices[1].split(",")) if choices else ()
             found |= dict.fromkeys(re.findall(r"--[a-z][\w.-]*", named), values)
     return found
@@ -40,7 +40,9 @@ def completion_script(shell: str, command: str, verbs: Mapping[str, Completions]
     """
     if shell not in SHELLS:
         raise ValueError(f"--completions {shell}: there are scripts for {' and '.join(SHELLS)}")
-    lines = ["autoload -U +X bashcompinit && bashcompinit"] if shell == "zsh" else []
+    lines = (
+        ["autoload -U +X compinit && compinit", "autoload -U +X bashcompinit && bashcompinit"] if shell == "zsh" else []
+    )
     lines += [
         f"_{command}() {{",
         "  local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} verb=${COMP_WORDS[1]} words=",
