@@ -41,7 +41,7 @@ format: $(STAMP)  ## rewrite the code as `make lint` wants it
 
 docs: $(STAMP)  ## the documentation as a site, in build/site; a warning or a link that leads nowhere is an error
 	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[docs]'
-	$(BIN)/python -m mkdocs build --strict --quiet -f .docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet -f .docs/mkdocs.yml
 	$(PYTEST) tests/test_site.py
 
 bench: $(STAMP)  ## run the side-by-side benchmarks, one after the other; each ends with one line of JSON

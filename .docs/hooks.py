@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -58,15 +56,15 @@ def with_links_of_the_site(source: str, page: str) -> str:
 
 
 def verb_pages() -> dict[str, str]:
-    """One page a verb."""
-    from jobs.__main__ import verbs
+    """One page a verb; `train` has the settings of a recipe, too, which are the same for all of them."""
+    from jobs.__main__ import help_of, verbs
+    from serve.config import ServeArgs
 
-    def page(verb: str) -> str:
-        command = ["-m", "jobs", verb, "help=1" if verb == "serve" else "--help"]
-        environment = os.environ | {"COLUMNS": "80", "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", "NO_COLOR": "1"}
-        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=True)
+    pages = {}
+    for verb, said in verbs().items():
+        texts = [ServeArgs.listing()] if verb == "serve" else [help_of(verb)]
+        texts += [help_of(verb, "tiny")] if verb == "train" else []
         also = "" if verb == "serve" else f"\n\n`jobs/{verb}.py` is the same."
-        return f"# vladva {verb}\n\n{verbs()[verb].capitalize()}.{also}\n\n```text\n{done.stdout.rstrip()}\n```\n"
-
-    with ThreadPoolExecutor(2) as pool:  # each starts a Python
-        return {f"commands/{verb}.md": text for verb, text in zip(verbs(), pool.map(page, verbs()), strict=True)}
+        blocks = "\n\n".join(f"```text\n{text.strip()}\n```" for text in texts)
+        pages[f"commands/{verb}.md"] = f"# vladva {verb}\n\n{said[0].upper()}{said[1:]}.{also}\n\n{blocks}\n"
+    return pages
