@@ -142,10 +142,10 @@ def training_of(model: str) -> tuple[Training, tuple[int, ...]]:
 def push(folder: Path, repository: str, *, private: bool = True) -> str:
     """Upload an exported folder to the Hugging Face Hub (or what HF_ENDPOINT names); returns the commit's URL.
 
-    Raises ValueError where the Hub refuses: no token, no such namespace.
+    Raises ValueError where the Hub refuses (no token, no such namespace) and where it cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     api = HfApi()
     try:
@@ -156,5 +156,10 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
     except HfHubHTTPError as error:
         raise ValueError(
             f"--push {repository}: the Hub refused ({str(error).splitlines()[0]}); log in with `hf auth login`"
+        ) from error
+    except (HTTPError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"--push {repository}: {api.endpoint} cannot be reached ({reason}); {folder} is kept"
         ) from error
     return str(commit.commit_url)
