@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -272,7 +271,7 @@ class _Padded(Function):
 
 @dataclass(frozen=True)
 class TokenEmbedding:
-    """A token embedding or an LM head [V, D], and the rows [S, D] that PEFT trains instead of those of `soft` [S].
+    """A token embedding or an LM head [V, D], and the rows [S, D] that PEFT trains instead of those of `soft_ids` [S].
 
     PEFT's own forward copies the whole table, and gives it a gradient as large.
     """
@@ -280,11 +279,6 @@ class TokenEmbedding:
     base: Any  # nn.Embedding or nn.Linear: callable, with a weight [V, D]
     soft_ids: tuple[int, ...] = ()
     rows: Tensor | None = None
-
-    @property
-    def soft(self) -> Tensor:
-        """The tokens [S], on the device."""
-        return _on_device(self.soft_ids, self.base.weight.device)
 
     @classmethod
     def of(cls, module: Any) -> TokenEmbedding:
@@ -297,12 +291,6 @@ class TokenEmbedding:
             return cls(base)
         (name,) = adapter.active_adapters
         return cls(base, tuple(adapter.token_indices[name]), adapter.trainable_tokens_delta[name])
-
-
-@lru_cache(maxsize=64)
-def _on_device(ids: tuple[int, ...], device: torch.device) -> Tensor:
-    """Copied once: soft prompts stay the same tokens."""
-    return torch.tensor(ids, device=device)
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,7 @@ class PackedTraining:
         self.depth = model.layer or len(self.language.layers)
         self.layers = [TrainingLayer(layer) for layer in self.language.layers]
         self.last = LastTrainingLayer(self.language.layers[self.depth - 1])
+        self._soft: Tensor | None = None
 
     def __call__(
         self, tokens: dict[str, Tensor], pixels: dict[str, Tensor] | None = None, caption_tokens: int | None = None
@@ -136,9 +137,15 @@ class PackedTraining:
         embeddings_BD, before_KD, targets_K = self.with_captions(tokens, pixels)
         # With trained rows of a tied head, the loss is told them: no copy of the whole head is made.
         head = TokenEmbedding.of(self.model.base.lm_head)
-        replaced = None if head.rows is None else (head.soft, head.rows)
+        replaced = None if head.rows is None else (self.soft(head), head.rows)
         total = cross_entropy_sum(before_KD, head.base.weight, targets_K, replaced=replaced)
         return embeddings_BD, mean_share(total, caption_tokens)
+
+    def soft(self, head: TokenEmbedding) -> Tensor:
+        """The tokens [S] whose rows are trained, on the device: copied once, as they stay the same."""
+        if self._soft is None:
+            self._soft = torch.tensor(head.soft_ids, device=head.base.weight.device)
+        return self._soft
 
     def with_captions(
         self, tokens: dict[str, Tensor], pixels: dict[str, Tensor] | None
