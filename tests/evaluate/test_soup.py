@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from jobs import soup as soup_job
 from tests.support.small_corpora import run_over
 from vladva.config import DataConfig, RunConfig
 from vladva.core import storage
@@ -119,3 +120,12 @@ def test_a_soup_embeds_as_its_mean_does(tmp_path: Path) -> None:
     assert abs(same - one).max() < 1e-6
     assert abs(mean - one).max() > 1e-3
     assert ((mean * one).sum(1) > (one * other).sum(1)).all()  # nearer to each than they are to each other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["one", "--out", "o"], "two checkpoints"), (["a", "b", "--out", "o", "--greedy"], "--data")],
+)
+def test_the_command_says_what_it_needs(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        soup_job.parse(arguments)

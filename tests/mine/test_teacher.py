@@ -21,6 +21,7 @@ from vladva.losses.pairs import TEACHER_NORM, to_teacher_numbers
 from vladva.mine import teacher
 from vladva.models.batch import MicroBatch
 from vladva.train.data_loader import ChunkReader
+from vladva.train.memory_plan import plan_memory
 
 MODEL = {"fingerprint": "0123456789abcdef", "dimension": 6}
 SAMPLES = 70
@@ -122,3 +123,12 @@ def test_a_teacher_without_a_limit_is_refused() -> None:
 
 def _run() -> RunConfig:
     return replace(run_over(DataConfig("data"), "runs"), loss=LossConfig(false_negatives_above=0.9, teacher="tiny"))
+
+
+def test_the_memory_plan_counts_the_vectors() -> None:
+    taught, plain = (plan_memory(run).device for run in (_run(), replace(_run(), loss=LossConfig())))
+    assert taught["teacher's vectors"] > 0
+    assert "teacher's vectors" not in plain
+    assert {name: size for name, size in taught.items() if name in ("weights", "optimizer")} == {
+        name: plain[name] for name in ("weights", "optimizer")
+    }

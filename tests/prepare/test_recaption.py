@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from jobs import prepare as prepare_job
 from tests.support.small_corpora import scan_here
 from vladva.core.images import decode_image
 from vladva.data.scenes.captions import captions
@@ -133,3 +134,8 @@ def test_refusals_before_any_work(data: Path, tiny: str, tmp_path: Path) -> None
     (tmp_path / "pairs.csv").write_text("image,caption\na.png,a\n")
     with pytest.raises(ValueError, match="no tar shards"):
         module.recaption(str(tmp_path / "pairs.csv"), str(tmp_path / "out"), tiny, CONFIG)
+
+
+def test_the_command_captions_shards_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="write them first, with --out"):
+        prepare_job.parse([str(tmp_path), "--recaption", str(tmp_path / "a"), "--out", str(tmp_path / "b")])
