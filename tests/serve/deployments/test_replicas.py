@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 
@@ -9,6 +10,7 @@ import httpx
 import numpy as np
 import ray
 
+from serve.config import ServeArgs
 from tests.support.wire import error_of
 
 
@@ -38,3 +40,36 @@ def test_a_request_survives_the_replica_that_works_on_it(client: httpx.Client) -
 def test_a_text_that_is_too_long_for_the_model_does_not_hurt_it(client: httpx.Client) -> None:
     error_of(client.post("/v1/embeddings", json={"input": "word " * 100_000}), 422, "context_length_exceeded")
     assert client.get("/ready").status_code == 200
+
+
+def test_a_stream_is_answered_by_another_replica_as_long_as_nothing_of_it_is_out(server: str) -> None:
+    """More conversations than a replica has places: those that wait have said nothing when it is killed."""
+    places, streams = ServeArgs().max_conversations, 40
+    body = {"messages": [{"role": "user", "content": "go on"}], "max_tokens": 300, "temperature": 2.0, "stream": True}
+    lines: dict[int, list[str]] = {number: [] for number in range(streams)}
+
+    def ask(number: int) -> None:
+        url = f"{server}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body | {"seed": number}, timeout=120) as response:
+            for line in response.iter_lines():
+                if line:
+                    lines[number].append(line)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(streams)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 60
+    while sum(map(bool, lines.values())) < places // 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    silent = [number for number in range(streams) if not lines[number]]
+    ray.kill(replica_of("Colocated"))
+    for thread in threads:
+        thread.join()
+    assert [number for number in silent if lines[number][-1] == "data: [DONE]"], "none was begun again"
+    broken = [sent for sent in lines.values() if sent[-1] != "data: [DONE]"]
+    assert broken, "no stream was under way when the replica was killed"
+    for sent in broken:  # told in the stream, in the one shape: what is out cannot be taken back
+        events = [json.loads(line.removeprefix("data: ")) for line in sent]
+        assert events[-1]["error"]["code"] == "unavailable"
+        assert any(event["choices"][0]["delta"].get("content") for event in events[:-1])
