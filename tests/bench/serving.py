@@ -264,7 +264,9 @@ async def mixed(url: str, embeddings: int, answers: int) -> dict[str, Any]:
 
         async def client(path: str) -> None:
             while work[path]:
-                status = await send(session, url, path, work[path].pop())
+                body = work[path].pop()
+                while (status := await send(session, url, path, body)) == 429:
+                    await asyncio.sleep(1)  # as it was told to
                 assert status == 200, (path, status)
 
         began = time.perf_counter()
