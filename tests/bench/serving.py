@@ -141,8 +141,8 @@ def timed(work: Callable[[], Coroutine[Any, Any, None]]) -> float:
 # --------------------------------------------------------------------------------------------------------------- bare
 
 
-def bare_rates(checkpoint: str, dtype: str) -> dict[str, float]:
-    """Items per second of the forward at its best batch size, inputs made beforehand."""
+def bare_rates(checkpoint: str, dtype: str) -> dict[str, tuple[float, float]]:
+    """(items per second, CPU seconds of an item) of the forward at its best batch size, inputs made beforehand."""
     import torch
 
     from vladva.models.batch import as_tensors
@@ -155,7 +155,7 @@ def bare_rates(checkpoint: str, dtype: str) -> dict[str, float]:
     rates = {}
     images = random_llava.images(32)
     for kind in ("text", "image"):
-        best = 0.0
+        best = (0.0, 0.0)
         for size in BATCH_SIZES if kind == "text" else BATCH_SIZES[:3]:
             if kind == "text":
                 prompts = [preprocessor.text_prompt(text) for text in random_llava.texts(size)]
@@ -166,12 +166,13 @@ def bare_rates(checkpoint: str, dtype: str) -> dict[str, float]:
             tokens = as_tensors(preprocessor.pad([(prompt, []) for prompt in prompts]), "cpu")
             with torch.inference_mode():
                 embedder.forward(tokens, pixels)
-                seconds = []
+                seconds, used = [], time.process_time()
                 for _ in range(4):
                     began = time.perf_counter()
                     embedder.forward(tokens, pixels)
                     seconds.append(time.perf_counter() - began)
-            best = max(best, size / median(seconds))
+                used = time.process_time() - used
+            best = max(best, (size / median(seconds), used / 4 / size))
         rates[kind] = best
     return rates
 
@@ -355,13 +356,14 @@ def bare_part(server: Server, bare: Any, checkpoint: str, dtype: str, *, seconds
     found: dict[str, Any] = {}
     rates: dict[str, list[float]] = {"text": [], "image": []}
     plain: dict[str, list[float]] = {"text": [], "image": []}
+    model_s: dict[str, float] = {}
     batches: dict[str, list[float]] = {"text": [], "image": []}
     cpu: dict[str, dict[str, float]] = {}
     for kind in rates:
         server.run("closed", kind=kind, clients=CLIENTS, seconds=seconds / 3)  # kernels are compiled
     for _ in range(turns):
-        for kind, value in bare.apply(bare_rates, (checkpoint, dtype)).items():
-            plain[kind].append(value)
+        for kind, (rate, model_s[kind]) in bare.apply(bare_rates, (checkpoint, dtype)).items():
+            plain[kind].append(rate)
         for kind, values in rates.items():
             before, used = server.counters("Colocated"), cpu_seconds()
             result = server.run("closed", kind=kind, clients=CLIENTS, seconds=seconds)
@@ -376,9 +378,8 @@ def bare_part(server: Server, bare: Any, checkpoint: str, dtype: str, *, seconds
         found[f"{kind}s_per_s"] = round(median(values), 1)
         found[f"bare_{kind}s_per_s"] = round(median(plain[kind]), 1)
         found[f"mean_batch_{kind}"] = round(median(batches[kind]), 1)
-        model_ms = THREADS / median(plain[kind]) * 1e3
-        spent = sum(cpu[kind].values()) - model_ms
-        found[f"cpu_ms_per_request_{kind}"] = round(spent, 1)
+        found[f"cpu_ms_per_request_{kind}"] = round(sum(cpu[kind].values()) - model_s[kind] * 1e3, 1)
+        found[f"bare_cpu_ms_{kind}"] = round(model_s[kind] * 1e3, 1)
         found[f"cpu_ms_{kind}"] = {name: round(value, 1) for name, value in cpu[kind].items()}
     return found
 
