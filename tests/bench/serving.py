@@ -406,7 +406,7 @@ def server_parts(parts: list[str], checkpoint: str, dtype: str, *, seconds: floa
     ray.init("local", num_cpus=THREADS * 2, include_dashboard=False, log_to_driver=False, _system_config=NOT_NICE)
     found: dict[str, Any] = {}
     common = {"model": checkpoint, "dtype": dtype}
-    work = {"embeddings": 192, "answers": 24} if checkpoint != "tiny" else {"embeddings": 1500, "answers": 120}
+    work = {"embeddings": 96, "answers": 12} if checkpoint != "tiny" else {"embeddings": 1500, "answers": 120}
     processes = multiprocessing.get_context("spawn")
     with processes.Pool(1) as pool, processes.Pool(1) as bare:
         if "layouts" in parts:
