@@ -9,12 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import ray
 
-from serve.deployments.batch_jobs import NAMESPACE, parse_lines
+from serve.deployments.batch_jobs import parse_lines
 from serve.protocol.batch_files import BatchFiles, new_batch
 from serve.protocol.errors import ApiError
 from serve.protocol.items import Limits
@@ -92,42 +89,6 @@ def test_a_batch_is_embedded_by_the_job(openai_client: OpenAI, client: httpx.Cli
 def read_lines(client: OpenAI, name: str) -> list[dict[str, Any]]:
     """The lines of an output file."""
     return [json.loads(one) for one in client.files.content(name).text.splitlines()]
-
-
-def test_a_killed_batch_goes_on_with_what_it_had(
-    openai_client: OpenAI, client: httpx.Client, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """As its node would die: the actor is killed once some of the vectors are written, and asked after again."""
-    lines = [line(f"{i}", {"input": [f"item {i} {j} {'word ' * (j % 90)}" for j in range(250)]}) for i in range(16)]
-    uploaded = openai_client.files.create(file=("in.jsonl", jsonl(*lines)), purpose="batch")
-    created = openai_client.batches.create(
-        input_file_id=uploaded.id, endpoint="/v1/embeddings", completion_window="24h"
-    )
-    root, parts = tmp_path_factory.getbasetemp(), f"*/batches/{created.id}/**/*.parquet"
-    deadline = time.monotonic() + 300
-    while not (written := list(root.glob(parts))):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    ray.kill(ray.get_actor(created.id, NAMESPACE))
-    for path in written:  # what is used again is known again
-        table = pq.read_table(path)
-        place = table.schema.get_field_index("embedding")
-        turned = pa.array([[-x for x in row] for row in table["embedding"].to_pylist()], table.schema.types[place])
-        pq.write_table(table.set_column(place, table.schema.field(place), turned), path)
-    assert openai_client.batches.retrieve(created.id).status == "in_progress"
-    batch = wait_for(openai_client, created.id)
-    assert batch.request_counts.model_dump() == {"total": 16, "completed": 16, "failed": 0}
-    answers = {one["custom_id"]: one["response"]["body"] for one in read_lines(openai_client, batch.output_file_id)}
-    assert answers.keys() == {f"{i}" for i in range(16)}
-    signs = []
-    for number, sent in enumerate(lines):
-        online = client.post("/v1/embeddings", json=sent["body"]).json()
-        found, expected = (
-            np.array([entry["embedding"] for entry in one["data"]]) for one in (answers[f"{number}"], online)
-        )
-        signs += np.sign((found * expected).sum(axis=1)).tolist()
-        np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-5)
-    assert 0 < signs.count(-1) < len(signs), "all was computed again, or nothing"
 
 
 def test_what_is_no_batch_is_refused(openai_client: OpenAI, client: httpx.Client, strict: httpx.Client) -> None:
