@@ -88,7 +88,7 @@ def test_there_are_no_other_top_level_folders() -> None:
     assert {path.parts[0] for path in tracked() if len(path.parts) > 1} <= FOLDERS
 
 
-LONGEST = {"serve": 100}  # lines: routes, options, and the tables of what it has been through
+LONGEST = {"serve": 125}  # lines: routes, options, and the tables of what it has been through
 
 
 def test_the_top_folders_say_what_they_hold() -> None:
