@@ -36,7 +36,8 @@ class ServeArgs(BaseModel):
     dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="of the model; default: float32, on GPUs that of its run"
     )
-    num_cpus: float = Field(1, ge=0, description="CPUs of a replica")
+    # With two ingress processes, both layouts fit into two CPUs, and so do two replicas of both modes.
+    num_cpus: float = Field(0.9, ge=0, description="CPUs of a replica")
     num_gpus: float | None = Field(
         None, ge=0, description="GPUs of a replica; 0: on the CPU; default: one, where the cluster has any"
     )

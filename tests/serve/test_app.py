@@ -261,6 +261,9 @@ def test_deployments_scale_by_themselves_without_thrashing(
     ingress = deployments["Ingress"]
     assert ingress._deployment_config.num_replicas == 2
     assert ingress.ray_actor_options["num_cpus"] == 0.1  # a node without any CPU, such as a head, gets none
+    counts = {name: 2 if name in ("Ingress", "Colocated") else 1 for name in deployments}
+    needed = sum(counts[name] * deployment.ray_actor_options["num_cpus"] for name, deployment in deployments.items())
+    assert needed <= 2.0 + 1e-9  # a machine of two cores
     for name in models:
         config = deployments[name]._deployment_config
         scaling = config.autoscaling_config
