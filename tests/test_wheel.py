@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
 import tarfile
@@ -74,6 +76,19 @@ def test_the_source_distribution_has_the_sources_and_nothing_else(source: Path, 
     assert folders <= {"platform", "jobs", "serve", "vladva.egg-info"}
     assert {"LICENSE", "README.md", "pyproject.toml"} <= names
     assert "platform/vladva/models/tiny/weights/model.safetensors" in names
+
+
+@pytest.mark.ray
+def test_the_demo_runs_from_the_wheel_outside_the_repository(installed: Path, tmp_path: Path) -> None:
+    """Train, embed, index, search, serve and report, reduced: what the wheel lacks would be missed here."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    reduced = ["--train-images", "256", "--test-images", "40", "--negatives", "6", "--steps", "4", "--port", port]
+    told = run(installed, tmp_path, "-m", "jobs", "demo", *reduced)
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert (tmp_path / ".vladva/demo/report.html").exists()
+    assert json.loads(told.stdout.splitlines()[-1])["adapter_off_max_diff"] == 0
 
 
 def test_verbs_work_outside_the_repository(installed: Path, tmp_path: Path) -> None:

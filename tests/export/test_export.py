@@ -22,6 +22,7 @@ from vladva.config import LossConfig, ModelConfig
 from vladva.export.pipeline import export_model
 from vladva.export.probe import embed_by_transformers, probe_image
 from vladva.models.adapter import add_adapter, save_adapter
+from vladva.models.backbones import checkpoint_source
 from vladva.models.embedder import Embedder, load_lvlm
 from vladva.models.embedding_model import EmbeddingModel
 from vladva.models.preprocessor import Preprocessor
@@ -176,6 +177,59 @@ def test_with_the_adapter_off_the_base_model_is_there_bit_for_bit(trained: str, 
         there = tensors.get(name, tensors.get(name.replace(".weight", ".base_layer.weight")))
         if there is not None and there.shape == weight.shape:
             assert torch.equal(there, weight), name
+
+
+def test_plain_peft_generates_as_the_base_with_the_adapter_off(trained: str, tmp_path: Path) -> None:
+    """The exported adapter in transformers and PEFT alone: off, the base model bit for bit; on, another."""
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    out = export_model(trained, tmp_path / "adapter", to="adapter").folder
+    source = checkpoint_source(json.loads((out / "vladva.json").read_text())["checkpoint"]).name
+    base = AutoModelForImageTextToText.from_pretrained(source).eval()
+    question = AutoTokenizer.from_pretrained(source)("What color is the circle?", return_tensors="pt")
+    with torch.inference_mode():
+        expected = base(**question).logits
+        said = base.generate(**question, max_new_tokens=8, do_sample=False)
+        both = PeftModel.from_pretrained(base, out).eval()
+        assert not torch.equal(both(**question).logits, expected)
+        with both.disable_adapter():
+            assert torch.equal(both(**question).logits, expected)
+            assert torch.equal(both.generate(**question, max_new_tokens=8, do_sample=False), said)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_export_of_a_base_model_is_that_model(family: str, tmp_path: Path) -> None:
+    """Without an adapter nothing is merged: every logit of the `hf` folder, head and all, is the base model's."""
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    checkpoint = family if family == "tiny" else families.build(family, tmp_path / "base")
+    out = export_model(checkpoint, tmp_path / "out", to="hf").folder
+    source = checkpoint_source(checkpoint).name
+    question = AutoTokenizer.from_pretrained(source)("What color is the circle?", return_tensors="pt")
+    # In the precision of the export: the tiny model's own file is in half of it.
+    models = [AutoModelForImageTextToText.from_pretrained(each, dtype=torch.float32).eval() for each in (source, out)]
+    with torch.inference_mode():
+        logits = [model(**question).logits for model in models]
+        said = [model.generate(**question, max_new_tokens=8, do_sample=False) for model in models]
+    assert torch.equal(*logits)
+    assert torch.equal(*said)
+
+
+def test_a_merged_export_says_what_the_run_says_with_the_adapter_on(exported: Path, trained: str) -> None:
+    """The merged weights are those of the adapter on; the base's answers need the base, or the adapter by itself."""
+    from transformers import AutoModelForImageTextToText
+
+    ours = load_lvlm(trained)
+    question = ours.preprocessor.tokenizer("What color is the circle?", return_tensors="pt")
+    merged = AutoModelForImageTextToText.from_pretrained(exported).eval()
+    with torch.inference_mode():
+        expected = ours.model.lvlm(**question).logits
+        found = merged(**question).logits
+        with ours.model.lvlm.disable_adapter():
+            off = ours.model.lvlm(**question).logits
+    torch.testing.assert_close(found[..., : off.shape[-1]], expected[..., : found.shape[-1]], atol=1e-3, rtol=1e-3)
+    assert (found - off).abs().max() > 0.1
 
 
 def test_an_export_is_a_model_of_our_own_again(
