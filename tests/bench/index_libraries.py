@@ -202,6 +202,8 @@ def main() -> None:
     if "usearch" not in left_out:
         contenders["usearch HNSW"] = usearch_hnsw(vectors_ND, carried)
 
+    for name, one in contenders.items():
+        print(f"{name:<15} built in {one.build_s:.1f} s", flush=True)
     half = options.queries
     efforts = {name: least_effort(one, queries_QD[:half], right[:half]) for name, one in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
