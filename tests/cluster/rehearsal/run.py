@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -40,6 +41,8 @@ def main() -> None:
     parser.add_argument(INSIDE, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
+        # The first process of a PID namespace gets no signal that it has no handler for; `timeout` sends this one.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         sys.exit(rehearse(options))
     if reason := hosts.why_not():
         print(f"not run: {reason}")
