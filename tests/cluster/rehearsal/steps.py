@@ -80,8 +80,14 @@ def ray_up(cluster: Cluster) -> str:
     cluster.prepare_laptop()
     bring_up(cluster)
     cluster.wait_for_nodes(3)
-    shown = cluster.laptop("ray exec ~/on_prem.yaml 'RAY_AUTH_MODE=token ray status'")
-    check("8.0 CPU" in shown, shown)
+    shown = ""
+
+    def counted() -> bool:  # the autoscaler, whose words these are, looks at its nodes every few seconds
+        nonlocal shown
+        shown = cluster.laptop("ray exec ~/on_prem.yaml 'RAY_AUTH_MODE=token ray status'")
+        return "8.0 CPU" in shown
+
+    wait_until(counted, 60, lambda: shown, pause=2)
     return "head and both workers alive; ray exec ... 'ray status' counts their CPUs"
 
 
