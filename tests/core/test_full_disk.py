@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,6 +18,7 @@ from tests.support.full_disk import resize_disk, small_disk
 from tests.support.shards import image
 from tests.support.without_ray import count_words, leave_ray_out
 from vladva.config import ClusterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+from vladva.core import storage
 from vladva.core.cli import user_errors
 from vladva.index.build import build_index
 from vladva.index.vector_index import open_index
@@ -127,3 +130,40 @@ def test_indexing_goes_on_when_there_is_room_again(
         assert (built.num_rows, built.settings.index_type) == (3000, "IVF_SQ")
         before.refresh()
         assert before.version == open_index(f"{disk}/index").version == built.version
+
+
+def scores_of(out: Path) -> dict[str, object]:
+    """What a model's scores are, without what depends on how often the job was begun."""
+    [model] = storage.read_json(f"{out}/scores.json")["models"].values()
+    return {name: value for name, value in model.items() if name not in ("seconds", "num_embedded")}
+
+
+def test_evaluating_goes_on_when_there_is_room_again(
+    ray_cluster: None, tiny: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def job(out: Path) -> None:
+        options = ["--data", str(scenes), "--benchmarks", "scenes_retrieval", "--out", str(out), "--actors", "1"]
+        monkeypatch.setattr(sys, "argv", ["jobs/evaluate.py", tiny, *options])
+        importlib.import_module("jobs.evaluate").main.__wrapped__()
+
+    job(tmp_path / "whole")
+    expected = scores_of(tmp_path / "whole")
+    with small_disk(tmp_path / "disk", int(size_of(tmp_path / "whole") * 0.3)) as disk:
+        out = disk / "out"
+        assert f"error: {out}/embeddings/" in refused(lambda: job(out), capsys)
+        assert not (out / "scores.json").exists()
+        resize_disk(disk, 64 << 20)
+        job(out)
+        assert scores_of(out) == expected
+        # The embeddings are there, and less room than the page takes, which is written last.
+        page = (out / "report.html").stat().st_size
+        for path in [path for path in out.rglob("*") if path.is_file() and "embeddings" not in path.parts]:
+            path.unlink()
+        resize_disk(disk, size_of(disk) + page - 4096)
+        assert f"error: {out}/" in refused(lambda: job(out), capsys)
+        assert not (out / "report.html").exists()
+        resize_disk(disk, 64 << 20)
+        job(out)
+        assert scores_of(out) == expected
+        assert (out / "report.html").stat().st_size > page - 4096
