@@ -110,6 +110,6 @@ def test_a_wrong_list_is_told_by_machine_and_field(content: object, message: str
 
 def test_the_command_line() -> None:
     options, _ = parse(["tiny", "--dry-run", "--price", "cluster/prices.yaml", "--price-items", "5"])
-    assert (options.price, options.price_items) == ("cluster/prices.yaml", 5)
+    assert (options.price, options.price_items) == (str(Path("cluster/prices.yaml").absolute()), 5)
     with pytest.raises(ValueError, match="--price goes with --dry-run"):
         parse(["tiny", "--price", "cluster/prices.yaml"])
