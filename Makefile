@@ -6,8 +6,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 STAMP  := .venv/.installed
 # The report's pages are tested in a real Chromium. Where there is none their tests are left out, never in CI.
 CHROMIUM := $(or $(CI),$(shell command -v chromium || command -v chromium-browser || command -v google-chrome))
-BROWSER  := $(if $(CHROMIUM),,-m "not browser")
 PYTEST   := $(BIN)/python -m pytest
+# What starts neither Ray nor a browser runs on every core, each file in one process; the tests' models are too small
+# for more threads than one. The rest has the machine to itself.
+ALONE    := ray $(if $(CHROMIUM),or browser,and not browser)
+SPREAD   := OMP_NUM_THREADS=1 $(PYTEST) -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo check test lint format docs bench rehearse gpu clean
@@ -20,12 +23,14 @@ install: $(STAMP)  ## create .venv with the exact versions of constraints.txt (a
 demo: $(STAMP)  ## the whole chain on this machine: train, embed, index, search, serve, report
 	$(BIN)/python -m jobs.demo
 
-# A process a core, each with one thread: the tests' models are too small for more.
 check: lint  ## lint, and the quick tests that need neither Ray nor a browser: two minutes, before every push
-	OMP_NUM_THREADS=1 $(PYTEST) -n auto --dist worksteal -m "not ray and not browser and not slow" --durations=3
+	$(SPREAD) -m "not ray and not browser and not slow" --durations=3
 
-test: $(STAMP)  ## run the tests
-	$(PYTEST) $(BROWSER)
+test: $(STAMP)  ## run the tests, in two parts: what can share the machine, and what cannot; both, even if one fails
+	@failed=0; \
+	$(SPREAD) -m "not ray and not browser" || failed=1; \
+	$(PYTEST) -m "$(ALONE)" || failed=1; \
+	exit $$failed
 	@$(if $(CHROMIUM),,echo "Left out: tests marked browser, as no chromium is on PATH (on Debian: apt-get install chromium).")
 
 lint: $(STAMP)  ## check style, spelling, the direction of imports and types
