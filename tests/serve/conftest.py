@@ -67,7 +67,7 @@ def server(ray_cluster: None, adapter: str, index: str, tmp_path_factory: pytest
     batches = str(tmp_path_factory.mktemp("batches"))
     url = start(ServeArgs(model=adapter, index=index, batches=batches, **SMALL), port=port)
     os.environ[API_KEYS] = f"{KEY}, {OTHER_KEY}"
-    limits = {"max_queued_tokens": 300_000, "max_body_bytes": 2_000_000, "deadline_s": 3.0}
+    limits = {"max_queued_tokens": 400_000, "max_body_bytes": 2_000_000, "deadline_s": 3.0}
     # The two layouts: everything is tested with one copy of the weights, what is small here with two.
     strict = ServeArgs(layout="separate", cors_origins=("https://page.example",), **limits, **SMALL)
     serve.run(application(strict), name=STRICT, route_prefix=f"/{STRICT}", logging_config={"log_level": "WARNING"})
