@@ -23,7 +23,7 @@ install: $(STAMP)  ## create .venv with the exact versions of constraints.txt (a
 demo: $(STAMP)  ## the whole chain on this machine: train, embed, index, search, serve, report
 	$(BIN)/python -m jobs.demo
 
-check: lint  ## lint, and the quick tests that need neither Ray nor a browser: two minutes, before every push
+check: lint  ## lint, and the quick tests that need neither Ray nor a browser, before every push
 	$(SPREAD) -m "not ray and not browser and not slow" --durations=3
 
 test: $(STAMP)  ## run the tests, in two parts: what can share the machine, and what cannot; both, even if one fails
