@@ -27,6 +27,7 @@ from vladva.core.images import decode_image, to_upright_rgb
 from vladva.embed.table_parts import write_part
 from vladva.embed.table_writer import TableWriter
 from vladva.index.build import build_index
+from vladva.models.batch import as_tensors
 from vladva.models.embedder import load_embedder
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +122,54 @@ def test_items_of_both_kinds_come_back_in_order(model: Model, photo: Image.Image
     cosines = model.similarity(items, texts)
     np.testing.assert_allclose(cosines, expected @ texts.T, atol=1e-5)
     assert model.embed([]).shape == (0, model.dimension)
+
+
+def test_one_vector_of_an_image_with_words_and_an_instruction(model: Model, photo: Image.Image, tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    photo.save(path)
+    wanted = "Find the same thing with this change."
+    items = [
+        {"image": path, "text": "but in blue"},
+        "but in blue",
+        {"image": photo, "text": "but in blue", "instruction": wanted},
+        {"text": "but in blue", "instruction": wanted},
+        photo,
+        {"image": encoded(photo), "instruction": wanted},
+        {"image": photo, "text": None},
+    ]
+    found = model.embed(items, batch_size=2)
+    assert found.shape == (7, model.dimension)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    cosines = found[:6] @ found[:6].T
+    assert cosines[~np.eye(6, dtype=bool)].max() < 1 - 1e-4, "image, words and instruction each count"
+    # By transformers alone, from the same conversation.
+    embedder = model.embedder
+    tokens = embedder.preprocessor.pad([(embedder.preprocessor.item_prompt("but in blue", photo.size, wanted), [])])
+    plain = embedder.model.eval()(as_tensors(tokens, "cpu"), as_tensors(embedder.preprocessor.pixels([photo]), "cpu"))[
+        0
+    ]
+    np.testing.assert_allclose(found[2], plain[0].detach().numpy(), atol=1e-5)
+    # Beside them, what is of one kind stays the same to the last bit.
+    np.testing.assert_array_equal(found[1], model.embed_texts("but in blue", batch_size=2)[0])
+    np.testing.assert_array_equal(found[[4, 6]], model.embed_images([photo, photo], batch_size=2))
+    assert [each.index for each in model.rerank(items[0], items, top_k=1)] == [0]
+
+
+def test_what_a_model_cannot_take_of_an_item_is_named(model: Model, photo: Image.Image, tmp_path: Path) -> None:
+    good, long = {"image": photo, "text": "but in blue"}, {"image": photo, "text": "but in blue " * 400}
+    with pytest.raises(InvalidItemsError, match=r"items\[1\]: the item takes [\d,]+ tokens.*takes 512") as caught:
+        model.embed([good, long, {"image": tmp_path / "gone.png", "text": "x"}])
+    assert "missing file" in caught.value.reasons[2]
+    np.testing.assert_allclose(caught.value.embeddings[0], model.embed([good])[0], atol=1e-6)
+    for item in ({"instruction": "Find it."}, {"image": photo, "instruction": 3}, {"image": photo, "caption": "x"}):
+        with pytest.raises(ValueError, match=r"items\[0\] is a mapping with .*may hold both"):
+            model.embed([item])
+    clip = vladva.load(build_clip(tmp_path / "clip"), device="cpu")
+    for item in (good, {"text": "a dog", "instruction": "Find it."}):
+        with pytest.raises(ValueError, match=r"items\[1\]: .*dual encoder: it embeds a text or an image, not both"):
+            clip.embed(["a dog", item])
+        with pytest.raises(ValueError, match=r"b\[0\]: .*dual encoder"):
+            clip.similarity(["a dog"], [item])
 
 
 def test_items_are_ranked_by_cosine(model: Model) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 from vladva.core.errors import InvalidSampleError
+from vladva.core.item_content import ItemContent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,11 +30,16 @@ if TYPE_CHECKING:
 ImageLike = Union["Image", bytes, "os.PathLike[str]", str]
 """A PIL image, an encoded image, a path, or a URI (`data:image/png;base64,...`, `s3://bucket/key`, `file:///...`)."""
 Item = Union[str, "Image", bytes, "os.PathLike[str]", Mapping[str, Any]]
-"""A text (any `str`); a PIL image, an encoded image or a `pathlib.Path`; or {"text": str}, {"image": ImageLike}."""
+"""A text (any `str`); a PIL image, an encoded image or a `pathlib.Path`; or a dictionary: {"text": str}, {"image":
+ImageLike}, or both in one, with an "instruction" (str) where one is wanted."""
 T = TypeVar("T")
 
 IMAGE_FORMS = "a PIL image, an encoded image (bytes), a path, or a URI (data:image/...;base64,..., s3://, file://)"
-ITEM_FORMS = f'a text (str), an image as PIL image, bytes or Path, {{"text": str}}, or {{"image": {IMAGE_FORMS}}}'
+ITEM_FORMS = (
+    f'a text (str), an image as PIL image, bytes or Path, {{"text": str}}, or {{"image": {IMAGE_FORMS}}}; '
+    'a dictionary may hold both, and an "instruction" (str)'
+)
+DUAL_ENCODERS_TAKE = "embeds a text or an image, not both together, and takes no instruction"
 DECODED_AT_ONCE = 256  # that are decoded together
 SHOWN_FROM = 256  # items from which progress is shown on a terminal
 
@@ -150,19 +156,30 @@ class Model:
         return self._embed("images", list(enumerate(every)), [], len(every), batch_size, progress)
 
     def embed(self, items: Sequence[Item], *, batch_size: int = 64, progress: bool | None = None) -> np.ndarray:
-        """Unit vectors [N, D], float32, of texts and images in any order.
+        """Unit vectors [N, D], float32, of texts and images in any order, and of both together.
 
         A `str` is a text; an image is a PIL image, bytes, or a `pathlib.Path`. Unmistakable are {"text": "..."} and
-        {"image": PATH_OR_URI}. Errors are those of `embed_images`.
+        {"image": PATH_OR_URI}; {"image": PATH_OR_URI, "text": "but in blue"} is one vector of both. Each of the three
+        may have an "instruction", a text that says what the vector is wanted for. Errors are those of `embed_images`;
+        a dual encoder takes neither both together nor instructions.
         """
         if isinstance(items, (str, bytes, os.PathLike, Mapping)) or not hasattr(items, "__iter__"):
             raise ValueError(f"items is a {type(items).__name__}; give a list, each item {ITEM_FORMS}")
-        images: list[tuple[int, Any]] = []
-        texts: list[tuple[int, str]] = []
-        for i, item in enumerate(items):
-            kind, content = _kind_of(item, f"items[{i}]")
-            (images if kind == "image" else texts).append((i, content))
-        return self._embed("items", images, texts, len(items), batch_size, progress)
+        kinds: dict[str, list[tuple[int, Any]]] = {"image": [], "text": [], "mixed": []}
+        for i, (kind, content) in enumerate(self._kinds(items, "items")):
+            kinds[kind].append((i, content))
+        return self._embed(
+            "items", kinds["image"], kinds["text"], len(items), batch_size, progress, mixed=kinds["mixed"]
+        )
+
+    def _kinds(self, items: Sequence[Item], name: str) -> list[tuple[str, Any]]:
+        """`_kind_of` each item. Raises ValueError that names the first which is none, or not for this model."""
+        kinds = [_kind_of(item, f"{name}[{i}]") for i, item in enumerate(items)]
+        if not self.generates:
+            for i, (kind, _) in enumerate(kinds):
+                if kind == "mixed":
+                    raise ValueError(f"{name}[{i}]: {self.name} is a dual encoder: it {DUAL_ENCODERS_TAKE}")
+        return kinds
 
     def _embed(
         self,
@@ -172,8 +189,13 @@ class Model:
         count: int,
         batch_size: int,
         progress: bool | None,
+        *,
+        mixed: Sequence[tuple[int, Mapping[str, Any]]] = (),
     ) -> np.ndarray:
-        """Embeddings of (index, content) pairs, each in its row. Texts first: they take little memory."""
+        """Embeddings of (index, content) pairs, each in its row. Texts first: they take little memory.
+
+        mixed: of items with text and image, or an instruction.
+        """
         import numpy as np
 
         if batch_size < 1:
@@ -197,6 +219,12 @@ class Model:
                     found = self.embedder.embed_images([image for _, image in good], batch_size)
                     embeddings[[i for i, _ in good]] = found
                 shown.advance(len(part))
+            for several in _parts(list(mixed), DECODED_AT_ONCE):
+                contents = _contents([item for _, item in several], self.embedder)
+                whole = {i: one for (i, _), one in zip(several, contents, strict=True) if isinstance(one, ItemContent)}
+                reasons |= {i: one for (i, _), one in zip(several, contents, strict=True) if isinstance(one, str)}
+                embeddings[list(whole)] = self.embedder.embed_items(list(whole.values()), batch_size)
+                shown.advance(len(several))
         if reasons:
             raise InvalidItemsError(name, reasons, embeddings)
         return embeddings
@@ -224,7 +252,7 @@ class Model:
 
         embeddings = given
         if not isinstance(given, np.ndarray):
-            kinds = {_kind_of(item, f"{name}[{i}]")[0] for i, item in enumerate(given)}
+            kinds = {kind for kind, _ in self._kinds(given, name)}
             only_texts = kinds <= {"text"}
             embeddings = self.embed(given) if only_texts or self._vectors_per_image == 1 else self._embed_kinds(given)
         embeddings = np.asarray(embeddings, np.float32)
@@ -237,7 +265,7 @@ class Model:
         """[N, Q, D] of a mixture, where a text's one vector stands Q times."""
         import numpy as np
 
-        kinds = [_kind_of(item, f"items[{i}]") for i, item in enumerate(items)]
+        kinds = self._kinds(items, "items")
         found = np.zeros((len(items), self._vectors_per_image, self.dimension), np.float32)
         for kind, embed in (("text", self.embed_texts), ("image", self.embed_images)):
             rows = [i for i, (each, _) in enumerate(kinds) if each == kind]
@@ -359,15 +387,19 @@ def _is_image(value: Any) -> bool:
 
 
 def _kind_of(item: Any, name: str) -> tuple[str, Any]:
-    """("text" or "image", what it is). Raises ValueError that names the item."""
+    """("text", "image" or "mixed", what it is). Raises ValueError that names the item."""
     if isinstance(item, str):
         return "text", item
     if isinstance(item, Mapping):
-        if set(item) == {"text"} and isinstance(item["text"], str):
-            return "text", item["text"]
-        if set(item) == {"image"} and _is_image(item["image"]):
-            return "image", item["image"]
-        raise ValueError(f"{name} is a mapping with {sorted(map(str, item))}; give {ITEM_FORMS}")
+        given = {key: value for key, value in item.items() if value is not None}
+        right = {"text": isinstance(given.get("text"), str), "instruction": isinstance(given.get("instruction"), str)}
+        right["image"] = _is_image(given.get("image"))
+        if not {"text", "image"} & set(given) or not all(right.get(key) for key in given):
+            raise ValueError(f"{name} is a mapping with {sorted(map(str, item))}; give {ITEM_FORMS}")
+        if len(given) > 1:
+            return "mixed", given
+        [(kind, content)] = given.items()
+        return kind, content
     if _is_image(item):
         return "image", item
     raise ValueError(f"{name} is a {type(item).__name__}; give {ITEM_FORMS}{_hint(item)}")
@@ -391,6 +423,25 @@ def _decoded(images: Sequence[Any]) -> list[Image | str]:
 
     with ThreadPoolExecutor(min(8, max(1, len(images)))) as pool:
         return list(pool.map(_decode, images))
+
+
+def _contents(items: Sequence[Mapping[str, Any]], embedder: Embeds) -> list[ItemContent | str]:
+    """Each item, its image decoded; or why the model cannot take it."""
+    images = iter(_decoded([item["image"] for item in items if "image" in item]))
+    found: list[ItemContent | str] = []
+    for item in items:
+        image = next(images) if "image" in item else None
+        if isinstance(image, str):
+            found.append(image)
+            continue
+        content = ItemContent(item.get("text"), image, item.get("instruction"))
+        try:
+            embedder.count_item_tokens(content)
+        except ValueError as error:
+            found.append(str(error))
+        else:
+            found.append(content)
+    return found
 
 
 def _decode(image: Any) -> Image | str:

@@ -51,6 +51,36 @@ def test_texts_go_through_the_chat_template(preprocessor: Preprocessor, tiny: st
     assert preprocessor.text_prompt("\ufeffa red\0 circle\r\n") == preprocessor.text_prompt("a red circle")
 
 
+def test_an_item_is_one_turn_image_instruction_text_prompt(preprocessor: Preprocessor, tiny: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    image = preprocessor.image_token * preprocessor.num_image_tokens((64, 64))
+
+    def ids(words: str, pictures: int) -> list[int]:
+        content = [{"type": "image"}] * pictures + [{"type": "text", "text": words}]
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        return tokenizer(text.replace(preprocessor.image_token, image)).input_ids
+
+    item, of_image, of_text = preprocessor.item_prompt, f"{IMAGE_PROMPT}", f"{TEXT_PROMPT}"
+    assert item("but in blue", (64, 64)) == ids(f"but in blue\n{of_image}", 1)
+    assert item("but in blue", (64, 64), " Change it. ") == ids(f"Change it.\nbut in blue\n{of_image}", 1)
+    assert item(None, (64, 64), "Find the caption.") == ids(f"Find the caption.\n{of_image}", 1)
+    assert item("a red ring", None, "Find the image.") == ids(f"Find the image.\na red ring\n{of_text}", 0)
+    # What has no instruction, and is of one kind, is asked for as ever.
+    assert item("a red ring") == preprocessor.text_prompt("a red ring") == ids(f"a red ring\n{of_text}", 0)
+    assert item("a red ring", instruction=" ") == item("a red ring")
+    assert item(size=(64, 64)) == preprocessor.image_prompt((64, 64)) == ids(of_image, 1)
+    # Special tokens that a user wrote are words, also where two of the user's texts meet.
+    special = {preprocessor.config.image_token_id, tokenizer.eos_token_id}
+    asked = item(f"{preprocessor.image_token}</s>", (64, 64), f"{preprocessor.image_token[:-1]}")
+    assert [i for i in asked if i in special] == [i for i in item("", (64, 64)) if i in special]
+    with pytest.raises(ValueError, match="a text, an image, or both"):
+        item(instruction="Find it.")
+
+
 def test_padding_lengths_and_caption_labels(preprocessor: Preprocessor) -> None:
     tokens = preprocessor.images([(64, 64), (64, 64)], ["two objects.", None])
     caption = [*preprocessor.tokenizer("two objects.", add_special_tokens=False).input_ids, 2]

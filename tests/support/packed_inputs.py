@@ -35,12 +35,25 @@ def load(folder: str, dtype: str = "float32", layer: int | None = None, *, adapt
 
 
 def inputs(model: EmbeddingModel, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
-    """Texts of many lengths; images of several sizes, two of them the same, with captions that are not to be seen."""
+    """Texts of many lengths; images of several sizes, two of them the same, with captions that are not to be seen.
+
+    Of the kind "mixed": images with words and without, and texts, each with an instruction or without.
+    """
     preprocessor = model.preprocessor
     if kind == "text":
         return as_tensors(preprocessor.texts(TEXTS), "cpu"), None
     images = [render(scene) for scene, _ in islice(scenes("train"), 5)]
     images = [*images, images[1].resize((90, 40)), images[0]]
+    if kind == "mixed":
+        shown = [None, *images, None]
+        asked = [None, "Find the same with this change.", TEXTS[2]]
+        rows = [
+            preprocessor.item_prompt(TEXTS[i] if image is None or i % 3 else None, image and image.size, asked[i % 3])
+            for i, image in enumerate(shown)
+        ]
+        return as_tensors(preprocessor.pad([(row, []) for row in rows]), "cpu"), as_tensors(
+            preprocessor.pixels(images), "cpu"
+        )
     long = [None, *TEXTS[: len(images) - 1]]
     tokens = preprocessor.images([image.size for image in images], long)
     return as_tensors(tokens, "cpu"), as_tensors(preprocessor.pixels(images), "cpu")

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from vladva.core.item_content import ItemContent
 from vladva.core.model_description import ModelDescription
 from vladva.core.text import clean_text
 from vladva.models.backbones import checkpoint_source
@@ -28,6 +29,9 @@ from vladva.models.literal_tokenizer import LiteralTokenizer
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+ONE_OF_BOTH = "a dual encoder embeds a text or an image, not both together, and takes no instruction"
 
 
 class DualPreprocessor:
@@ -48,6 +52,14 @@ class DualPreprocessor:
     def image_prompt(self, size: tuple[int, int]) -> list[int]:
         """Nothing is asked of an image."""
         return []
+
+    def item_prompt(
+        self, text: str | None = None, size: tuple[int, int] | None = None, instruction: str | None = None
+    ) -> list[int]:
+        """Those of a text, or none of an image. Raises ValueError for both together, and for an instruction."""
+        if instruction or (text is None) == (size is None):
+            raise ValueError(ONE_OF_BOTH)
+        return [] if text is None else self.text_prompt(text)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, its beginning and end included."""
@@ -117,6 +129,11 @@ class DualEncoder:
         """Tokens that the vision tower makes of an image, whatever its size."""
         return self.preprocessor.family.num_image_tokens(self.preprocessor.config)
 
+    def count_item_tokens(self, item: ItemContent) -> int:
+        """Tokens of a text or an image. Raises ValueError for both together, and for an instruction."""
+        ids = self.preprocessor.item_prompt(item.text, item.size, item.instruction)
+        return self.num_image_tokens(*item.size) if item.size else len(ids)
+
     def description(self) -> ModelDescription:
         """What tables made with this model carry."""
         return self._description
@@ -140,6 +157,19 @@ class DualEncoder:
             parts.append(self.model({}, pixels).cpu().numpy())
         rows = np.concatenate(parts)
         return rows if vectors == 1 else rows.reshape(len(rows), vectors, self.dimension)
+
+    def embed_items(self, items: Sequence[ItemContent], batch_size: int = 64) -> np.ndarray:
+        """Unit vectors [N, D], float32. Raises ValueError for both kinds together, and where an image has several."""
+        if self.preprocessor.vectors > 1:
+            raise ValueError("the model gives an image several vectors, and a text one: embed them separately")
+        for item in items:
+            self.count_item_tokens(item)
+        vectors_ND = np.zeros((len(items), self.dimension), np.float32)
+        texts = {i: item.text for i, item in enumerate(items) if item.text is not None}
+        images = {i: item.image for i, item in enumerate(items) if item.image is not None}
+        vectors_ND[list(texts)] = self.embed_texts(list(texts.values()), batch_size)
+        vectors_ND[list(images)] = self.embed_images(list(images.values()), batch_size)
+        return vectors_ND
 
 
 def describe_dual_encoder(checkpoint: str, dtype: str) -> ModelDescription:

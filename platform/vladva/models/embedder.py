@@ -17,6 +17,7 @@ import torch
 
 from vladva.config import ModelConfig
 from vladva.core.hashing import key_of
+from vladva.core.item_content import ItemContent
 from vladva.core.model_description import ModelDescription
 from vladva.models.adapter import AdapterSwitch, load_adapter
 from vladva.models.batch import as_tensors, cut
@@ -122,6 +123,18 @@ class Embedder:
         """Tokens that embedding an image costs, prompt included."""
         return len(self.preprocessor.image_prompt((width, height)))
 
+    def count_item_tokens(self, item: ItemContent) -> int:
+        """Tokens that embedding an item costs, prompt included. Raises ValueError for more than the model takes."""
+        return len(self.item_prompt(item))
+
+    def item_prompt(self, item: ItemContent) -> list[int]:
+        """Token ids that ask for an item's embedding. Raises ValueError for more than the model takes."""
+        ids = self.preprocessor.item_prompt(item.text, item.size, item.instruction)
+        context: int = self.preprocessor.config.get_text_config().max_position_embeddings
+        if len(ids) > context:
+            raise ValueError(f"the item takes {len(ids):,} tokens with its prompt; the model takes {context:,}")
+        return ids
+
     def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         """Unit vectors [N, D], float32. Equal texts are embedded once; those of like length share a batch."""
         unique = list(dict.fromkeys(texts))
@@ -137,6 +150,16 @@ class Embedder:
         row = {key: i for i, key in enumerate(unique)}
         prompts = [self.preprocessor.image_prompt(image.size) for image in unique.values()]
         return self.embed(prompts, list(unique.values()), batch_size)[[row[key] for key in keys]]
+
+    def embed_items(self, items: Sequence[ItemContent], batch_size: int = 64) -> np.ndarray:
+        """Unit vectors [N, D], float32, one of each item. Raises ValueError for more than the model takes."""
+        embeddings_ND = np.zeros((len(items), self.dimension), np.float32)
+        prompts = [self.item_prompt(item) for item in items]
+        images = {i: item.image for i, item in enumerate(items) if item.image is not None}
+        words = [i for i in range(len(items)) if i not in images]
+        embeddings_ND[words] = self.embed([prompts[i] for i in words], None, batch_size)
+        embeddings_ND[list(images)] = self.embed([prompts[i] for i in images], list(images.values()), batch_size)
+        return embeddings_ND
 
     @torch.inference_mode()
     def embed(

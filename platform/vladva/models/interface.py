@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from vladva.core.item_content import ItemContent
 from vladva.core.model_description import ModelDescription
 
 if TYPE_CHECKING:
@@ -33,6 +34,15 @@ class InputPreprocessor(Protocol):
 
     def image_prompt(self, size: tuple[int, int]) -> list[int]:
         """Token ids that ask for the embedding of an image of (width, height); none for dual encoders."""
+        ...
+
+    def item_prompt(
+        self, text: str | None = None, size: tuple[int, int] | None = None, instruction: str | None = None
+    ) -> list[int]:
+        """Token ids that ask for the embedding of a text, of an image of (width, height), or of both together.
+
+        Raises ValueError for what the model cannot take: a dual encoder takes one of the two, without instruction.
+        """
         ...
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
@@ -81,12 +91,20 @@ class Embeds(Protocol):
         """Tokens that embedding an image costs, prompt included."""
         ...
 
+    def count_item_tokens(self, item: ItemContent) -> int:
+        """Tokens that embedding an item costs, prompt included. Raises ValueError for what the model cannot take."""
+        ...
+
     def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         """Unit vectors [N, D], float32."""
         ...
 
     def embed_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> np.ndarray:
         """Unit vectors [N, D], float32; [N, Q, D] where an image has several."""
+        ...
+
+    def embed_items(self, items: Sequence[ItemContent], batch_size: int = 64) -> np.ndarray:
+        """Unit vectors [N, D], float32, one of each item. Raises ValueError for what the model cannot take."""
         ...
 
 

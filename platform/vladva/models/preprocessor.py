@@ -132,18 +132,32 @@ class Preprocessor:
         """Token ids that ask for the summary of an image of (width, height)."""
         count = self.num_image_tokens(size)
         if count not in self.image_prompts:
-            content = [{"type": "image"}]
-            if self.prompts["image"]:
-                content.append({"type": "text", "text": self.prompts["image"]})
-            self.image_prompts[count] = self._render([{"role": "user", "content": content}], [size])
+            self.image_prompts[count] = self.item_prompt(size=size)
         return self.image_prompts[count]
 
     def text_prompt(self, text: str) -> list[int]:
         """Token ids that ask for the summary of a text. Raises InvalidSampleError for half a surrogate pair."""
-        [marked] = self.literal.mark([clean_text(text)])
-        asked = f"{marked}\n{self.prompts['text']}" if self.prompts["text"] else marked
-        content = [{"type": "text", "text": asked}]
-        return self._render([{"role": "user", "content": content}])
+        return self.item_prompt(text)
+
+    def item_prompt(
+        self, text: str | None = None, size: tuple[int, int] | None = None, instruction: str | None = None
+    ) -> list[int]:
+        """Token ids that ask for the summary of a text, of an image of (width, height), or of both together.
+
+        One turn of the user: the image, the instruction, the text and the prompt, the last three a line each. Where
+        there is an image, the prompt is the image's. Raises ValueError for neither text nor image, and
+        InvalidSampleError (a ValueError) for half a surrogate pair.
+        """
+        if text is None and size is None:
+            raise ValueError("an item has a text, an image, or both")
+        words = [asked] if (asked := clean_text(instruction or "")) else []
+        words = self.literal.mark(words if text is None else [*words, clean_text(text)])
+        prompt = self.prompts["text" if size is None else "image"]
+        lines = [*words, prompt] if prompt else words
+        content: list[dict[str, str]] = [] if size is None else [{"type": "image"}]
+        if lines:
+            content.append({"type": "text", "text": "\n".join(lines)})
+        return self._render([{"role": "user", "content": content}], [] if size is None else [size])
 
     def pixels(self, images: Sequence[Image.Image]) -> Pixels:
         """Images resized and cut up as the model wants them."""

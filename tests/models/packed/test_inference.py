@@ -30,7 +30,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    ("kind", "layer", "adapter"), [("text", None, False), ("image", 2, False), ("text", 1, True), ("image", None, True)]
+    ("kind", "layer", "adapter"),
+    [("text", None, False), ("image", 2, False), ("text", 1, True), ("image", None, True), ("mixed", None, True)],
 )
 def test_embeddings_are_those_of_the_plain_forward(folder: str, kind: str, layer: int | None, adapter: bool) -> None:
     model = load(folder, layer=layer, adapter=adapter)
@@ -45,7 +46,7 @@ def test_embeddings_are_those_of_the_plain_forward(folder: str, kind: str, layer
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["text", "image"])
+@pytest.mark.parametrize("kind", ["text", "image", "mixed"])
 def test_small_groups_and_fused_attention_change_nothing(
     folder: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
