@@ -90,6 +90,9 @@ def add_batches(router: APIRouter, backend: Backend) -> None:
         if batch["status"] in FINAL:
             raise ApiError(409, f"the batch is {batch['status']}", "batch_is_done")
         await asyncio.to_thread(stop_running, name)
+        batch = await asyncio.to_thread(files.read, name, "batch")
+        if batch["status"] in FINAL:  # it was done just before it was stopped
+            return batch
         return await asyncio.to_thread(lambda: files.write_batch(batch, status="cancelled"))
 
 

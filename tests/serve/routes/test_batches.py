@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import ray
 
-from serve.deployments.batch_jobs import parse_lines
+from serve.deployments.batch_jobs import NAMESPACE, parse_lines
 from serve.protocol.batch_files import BatchFiles, new_batch
 from serve.protocol.errors import ApiError
 from serve.protocol.items import Limits
 from tests.support.wire import data_uri, error_of, noise_image
+from vladva.embed.table import embedding_matrix
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -89,6 +93,55 @@ def test_a_batch_is_embedded_by_the_job(openai_client: OpenAI, client: httpx.Cli
 def read_lines(client: OpenAI, name: str) -> list[dict[str, Any]]:
     """The lines of an output file."""
     return [json.loads(one) for one in client.files.content(name).text.splitlines()]
+
+
+def test_a_killed_batch_goes_on_with_what_it_had(
+    openai_client: OpenAI, embedder: Embedder, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Killed once some of its vectors are written, asked after again: nothing is embedded twice, nothing is lost."""
+    texts = [[f"item {i} {j} {'word ' * (j % 90)}" for j in range(250)] for i in range(8)]
+    uploaded = openai_client.files.create(
+        file=("in.jsonl", jsonl(*(line(f"{i}", {"input": one}) for i, one in enumerate(texts)))), purpose="batch"
+    )
+    created = openai_client.batches.create(
+        input_file_id=uploaded.id, endpoint="/v1/embeddings", completion_window="24h"
+    )
+    # pytest has a link to the newest folder of each name.
+    [about] = {path.resolve() for path in tmp_path_factory.getbasetemp().glob(f"*/batches/{created.id}.json")}
+    parts = about.with_suffix("") / "_parts"
+    deadline = time.monotonic() + 300
+    while not any(whole(parts)):
+        assert time.monotonic() < deadline, openai_client.batches.retrieve(created.id)
+        time.sleep(0.01)
+    ray.kill(ray.get_actor(created.id, NAMESPACE))
+    kept = {name for path in whole(parts) for name in negate(path)}  # what is used again is known again
+    batch = wait_for(openai_client, created.id)
+    assert batch.request_counts.model_dump() == {"total": 8, "completed": 8, "failed": 0}
+    answers = {one["custom_id"]: one["response"]["body"] for one in read_lines(openai_client, batch.output_file_id)}
+    assert answers.keys() == {f"{i}" for i in range(8)}
+    again = set()
+    for i, one in enumerate(texts):
+        expected = embedder.embed_texts(one)
+        found = np.array([entry["embedding"] for entry in answers[f"{i}"]["data"]])
+        np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-5)
+        again |= {f"{i}#{j}" for j in np.flatnonzero((found * expected).sum(axis=1) < 0)}
+    assert again == kept, "what was there was computed again"
+    assert len(kept) < sum(map(len, texts)), "the batch was done before it was killed"
+
+
+def whole(parts: Path) -> list[Path]:
+    """The files of a table in progress that are written to their end."""
+    return [path for path in parts.glob("*/*.parquet") if path.stem.isalnum()]
+
+
+def negate(path: Path) -> list[str]:
+    """Change the sign of all vectors of a table's file. Returns the ids."""
+    table = pq.read_table(path)
+    place = table.schema.get_field_index("embedding")
+    field = table.schema.field(place)
+    vectors = pa.array((-embedding_matrix(table)).tolist(), field.type)
+    pq.write_table(table.set_column(place, field, vectors), path)
+    return table["id"].to_pylist()
 
 
 def test_what_is_no_batch_is_refused(openai_client: OpenAI, client: httpx.Client, strict: httpx.Client) -> None:
