@@ -75,7 +75,7 @@ class BatchJob:
         preprocessor = preprocessor_of(config)
         context: int = preprocessor.config.get_text_config().max_position_embeddings
         lines = parse_lines(
-            self.files.read_file(batch["input_file_id"]), self.args.limits.of_model(context, cuts=False)
+            self.files.read_file(batch["input_file_id"]), self.args.limits.of_model(context, cuts=False, mixes=False)
         )
         for line in lines:
             line.items = [fitting(item, preprocessor, context) for item in line.items]

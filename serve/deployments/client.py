@@ -144,7 +144,9 @@ class Backend:
     async def limits(self) -> Limits:
         """Caps on what a request may carry, those of the model included."""
         description = (await self.served()).description
-        return self.args.limits.of_model(description["context"], cuts=description["cuts"])
+        return self.args.limits.of_model(
+            description["context"], cuts=description["cuts"], mixes=description["generates"]
+        )
 
     async def call(self, method: str, *args: Any) -> Any:
         """The result of a method of the discriminative deployment."""

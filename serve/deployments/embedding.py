@@ -6,8 +6,9 @@ decode it.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -149,39 +150,34 @@ class Discriminative(ModelReplica):
 
     def count_one(self, item: EmbedItem) -> Work | Failure:
         """What an item costs."""
-        preprocessor = self.embedder.preprocessor
-        if item.text is None:
-            try:
-                ids = preprocessor.image_prompt(item.size)
-            except ValueError as error:
-                return Failure(422, str(error), "invalid_image")
-            tokens = self.embedder.num_image_tokens(*item.size)
-            return Work(ids, item.image, max(tokens, item.pixels // PIXELS_PER_TOKEN), tokens)
+        size = None if item.image is None else item.size
+        prompt = partial(self.embedder.preprocessor.item_prompt, size=size, instruction=item.instruction)
         try:
-            ids = preprocessor.text_prompt(item.text)
-            if len(ids) > self.context and item.truncate != "none":
-                ids = preprocessor.text_prompt(self.shorter(item.text, len(ids) - self.context, item.truncate)[0])
+            ids = prompt(item.text)
+            if len(ids) > self.context and item.text is not None and item.truncate != "none":
+                ids = self.shorter(item.text, len(ids) - self.context, item.truncate, prompt)
         except ValueError as error:
-            return Failure(422, str(error), "invalid_value")
+            return Failure(422, str(error), "invalid_value" if size is None else "invalid_image")
         if len(ids) > self.context:
-            message = f"the text takes {len(ids):,} tokens with its prompt; the model takes {self.context:,}"
+            what = "text" if size is None else "item"
+            message = f"the {what} takes {len(ids):,} tokens with its prompt; the model takes {self.context:,}"
             return Failure(422, message, "context_length_exceeded")
-        return Work(ids, None, len(ids), len(ids))
+        tokens = len(ids) or self.embedder.num_image_tokens(*item.size)  # a dual encoder asks nothing of an image
+        return Work(ids, item.image, max(tokens, item.pixels // PIXELS_PER_TOKEN), tokens)
 
-    def shorter(self, text: str, drop: int, side: str) -> tuple[str, int]:
-        """A text without its first (`start`) or last (`end`) tokens, at least `drop`, so that it fits; its new count.
+    def shorter(self, text: str, drop: int, side: str, prompt: Callable[[str], list[int]]) -> list[int]:
+        """The prompt of a text without its first (`start`) or last (`end`) tokens, at least `drop`, so that it fits.
 
-        The prompt around it stays whole. Raises ValueError where even an empty text does not fit.
+        What is around the text stays whole. Raises ValueError where even an empty text does not fit.
         """
         encoded = self.embedder.preprocessor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         starts = [start for start, _ in encoded["offset_mapping"]]
         while drop < len(starts):
-            short = text[starts[drop] :] if side == "start" else text[: starts[-drop]]
-            [tokens] = self.embedder.count_text_tokens([short])
-            if tokens <= self.context:
-                return short, tokens
-            drop += max(tokens - self.context, drop // 32)  # what is left may be cut into other tokens
-        raise ValueError("the model's context is shorter than its prompt")
+            ids = prompt(text[starts[drop] :] if side == "start" else text[: starts[-drop]])
+            if len(ids) <= self.context:
+                return ids
+            drop += max(len(ids) - self.context, drop // 32)  # what is left may be cut into other tokens
+        raise ValueError("the model's context is shorter than what is around the text")
 
     async def encoded(self, work: Work | Failure) -> Encoded | Failure:
         """An item as the model takes it, its image decoded beside the model."""

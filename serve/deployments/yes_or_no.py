@@ -20,17 +20,23 @@ def question(query: EmbedItem, document: EmbedItem) -> tuple[list[dict[str, Any]
     """The conversation that asks about a pair, in Hugging Face's chat form, and the images in it, in order."""
     from vladva.models.yes_probability import QUESTION
 
-    images = [item for item in (query, document) if item.image is not None]
-    texts = [item.text or "" for item in (query, document) if item.image is None]
-    if len(images) == 1:
-        content: list[dict[str, Any]] = [{"type": "image"}, {"type": "text", "text": QUESTION.format(text=texts[0])}]
+    pair = (query, document)
+    images = [item for item in pair if item.image is not None]
+    if len(images) == 1 and all(item.is_plain for item in pair):
+        [text] = [item.text or "" for item in pair if item.image is None]
+        content: list[dict[str, Any]] = [{"type": "image"}, {"type": "text", "text": QUESTION.format(text=text)}]
         return [{"role": "user", "content": content}], images
     content = []
     for name, item in (("Query", query), ("Document", document)):
+        words = "\n".join(filter(None, (item.instruction, item.text)))
         if item.image is None:
-            content.append({"type": "text", "text": f"{name}: {item.text}\n"})
+            content.append({"type": "text", "text": f"{name}: {words}\n"})
         else:
-            content += [{"type": "text", "text": f"{name}: "}, {"type": "image"}, {"type": "text", "text": "\n"}]
+            content += [
+                {"type": "text", "text": f"{name}: "},
+                {"type": "image"},
+                {"type": "text", "text": f"{words}\n"},
+            ]
     content.append({"type": "text", "text": PAIR_QUESTION})
     return [{"role": "user", "content": content}], images
 

@@ -18,7 +18,7 @@ from pydantic import JsonValue, ValidationError
 
 from serve.protocol.errors import ApiError, Failure, validation_failure
 from serve.protocol.images import image_size, is_data_uri, parse_image_bytes
-from serve.protocol.schema import ContentPart, Modality
+from serve.protocol.schema import INSTRUCTION_CHARACTERS, ContentPart, Modality
 from vladva.core.errors import InvalidSampleError
 from vladva.core.text import clean_text
 
@@ -29,17 +29,21 @@ TOKEN_IDS = "token ids are not taken, send texts: langchain-openai does with che
 
 @dataclass(frozen=True)
 class Limits:
-    """Caps on what one request may carry. `cuts`: the model cuts long texts by itself, as CLIP does."""
+    """Caps on what one request may carry.
+
+    cuts: the model cuts long texts by itself, as CLIP does. mixes: it takes an image with words, and instructions.
+    """
 
     items: int
     image_bytes: int
     image_pixels: int
     text_characters: int = 1 << 20
     cuts: bool = False
+    mixes: bool = True
 
-    def of_model(self, context: int, *, cuts: bool) -> "Limits":
+    def of_model(self, context: int, *, cuts: bool, mixes: bool) -> "Limits":
         """The caps for a model with so many tokens of context."""
-        return replace(self, text_characters=CHARACTERS_PER_TOKEN * context, cuts=cuts)
+        return replace(self, text_characters=CHARACTERS_PER_TOKEN * context, cuts=cuts, mixes=mixes)
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,21 @@ class ItemOptions:
 
 @dataclass(frozen=True)
 class EmbedItem:
-    """One text, or the encoded bytes and the (width, height) of one image. `truncate`: where a long text is cut."""
+    """A text, the encoded bytes and the (width, height) of an image, or both in one.
+
+    truncate: where a long text is cut. instruction: what the vector is wanted for.
+    """
 
     text: str | None = None
     image: bytes | None = None
     size: tuple[int, int] = (0, 0)
     truncate: Literal["none", "start", "end"] = "none"
+    instruction: str | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is of one kind, without instruction."""
+        return (self.text is None or self.image is None) and self.instruction is None
 
     @property
     def pixels(self) -> int:
@@ -134,15 +147,23 @@ def _parse(value: JsonValue, field: str, limits: Limits, options: ItemOptions) -
         sent = _sent(value, options.modality)
     except _ItemError as error:
         return _refused(field, str(error))
-    if sent.instruction or options.instruction:
-        return _refused(field, "this model was not trained with instructions; send none", "unsupported")
-    if sent.images and sent.texts:
-        return _refused(field, "the model embeds a text or an image, not both at once; send two items", "unsupported")
     if len(sent.images) > 1:
         return _refused(field, f"an item has one image, not {len(sent.images)}")
-    if sent.images:
-        return parse_image(sent.images[0], field, limits)
-    return _text(sent.texts, field, limits, options)
+    instruction = sent.instruction or options.instruction or ""
+    if len(instruction) > INSTRUCTION_CHARACTERS:
+        return _refused(field, f"the instruction has more than {INSTRUCTION_CHARACTERS:,} characters")
+    try:
+        instruction = clean_text(instruction)
+    except InvalidSampleError:
+        return _refused(field, "the instruction holds half a surrogate pair, which is no character")
+    if not limits.mixes and (instruction or (sent.images and sent.texts)):
+        text = "a text or an image is taken here, not both in one, and no instruction; send two items"
+        return _refused(field, text, "unsupported")
+    found = parse_image(sent.images[0], field, limits) if sent.images else EmbedItem()
+    if isinstance(found, EmbedItem) and (any(sent.texts) or not sent.images):
+        words = _text(sent.texts, field, limits, options)
+        found = words if isinstance(words, Failure) else replace(words, image=found.image, size=found.size)
+    return replace(found, instruction=instruction or None) if isinstance(found, EmbedItem) else found
 
 
 def _text(texts: Sequence[str], field: str, limits: Limits, options: ItemOptions) -> EmbedItem | Failure:

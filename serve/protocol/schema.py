@@ -25,7 +25,8 @@ Truncate = Annotated[
     Literal["none", "start", "end"], BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
 ]
 VectorType = Literal["float", "int8", "uint8", "binary", "ubinary"]
-Instruction = Annotated[str, StringConstraints(min_length=1, max_length=4000)]
+INSTRUCTION_CHARACTERS = 4000
+Instruction = Annotated[str, StringConstraints(min_length=1, max_length=INSTRUCTION_CHARACTERS)]
 
 STOP_CHARACTERS = 256
 

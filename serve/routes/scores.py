@@ -4,6 +4,7 @@ The first two also by the generator, with `mode: generative`: the probability th
 a document matches the query, the adapter off.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from serve.protocol.json_route import expect_entries, json_router
 from serve.protocol.schema import ClassifyRequest, RerankRequest, ScoreRequest
 from serve.routes.embeddings import embed_all, item_options, maker_of, usage_of
 
+ASKED = ("queries", "query", "input")  # lists that the request's own instruction is for; an item may have its own
 CLIP_SCALE = 100.0  # CLIP's logit scale: turns cosine similarities of labels into probabilities
 
 
@@ -106,7 +108,10 @@ async def judged(
     Raises ApiError for the first bad item.
     """
     limits = await backend.limits()
-    items = [only_items(await off_loop(parse_items, values, name, limits, options)) for name, values in lists.items()]
+    items = [
+        only_items(await off_loop(parse_items, values, name, limits, for_list(name, options)))
+        for name, values in lists.items()
+    ]
     results = []
     for i, result in enumerate(await backend.judge(*items)):
         if isinstance(result, Failure):
@@ -127,12 +132,17 @@ async def embed_lists(
     limits = await backend.limits()
     items: list[EmbedItem | Failure] = []
     for field, values in lists.items():
-        items += await off_loop(parse_items, values, field, limits, options)
+        items += await off_loop(parse_items, values, field, limits, for_list(field, options))
     fields = [f"{field}[{i}]" for field, values in lists.items() for i in range(len(values))]
     results = await embed_all(backend, items, fields)
     vectors = np.stack([result.vector for result in results])
     ends = np.cumsum([len(values) for values in lists.values()])[:-1]
     return np.split(vectors, ends), {"fingerprint": maker_of(results), "usage": usage_of(results)}
+
+
+def for_list(field: str, options: ItemOptions) -> ItemOptions:
+    """The options for a list: what is compared with the queries is embedded without their instruction."""
+    return options if field in ASKED else replace(options, instruction=None)
 
 
 def document_object(document: JsonValue) -> dict[str, JsonValue]:

@@ -132,7 +132,7 @@ class Preprocessor:
         """Token ids that ask for the summary of an image of (width, height)."""
         count = self.num_image_tokens(size)
         if count not in self.image_prompts:
-            self.image_prompts[count] = self.item_prompt(size=size)
+            self.image_prompts[count] = self._turn([], size)
         return self.image_prompts[count]
 
     def text_prompt(self, text: str) -> list[int]:
@@ -151,7 +151,11 @@ class Preprocessor:
         if text is None and size is None:
             raise ValueError("an item has a text, an image, or both")
         words = [asked] if (asked := clean_text(instruction or "")) else []
-        words = self.literal.mark(words if text is None else [*words, clean_text(text)])
+        words += [] if text is None else [clean_text(text)]
+        return self.image_prompt(size) if size and not words else self._turn(words, size)
+
+    def _turn(self, words: list[str], size: tuple[int, int] | None) -> list[int]:
+        words = self.literal.mark(words)
         prompt = self.prompts["text" if size is None else "image"]
         lines = [*words, prompt] if prompt else words
         content: list[dict[str, str]] = [] if size is None else [{"type": "image"}]

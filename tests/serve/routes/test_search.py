@@ -119,7 +119,6 @@ def test_a_hit_has_a_thumbnail_of_bounded_size(client: httpx.Client, strict: htt
         ({"version": -1}, 422, "invalid_value"),
         ({"version": 2**64}, 422, "invalid_value"),
         ({"version": ""}, 422, "invalid_value"),
-        ({"query": {"text": "a", "image": data_uri(noise_image(0))}}, 422, "unsupported"),
         ({"version": "no such tag"}, 422, "invalid_value"),
         ({"index": "other"}, 404, "index_not_found"),
         ({"model": "gpt"}, 404, "model_not_found"),
