@@ -40,7 +40,8 @@ from vladva.models.backbones import real_config
 from vladva.models.batch import MicroBatch, as_tensors
 from vladva.models.embedding_model import EmbeddingModel, checkpoint_activations
 from vladva.models.packed.generation import PackedGeneration
-from vladva.models.packed.inference import embedding_forward
+from vladva.models.packed.inference import PackedInference, embedding_forward
+from vladva.models.packed.row_linear import SharedDecoder
 from vladva.recipes import RECIPES
 from vladva.train.engine import Engine
 from vladva.train.setup import make_backward
@@ -261,7 +262,9 @@ def e5_v_inputs(model: EmbeddingModel, tokens: dict[str, Any], pixels: dict[str,
 
 def serving(model: EmbeddingModel, run: RunConfig, scale: Scale) -> dict[str, Any]:
     """Conversations about images with the adapter off, and embeddings with it on, of one loaded model."""
-    generation, forward = PackedGeneration(model), embedding_forward(model)
+    decoder = SharedDecoder(model)
+    forward = PackedInference(model, decoder)
+    generation = PackedGeneration(model, decoder, forward.vision)
     batch = batch_of(model, run, 1, scale)
     answer = scale.pick(64, 3)
     ids = batch.image.ids[0, : batch.image.prompt_lengths[0]].tolist()

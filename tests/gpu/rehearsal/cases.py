@@ -154,10 +154,15 @@ def training_step(mode: FakeCuda, depth: Depth, *, run: RunConfig, longest: bool
     return Measured.of(mode.counts, run.chunks_per_worker * run.train.chunk_size)
 
 
-def embedding(mode: FakeCuda, depth: Depth, *, checkpoint: str, side: str, size: int) -> Measured:
-    """A batch of images (of 640 x 480) or short texts of a merged model, as the batch job and the server embed them."""
+def embedding(
+    mode: FakeCuda, depth: Depth, *, checkpoint: str, side: str, size: int, adapter: bool = False
+) -> Measured:
+    """A batch of images (of 640 x 480) or short texts, as they are embedded: by the batch job, of a merged model.
+
+    adapter: beside the weights instead, as the server that answers from the same weights has it.
+    """
     run = inference_run(checkpoint)
-    model = build(mode, run, depth, train=False, adapter=False)
+    model = build(mode, run, depth, train=False, adapter=adapter)
     batch = chunk(model.preprocessor, 0, size, Lengths(20, 0, USUAL_GRID), run.data)
     with mode, torch.inference_mode():
         forward = embedding_forward(model)

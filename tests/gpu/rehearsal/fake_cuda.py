@@ -177,6 +177,8 @@ class FakeCuda(TorchDispatchMode):
         if func.namespace == "prim":
             with self.fake:
                 return func(*args, **kwargs)
+        if name == "_fused_rms_norm" and on_device(args[0]):
+            return self.rms_norm(*args)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:  # in inference mode these arrive whole
                 return func.decompose(*args, **kwargs)
@@ -220,6 +222,14 @@ class FakeCuda(TorchDispatchMode):
         with self.fake:
             out: Any = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
         out.known_values, out.pinned = values, True
+        return out
+
+    def rms_norm(self, x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """One kernel, as in a build for CUDA; this build has the formula alone."""
+        self.counts.kernels += 1
+        with self.fake:
+            out = torch.empty_like(x), torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+        self.account(out)
         return out
 
     def without_masks(self, indices: Any) -> Any:

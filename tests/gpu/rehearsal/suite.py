@@ -19,6 +19,7 @@ Run = Callable[[FakeCuda, Depth], Measured]
 LLAVA, QWEN = "llava-hf/llava-1.5-7b-hf", "Qwen/Qwen2-VL-2B-Instruct"
 EMBEDDED = (LLAVA, QWEN, "llava-hf/llava-1.5-13b-hf", "llava-hf/llama3-llava-next-8b-hf")
 BATCH = {"images": 16, "texts": 256}
+SERVED = {"images": 1, "texts": 8}  # small batches: there the launches are what takes the time
 USUAL = (  # recipes that are run with samples of usual lengths, too, for README's table
     *("llava_1_5_7b", "llava_1_5_7b_24gb", "llava_1_5_13b", "qwen2_vl_2b"),
     *("e5_v_llava_next_8b", "vlm2vec_qwen2_vl_2b"),
@@ -30,6 +31,8 @@ QUICK = (
     f"embed images {QWEN}",
     f"embed texts {QWEN}",
     f"embed images {LLAVA}",
+    f"serve texts {QWEN}",
+    f"serve texts {LLAVA}",
     f"generate {QWEN}",
     f"generate {LLAVA}",
     *(f"loss {name}" for name in loss_names()),
@@ -54,6 +57,10 @@ def all_cases() -> dict[str, tuple[str, Run]]:
         for side, size in BATCH.items():
             case = partial(embedding, checkpoint=checkpoint, side=side, size=size)
             cases[f"embed {side} {checkpoint}"] = checkpoint, case
+    for checkpoint in (LLAVA, QWEN):
+        for side, size in SERVED.items():
+            case = partial(embedding, checkpoint=checkpoint, side=side, size=size, adapter=True)
+            cases[f"serve {side} {checkpoint}"] = checkpoint, case
     for checkpoint in (LLAVA, QWEN):
         cases[f"generate {checkpoint}"] = checkpoint, partial(generation, checkpoint=checkpoint)
     for name in loss_names():

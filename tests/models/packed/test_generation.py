@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import families
 from tests.support.packed_inputs import FAST, load
@@ -17,9 +21,10 @@ from vladva.models.adapter import AdapterSwitch
 from vladva.models.batch import Pixels, as_tensors
 from vladva.models.embedding_model import EmbeddingModel
 from vladva.models.generation import decode
+from vladva.models.packed import row_linear
 from vladva.models.packed.generation import Chunk, PackedGeneration, Prompt
 from vladva.models.packed.kv_cache import SMALLEST, KeyValueCache, Slot, slot_capacity
-from vladva.models.packed.row_linear import GatedRowMLP, RowLinear, rows_unsupported
+from vladva.models.packed.row_linear import GatedRowMLP, RowLinear, SharedLayer, rows_unsupported
 
 IMAGES = [render(scene) for scene, _ in islice(scenes("train"), 3)]
 ASKED = [  # text, images, adapter
@@ -144,12 +149,65 @@ def test_rows_with_the_adapter_are_those_of_the_merged_weights(tmp_path: Path) -
     assert torch.equal(mixed[[0, 2, 3, 5]], off[[0, 2, 3, 5]])
     mlp = GatedRowMLP(layer.post_attention_layernorm, layer.mlp)
     plain = layer.mlp(layer.post_attention_layernorm(x)) + x
-    torch.testing.assert_close(mlp(x, True), plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(mlp(x.clone(), True), plain, atol=1e-5, rtol=0)
     for linear in projections:
         linear.merge()
     assert "merged" in str(rows_unsupported(model.base.model.language_model))
     merged = torch.cat([linear(norm(x)) for linear in projections], dim=1)
     torch.testing.assert_close(mixed[rows], merged[rows], atol=1e-5, rtol=0)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        return func(*args, **(kwargs or {}))
+
+
+def products_of(function: Callable[[], Any]) -> tuple[Any, int]:
+    """What a function gives, and how many products it takes."""
+    with Products() as products:
+        found = function()
+    return found, products.number
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@torch.no_grad()
+def test_layers_with_one_input_are_one_product_and_their_adapters_another(
+    dtype: torch.dtype, tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_linear, "can_prepack", lambda *linears: False)  # as on a GPU
+    model = load(families.build("qwen2_vl", tmp_path), adapter=True)  # it has biases
+    layer = model.base.model.language_model.layers[0].to(dtype)
+    attention, mlp = layer.self_attn, layer.mlp
+    names = [name for name in layer.state_dict() if "base_layer.weight" in name]
+    before = {name: layer.state_dict()[name].clone() for name in names}
+    x, some = torch.randn(6, layer.input_layernorm.weight.shape[0], dtype=dtype), torch.tensor([1, 4])
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    normed = layer.input_layernorm(x)
+    plain = torch.cat([linear(normed) for linear in projections], dim=1)
+    after = mlp(layer.post_attention_layernorm(x)) + x
+
+    shared = SharedLayer(layer, split=False)
+    every, of_every = products_of(lambda: shared.projections(x, True))
+    mixed, of_some = products_of(lambda: shared.projections(x, some))
+    off, of_none = products_of(lambda: shared.projections(x, False))
+    whole_mlp, of_mlp = products_of(lambda: shared.mlp(x.clone(), True))
+    _, pefts = products_of(lambda: [linear(normed) for linear in projections])
+    assert (of_none, of_every, of_some, of_mlp, pefts) == (1, 2, 3, 2 + 3, 9)
+    close = partial(torch.testing.assert_close, atol=tolerance, rtol=tolerance)
+    close(every, plain)
+    close(mixed[some], plain[some])
+    close(whole_mlp, after)
+    assert torch.equal(mixed[[0, 2, 3, 5]], off[[0, 2, 3, 5]])
+    assert (off - plain).abs().max() > 10 * tolerance
+    # The modules have their own weights still, which are held once.
+    assert all(torch.equal(layer.state_dict()[name], weight) for name, weight in before.items())
+    assert len({linear.base_layer.weight.untyped_storage().data_ptr() for linear in projections}) == 1
+    close(torch.cat([linear(normed) for linear in projections], dim=1), plain)
 
 
 def test_slots_move_together_and_keep_what_they_hold() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from vladva.models.packed.clip_tower import PackedTower
 from vladva.models.packed.cpu_linear import in_threads, joined_linear, linear_residual
 from vladva.models.packed.inference import PackedInference, embedding_forward
 from vladva.models.packed.packing import groups, pack, round_up
-from vladva.models.packed.row_linear import SharedLayer
+from vladva.models.packed.row_linear import RowLinear, SharedLayer
 
 IMAGE_TOKEN = 9
 
@@ -74,19 +75,31 @@ def test_with_bfloat16_the_direction_is_the_same(folder: str, kind: str) -> None
     assert cosine_similarity(fast.roll(1, 0), exact).min() < 0.99
 
 
+def never(*_: Any) -> None:
+    """A hook of a module that must not be called."""
+    pytest.fail("a layer that an embedding does not need was called")
+
+
 @torch.inference_mode()
 def test_what_an_embedding_does_not_need_is_not_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "CPU_TOKENS", 10_000)  # one group
     model = load(families.build("llava", tmp_path), layer=2)
     tokens, _ = inputs(model, "text")
+    names = {module: name.split("language_model.")[-1] for name, module in model.base.named_modules()}
     rows: dict[str, list[int]] = {}
 
-    def count(name: str) -> Callable[..., None]:
-        return lambda module, args, output: rows.setdefault(name, []).append(args[0].flatten(0, -2).shape[0])
+    def counted(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def count(linear: RowLinear, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+            for base in linear.bases:
+                rows.setdefault(names[base], []).append(len(x))
+            return product(linear, x, *rest)
 
-    for name, module in model.base.named_modules():
-        if name.endswith(("_proj", "lm_head")):
-            module.register_forward_hook(count(name.split("language_model.")[-1]))
+        return count
+
+    monkeypatch.setattr(RowLinear, "of_normed", counted(RowLinear.of_normed))
+    monkeypatch.setattr(RowLinear, "residual", counted(RowLinear.residual))
+    for name in ("layers.2.mlp.up_proj", "lm_head"):  # nor are those called in another way
+        next(each for each, full in names.items() if full == name).register_forward_hook(never)
     PackedInference(model)(tokens)
     prompts = len(TEXTS)
     assert set(rows) == {name for name in rows if name.startswith(("layers.0.", "layers.1."))}

@@ -5,7 +5,11 @@
 
 A row whose adapter is off is computed as if there were no adapter at all: by the same operation on the same tensors.
 
-N rows (tokens), D width, R ranks of all layers together.
+Small batches on a GPU take as long as their kernels take to launch. So layers with one input (queries, keys and values;
+gate and up) are one product of weights that lie below each other, which the model's own modules see as views. The A of
+all of them lie below these: where every row has its adapter on, W and A are one product, too, and (s B) another.
+
+N rows (tokens), D width, R ranks of all layers together, E outputs of all layers together.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+from torch.nn import functional
 
 from vladva.models.packed.cpu_linear import can_prepack, concat_bias, prepack, rms_normalize
 
@@ -32,14 +37,32 @@ class RowLinear:
         self.norm = norm
         self.bases = [base_layer(linear) for linear in linears]
         self.prepacked: Tensor | None = None
+        self.bias = concat_bias(*self.bases)
         gain = None
         if can_prepack(*self.bases):
             weight = torch.cat([base.weight for base in self.bases]).float()
             if norm is not None:  # the norm's weight goes into the product after it
                 gain = norm.weight.detach().float()
                 weight *= gain
-            self.prepacked, self.bias = prepack(weight.bfloat16()), concat_bias(*self.bases)
+            self.prepacked = prepack(weight.bfloat16())
         self.lora = LoraFactors.of(linears, gain)
+        if self.prepacked is None:
+            self._lay_out()
+
+    def _lay_out(self) -> None:
+        """The weights, and A, below each other; what the modules had becomes views of that."""
+        sizes = [base.out_features for base in self.bases]
+        parts = [base.weight.detach() for base in self.bases]
+        if self.lora is not None:
+            parts.append(self.lora.down)
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        self.weight_ED = whole[: sum(sizes)]
+        for base, rows in zip(self.bases, self.weight_ED.split(sizes), strict=True):
+            base.weight.data = rows
+        if self.lora is not None:
+            self.lora.down = whole[sum(sizes) :]
+            self.weight_and_down = whole
+            self.long_bias = None if self.bias is None else functional.pad(self.bias, (0, len(self.lora.down)))
 
     def free_plain(self) -> None:
         """Free the plain weights that are kept in another layout."""
@@ -48,31 +71,38 @@ class RowLinear:
                 base.weight.data = base.weight.data.new_empty(0)
 
     def __call__(self, x: Tensor, adapter: AdapterRows) -> Tensor:
-        """The outputs [N, sum of widths]."""
+        """The outputs [N, E]."""
         return self.of_normed(self.normed(x), adapter)
 
     def normed(self, x: Tensor) -> Tensor:
         """What the products take: x after the norm."""
         if self.norm is None:
             return x
-        return self.norm(x) if self.prepacked is None else rms_normalize(x, self.norm.variance_epsilon)
+        if self.prepacked is None:  # on a GPU one kernel, where the module's own formula has eight
+            return functional.rms_norm(x, self.norm.weight.shape, self.norm.weight, self.norm.variance_epsilon)
+        return rms_normalize(x, self.norm.variance_epsilon)
 
     def of_normed(self, x: Tensor, adapter: AdapterRows) -> Tensor:
-        """The outputs, of an x that has been through the norm."""
+        """The outputs [N, E], of an x that has been through the norm."""
         if self.prepacked is not None:
             y = torch.ops.mkldnn._linear_pointwise(x, self.prepacked, self.bias, "none", [], "")
-        elif len(self.bases) == 1:
-            y = self.bases[0](x)
+        elif self.lora is not None and adapter is True:
+            y, low = functional.linear(x, self.weight_and_down, self.long_bias).tensor_split(
+                [len(self.weight_ED)], dim=1
+            )
+            return y.addmm_(low, self.lora.up)
         else:
-            y = torch.cat([base(x) for base in self.bases], dim=-1)
+            y = functional.linear(x, self.weight_ED, self.bias)
         return self.adapted(y, x, adapter)
 
     def residual(self, x: Tensor, residual: Tensor, adapter: AdapterRows) -> Tensor:
-        """The output of the one layer, and `residual`."""
+        """The output of the one layer, and `residual`, in whose memory it may be."""
         if self.prepacked is not None:
             y = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.prepacked, self.bias, "add")
         else:
-            y = self.bases[0](x).add_(residual)
+            y = residual.addmm_(x, self.weight_ED.t())
+            if self.bias is not None:
+                y += self.bias
         return self.adapted(y, x, adapter)
 
     def adapted(self, y: Tensor, x: Tensor, adapter: AdapterRows) -> Tensor:
@@ -118,21 +148,28 @@ class GatedRowMLP:
     """x [N, D] -> down(act(gate(y)) * up(y)) + x of y = norm(x)."""
 
     def __init__(self, norm: Any, mlp: Any) -> None:
-        self.gate, self.up = RowLinear(mlp.gate_proj, norm=norm), RowLinear(mlp.up_proj, norm=norm)
+        inner = mlp.gate_proj, mlp.up_proj
+        if can_prepack(*map(base_layer, inner)):  # apart: there the activation can be in the gate's product
+            self.inner = [RowLinear(one, norm=norm) for one in inner]
+        else:
+            self.inner = [RowLinear(*inner, norm=norm)]
         self.down = RowLinear(mlp.down_proj)
         self.activation = mlp.act_fn
         # With the activation in the product: rounded once less, so not beside rows whose adapter is on.
-        self.fusible = self.gate.prepacked is not None and self.gate.bias is None and mlp.config.hidden_act == "silu"
+        self.fusible = len(self.inner) == 2 and self.inner[0].bias is None and mlp.config.hidden_act == "silu"
 
     def __call__(self, x: Tensor, adapter: AdapterRows) -> Tensor:
-        """Hidden states [N, D] after the MLP."""
-        normed = self.gate.normed(x)
+        """Hidden states [N, D] after the MLP, in whose memory x may have been."""
+        normed = self.inner[0].normed(x)
         if adapter is False and self.fusible:
+            gate, up = self.inner
             pointwise = torch.ops.mkldnn._linear_pointwise
-            gated = pointwise(normed, self.gate.prepacked, None, "swish", [], "")
-            gated = pointwise.binary(normed, gated, self.up.prepacked, self.up.bias, "mul")
+            gated = pointwise(normed, gate.prepacked, None, "swish", [], "")
+            gated = pointwise.binary(normed, gated, up.prepacked, up.bias, "mul")
         else:
-            gated = self.activation(self.gate.of_normed(normed, adapter)) * self.up.of_normed(normed, adapter)
+            outputs = [one.of_normed(normed, adapter) for one in self.inner]
+            gate_NF, up_NF = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=1)
+            gated = self.activation(gate_NF).mul_(up_NF)
         return self.down.residual(gated, x, adapter)
 
 
@@ -158,11 +195,9 @@ class RowEmbedding:
         row = self.row[ids]
         on = row >= 0
         if adapter is not True:
-            chosen = torch.zeros_like(on)
-            chosen[adapter] = True
-            on &= chosen
-        hidden_ND[on] = self.trained[row[on]]
-        return hidden_ND
+            on &= torch.zeros_like(on).index_fill_(0, adapter, True)
+        # Of all rows: to find those that are on, the host would have to wait for the device.
+        return torch.where(on[:, None], self.trained[row.clamp_(min=0)], hidden_ND)
 
 
 def base_layer(linear: Any) -> Any:
@@ -202,7 +237,7 @@ class SharedLayer:
         self.output = RowLinear(attention.o_proj)
         self.mlp = GatedRowMLP(layer.post_attention_layernorm, layer.mlp)
         if not keep_plain:
-            linears = (self.query, self.projections, self.output, self.mlp.gate, self.mlp.up, self.mlp.down)
+            linears = (self.query, self.projections, self.output, *self.mlp.inner, self.mlp.down)
             for linear in linears:
                 if linear is not None:
                     linear.free_plain()
@@ -276,9 +311,9 @@ class RowHead:
 
     def __call__(self, hidden_RD: Tensor, adapter: AdapterRows) -> Tensor:
         """Logits, float32."""
-        logits_RV = torch.nn.functional.linear(hidden_RD, self.weight).float()
+        logits_RV = functional.linear(hidden_RD, self.weight).float()
         if self.trained is None or adapter is False:
             return logits_RV
         rows = torch.arange(len(hidden_RD), device=hidden_RD.device) if adapter is True else adapter
-        logits_RV[rows[:, None], self.ids] = torch.nn.functional.linear(hidden_RD[rows], self.trained).float()
+        logits_RV[rows[:, None], self.ids] = functional.linear(hidden_RD[rows], self.trained).float()
         return logits_RV
