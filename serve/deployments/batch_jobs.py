@@ -69,14 +69,14 @@ class BatchJob:
 
     def compute(self, batch: dict[str, Any]) -> None:
         """Read the input file, embed, and write the output files."""
+        from vladva.models.dual_encoders import is_dual_encoder
         from vladva.models.resolve import describe, preprocessor_of
 
         config, description = describe(self.args.model, adapter=True, dtype=self.dtype)
         preprocessor = preprocessor_of(config)
         context: int = preprocessor.config.get_text_config().max_position_embeddings
-        lines = parse_lines(
-            self.files.read_file(batch["input_file_id"]), self.args.limits.of_model(context, cuts=False, mixes=False)
-        )
+        limits = self.args.limits.of_model(context, cuts=False, mixes=not is_dual_encoder(config.checkpoint))
+        lines = parse_lines(self.files.read_file(batch["input_file_id"]), limits)
         for line in lines:
             line.items = [fitting(item, preprocessor, context) for item in line.items]
         counts = {"total": len(lines), "completed": 0, "failed": 0}
@@ -115,6 +115,7 @@ class BatchJob:
                 "kind": kind_of(item),
                 "text": item.text,
                 "image": item.image,
+                "instruction": item.instruction,
             }
             for number, line in enumerate(lines)
             for i, item in enumerate(line.items)
@@ -122,8 +123,9 @@ class BatchJob:
         ]
         if not rows:
             return {}
-        columns = {name: [row.get(name) for row in rows] for name in ITEM.names}
-        items = ray.data.from_arrow(pa.table(columns, ITEM))
+        schema = ITEM.append(pa.field("instruction", pa.string()))
+        columns = {name: [row.get(name) for row in rows] for name in schema.names}
+        items = ray.data.from_arrow(pa.table(columns, schema))
         table = self.files.place(self.name, "")
         try:
             encode(
@@ -175,12 +177,17 @@ class BatchJob:
 
 def kind_of(item: EmbedItem) -> str:
     """What an item is, as the embedding job calls it."""
-    return "text" if item.image is None else "image"
+    from vladva.embed.batching import MIXED
+
+    if item.image is None:
+        return "text"
+    return "image" if item.text is None else MIXED
 
 
 def cost(item: EmbedItem, preprocessor: Any) -> int:
     """Tokens that an item takes. Raises ValueError for one that the model does not take."""
-    return len(preprocessor.image_prompt(item.size) if item.text is None else preprocessor.text_prompt(item.text))
+    size = None if item.image is None else item.size
+    return len(preprocessor.item_prompt(item.text, size, item.instruction))
 
 
 def fitting(item: EmbedItem | Failure, preprocessor: Any, context: int) -> EmbedItem | Failure:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from vladva.core.errors import FingerprintMismatch
 from vladva.core.hashing import digest
+from vladva.core.item_content import ItemContent
 from vladva.core.progress import Progress
 from vladva.embed.actor import EmbeddingActor
 from vladva.embed.batching import PreparedBatch
@@ -76,6 +77,53 @@ def quarantine(uri: Path) -> dict[str, str]:
 
 
 # --- the job ---------------------------------------------------------------------------------------------------------
+
+
+def test_images_with_words_and_instructions_are_items_too(tmp_path: Path, ray_cluster: None, tiny: str) -> None:
+    import ray.data
+
+    rows = [
+        ("plain", "text", "in blue", None, None),
+        ("asked", "text", "in blue", None, "Find it."),
+        ("image", "image", None, image(0), None),
+        ("image asked", "image", "no part of it", image(0), "Find it."),
+        ("both", "image+text", "in blue", image(0), None),
+        ("both again", "image+text", "in blue", image(0), None),
+        ("both asked", "image+text", "in blue", image(0), "Find it."),
+        ("no words", "image+text", " ", image(0), None),
+        ("no image", "image+text", "in blue", None, None),
+        ("strange", "audio", "in blue", None, None),
+    ]
+    names = ("id", "kind", "text", "image", "instruction")
+    columns = dict(zip(names, zip(*rows, strict=True), strict=True))
+    items = pa.table(
+        {name: pa.array(c, pa.binary() if name == "image" else pa.string()) for name, c in columns.items()}
+    )
+    summary = encode(
+        ray.data.from_arrow(items), tiny, str(tmp_path / "table"), batch_size=2, actors=1, max_bad_fraction=1.0
+    )
+    assert (summary.embedded, summary.repeated, summary.quarantined) == (6, 1, 3)
+    assert quarantine(tmp_path / "table") == {
+        "no words": "the text is empty",
+        "no image": "there are no bytes",
+        "strange": "kind is neither image nor text nor image+text",
+    }
+    table = read_embeddings(str(tmp_path / "table"))
+    found = dict(zip(table["id"].to_pylist(), embedding_matrix(table), strict=True))
+    drawn = Image.open(io.BytesIO(image(0)))
+    contents = {
+        "plain": ItemContent("in blue"),
+        "asked": ItemContent("in blue", instruction="Find it."),
+        "image": ItemContent(image=drawn),
+        "image asked": ItemContent(image=drawn, instruction="Find it."),
+        "both": ItemContent("in blue", drawn),
+        "both again": ItemContent("in blue", drawn),
+        "both asked": ItemContent("in blue", drawn, "Find it."),
+    }
+    expected = load_embedder(tiny).embed_items(list(contents.values()))
+    np.testing.assert_allclose([found[name] for name in contents], expected, atol=1e-5)
+    cosines = expected @ expected.T
+    assert np.triu(cosines > 1 - 1e-5, 1).sum() == 1  # the repeat alone
 
 
 def test_the_table_holds_what_the_embedder_gives(tmp_path: Path, ray_cluster: None, tiny: str) -> None:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +116,26 @@ def test_other_software_gives_the_same_embeddings(
 ) -> None:
     np.testing.assert_allclose(by_others[f"{tool}_texts"], embedder.embed_texts(texts), atol=EXACT)
     np.testing.assert_allclose(by_others[f"{tool}_images"], embedder.embed_images(images), atol=EXACT)
+
+
+def test_the_exported_template_asks_for_mixed_items_as_we_do(exported: Path, embedder: Embedder) -> None:
+    """The card's message: image, instruction and words, each a part of its own."""
+    from transformers import AutoTokenizer
+
+    tokenizer, preprocessor = AutoTokenizer.from_pretrained(exported), embedder.preprocessor
+    tokenizer.chat_template = (exported / "chat_template.jinja").read_text()
+    image = preprocessor.image_token * preprocessor.num_image_tokens((64, 64))
+    for words, shown, asked in product((None, "but in blue"), (False, True), (None, "Find it.")):
+        if words is None and not shown:
+            continue
+        parts = [{"type": "image"}] * shown + [{"type": "text", "text": text} for text in (asked, words) if text]
+        message = [{"role": "user", "content": parts}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        bos = tokenizer.bos_token
+        ids = tokenizer(
+            text.replace(preprocessor.image_token, image), add_special_tokens=bos is None or not text.startswith(bos)
+        ).input_ids
+        assert ids == preprocessor.item_prompt(words, (64, 64) if shown else None, asked)
 
 
 def test_the_adapter_matters(exported: Path, embedder: Embedder, texts: list[str]) -> None:

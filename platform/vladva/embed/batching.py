@@ -3,6 +3,7 @@
     leave out what is done -> find equal contents -> tokenise -> sort by length -> cut -> decode
 
 A task makes the batches of one window, one after the other, while actors embed the first of them (`pipeline.py`).
+An item is of the kind `text`, `image` or `image+text`, with an `instruction` where the items have such a column.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from vladva.models.batch import Pixels
     from vladva.models.interface import InputPreprocessor
 
+MIXED = "image+text"  # the kind of an item whose vector is of both
 WINDOW = 2048  # items that are sorted by length together
 IMAGES_AT_ONCE = 256  # of them, images that are in memory together
 
@@ -93,17 +95,18 @@ def make_batches(items: pa.Table, *, settings: BatchingConfig) -> Iterator[pa.Ta
         fresh = fresh.drop_columns(["cleaned"])
         if cleaned:
             yield _row(None, settings, cleaned=cleaned)
-    for kind, size, prepare in ("text", WINDOW, _texts), ("image", IMAGES_AT_ONCE, _images):
+    kinds = ("text", WINDOW, _texts), ("image", IMAGES_AT_ONCE, _images), (MIXED, IMAGES_AT_ONCE, _images)
+    for kind, size, prepare in kinds:
         rows = fresh.filter(pc.equal(fresh["kind"], kind))
         for first in range(0, len(rows), size):
             yield from prepare(rows.slice(first, size), settings)
-    strange = fresh.filter(pc.invert(pc.is_in(fresh["kind"], pa.array(["text", "image"]))))
+    strange = fresh.filter(pc.invert(pc.is_in(fresh["kind"], pa.array([kind for kind, _, _ in kinds]))))
     if len(strange):
         yield _row(None, settings, [{**item, "reason": _why_not(item)} for item in strange.to_pylist()])
 
 
 def _why_not(item: dict[str, Any]) -> str:
-    return item["text"] if item["kind"] == REJECTED else "kind is neither image nor text"
+    return item["text"] if item["kind"] == REJECTED else f"kind is neither image nor text nor {MIXED}"
 
 
 def _texts(rows: pa.Table, settings: BatchingConfig) -> Iterator[pa.Table]:
@@ -113,7 +116,10 @@ def _texts(rows: pa.Table, settings: BatchingConfig) -> Iterator[pa.Table]:
         rows.drop_columns(["image"]), texts, [None if clean_text(text or "") else "the text is empty" for text in texts]
     )
     rows, texts, repeated = _first_of_content(rows, texts, settings)
-    prompts, reasons = _attempt(lambda text: _fitting(preprocessor, "text", preprocessor.text_prompt(text)), texts)
+    prompts, reasons = _attempt(
+        lambda item: _fitting(preprocessor, "text", preprocessor.item_prompt(item[0], instruction=item[1])),
+        list(zip(texts, _column(rows, "instruction"), strict=True)),
+    )
     rows, prompts, more = _without(rows, prompts, reasons)
     yield _row(None, settings, bad + more, repeated)
     for chosen in cut([len(prompt) for prompt in prompts], settings.batch_size):
@@ -123,10 +129,16 @@ def _texts(rows: pa.Table, settings: BatchingConfig) -> Iterator[pa.Table]:
 def _images(rows: pa.Table, settings: BatchingConfig) -> Iterator[pa.Table]:
     preprocessor = preprocessor_of(settings.config)
     images, reasons = _read(rows, settings.read_images)
+    words = _words_beside_images(rows)
+    reasons = [
+        reason or (None if text is None or clean_text(text) else "the text is empty")
+        for reason, text in zip(reasons, words, strict=True)
+    ]
     rows, images, bad = _without(rows.drop_columns(["image"]), images, reasons)
     rows, images, repeated = _first_of_content(rows, images, settings)
     prompts, reasons = _attempt(
-        lambda image: _fitting(preprocessor, "image", preprocessor.image_prompt(_size(image))), images
+        lambda item: _fitting(preprocessor, "image", preprocessor.item_prompt(item[1], _size(item[0]), item[2])),
+        list(zip(images, _words_beside_images(rows), _column(rows, "instruction"), strict=True)),
     )
     rows, pairs, more = _without(rows, list(zip(images, prompts, strict=True)), reasons)
     yield _row(None, settings, bad + more, repeated)
@@ -140,7 +152,9 @@ def _images(rows: pa.Table, settings: BatchingConfig) -> Iterator[pa.Table]:
 
 def _first_of_content(rows: pa.Table, payloads: list[Any], settings: BatchingConfig) -> tuple[pa.Table, list[Any], int]:
     """The rows that are to be embedded, with the column `content`; rows that another serves are noted and counted."""
-    contents = [digest(kind, payload) for kind, payload in zip(rows["kind"].to_pylist(), payloads, strict=True)]
+    kinds, words = rows["kind"].to_pylist(), zip(_words_beside_images(rows), _column(rows, "instruction"), strict=True)
+    beside = [[] if pair == (None, None) else [text or "" for text in pair] for pair in words]
+    contents = [digest(kind, payload, *more) for kind, payload, more in zip(kinds, payloads, beside, strict=True)]
     rows = rows.append_column("content", pa.array(contents, CONTENT))
     first_N = settings.known.claim(contents, rows)
     repeats = rows.filter(pa.array(~first_N))
@@ -148,6 +162,17 @@ def _first_of_content(rows: pa.Table, payloads: list[Any], settings: BatchingCon
         for uri in settings.uris:
             write_repeats(uri, repeats)
     return rows.filter(pa.array(first_N)), [payloads[i] for i in np.flatnonzero(first_N)], len(repeats)
+
+
+def _column(rows: pa.Table, name: str) -> list[Any]:
+    """The values of a column that need not be there."""
+    return rows[name].to_pylist() if name in rows.column_names else [None] * len(rows)
+
+
+def _words_beside_images(rows: pa.Table) -> list[str | None]:
+    """The text that is embedded together with each image; None of what is of one kind."""
+    kinds = rows["kind"].to_pylist()
+    return [(text or "") if kind == MIXED else None for kind, text in zip(kinds, _column(rows, "text"), strict=True)]
 
 
 def _read(rows: pa.Table, read_images: Callable[[pa.Table], list[bytes]] | None) -> tuple[list[Any], list[str | None]]:

@@ -19,6 +19,7 @@ from serve.protocol.batch_files import BatchFiles, new_batch
 from serve.protocol.errors import ApiError
 from serve.protocol.items import Limits
 from tests.support.wire import data_uri, error_of, noise_image
+from vladva.core.item_content import ItemContent
 from vladva.embed.table import embedding_matrix
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def test_a_batch_is_embedded_by_the_job(openai_client: OpenAI, client: httpx.Cli
         line("too long", {"input": "word " * 600}),
         line("some", {"input": ["a red circle", "word " * 600], "partial": True}),
         line("wrong", {"inputs": "a"}),
+        line("both", {"input": {"image": data_uri(noise_image(3)), "text": texts[0]}, "instruction": "Find it."}),
     )
     uploaded = openai_client.files.create(file=("in.jsonl", content), purpose="batch")
     assert openai_client.files.content(uploaded.id).content == content
@@ -65,15 +67,18 @@ def test_a_batch_is_embedded_by_the_job(openai_client: OpenAI, client: httpx.Cli
     assert created.status == "validating"
     batch = wait_for(openai_client, created.id)
     assert (batch.status, batch.metadata) == ("completed", {"for": "tests"})
-    assert batch.request_counts.model_dump() == {"total": 5, "completed": 3, "failed": 2}
+    assert batch.request_counts.model_dump() == {"total": 6, "completed": 4, "failed": 2}
     assert batch.id in [one.id for one in openai_client.batches.list()]
 
     answers = {one["custom_id"]: one["response"] for one in read_lines(openai_client, batch.output_file_id)}
-    assert answers.keys() == {"texts", "image", "some"}
+    assert answers.keys() == {"texts", "image", "some", "both"}
     vectors = [one["embedding"] for one in answers["texts"]["body"]["data"]]
     np.testing.assert_allclose(vectors, embedder.embed_texts(texts), atol=1e-5)
     [image] = answers["image"]["body"]["data"]
     np.testing.assert_allclose(image["embedding"], embedder.embed_images([noise_image(3)])[0], atol=1e-5)
+    [both] = answers["both"]["body"]["data"]
+    expected = embedder.embed_items([ItemContent(texts[0], noise_image(3), "Find it.")])[0]
+    np.testing.assert_allclose(both["embedding"], expected, atol=1e-5)
     online = client.post("/v1/embeddings", json={"input": texts}).json()
     assert answers["texts"]["body"]["usage"] == online["usage"]
     assert answers["texts"]["body"]["fingerprint"] == online["fingerprint"]
