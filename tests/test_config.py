@@ -56,7 +56,7 @@ def test_nothing_to_train_is_refused() -> None:
         (["tiny", "--cluster.workers", "3"], "is more than the 2 chunks of a global batch"),
         (["tiny", "--train.chunk-size", "16", "--cluster.workers", "3"], "use 1, 2, 4 workers"),
         (["tiny", "--cluster.min-workers", "3"], "cluster.min_workers 3 is more than cluster.workers 2"),
-        (["tiny", "--data.uri", "/nowhere/at/all"], "/nowhere/at/all"),
+        pytest.param(["tiny", "--data.uri", "/nowhere/at/all"], "/nowhere/at/all", marks=pytest.mark.ray),
     ],
 )
 def test_the_command_line_says_what_is_wrong_without_a_traceback(

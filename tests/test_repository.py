@@ -312,6 +312,7 @@ def test_what_is_imported_is_required(requirements: dict[str, list[Requirement]]
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_job_is_executable_and_explains_itself() -> None:
     assert JOBS
     for job in JOBS:

@@ -205,6 +205,7 @@ def on_white(opened: Image.Image) -> np.ndarray:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # some of the formats are going
 @settings(max_examples=200, deadline=None)
 @given(drawing=st.data(), width=SIDES, height=SIDES, seed=st.integers(0, 99), clear=st.booleans())
+@pytest.mark.slow
 def test_what_pillow_writes_has_pillows_pixels_or_a_reason(
     tmp_path_factory: pytest.TempPathFactory, writable: list[tuple[str, str]], drawing: st.DataObject,
     width: int, height: int, seed: int, clear: bool,

@@ -206,6 +206,7 @@ def test_every_fault_is_retried_and_logged(
 
 
 @pytest.mark.parametrize(("fault", "retries"), [("truncate", 1), ("stall", 3)])  # half an error says its status
+@pytest.mark.slow
 def test_faults_in_answers_that_are_no_objects_are_retried(
     fault: str, retries: int, impatient: FaultyProxy, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -321,6 +321,7 @@ IMAGE_TYPES: dict[str, Callable[[int], pa.Array]] = {
     image_column=st.sampled_from(["image", "image_bytes", "jpg", "file_name"]),
     group=st.integers(1, 4),
 )
+@pytest.mark.slow
 def test_any_parquet_schema_of_the_accepted_forms_delivers_every_row(
     tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]], caption_type: str, image_type: str,
     caption_column: str, image_column: str, group: int,

@@ -55,6 +55,7 @@ def test_the_scores_say_something(in_process: dict[str, float]) -> None:
     assert len(set(in_process.values())) >= 6, in_process
 
 
+@pytest.mark.slow
 def test_mteb_loads_a_model_by_its_metadata(adapter: str, in_process: dict[str, float]) -> None:
     """In a process of its own: mteb loads no model for images without torchvision, which nothing of ours needs."""
     environment = {

@@ -98,6 +98,7 @@ def test_what_cannot_be_averaged_is_named(tmp_path: Path) -> None:
         uniform_soup([one, one], str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_soup_embeds_as_its_mean_does(tmp_path: Path) -> None:
     """Two real adapters on the tiny model: the soup is a run, and between the two."""
     config = replace(CONFIG, storage=str(tmp_path))

@@ -12,6 +12,8 @@ import pytest
 
 from tests.support.stub_hub import COMMIT, TOKEN, StubHub, running_hub
 
+pytestmark = pytest.mark.slow  # each is a command of its own
+
 ROOT = Path(__file__).parents[2]
 
 

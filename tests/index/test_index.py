@@ -396,6 +396,7 @@ def test_a_build_that_is_not_done_is_not_the_newest_version(tmp_path: Path, monk
     assert index.num_rows == 9
 
 
+@pytest.mark.slow
 def test_in_memory_no_less_is_found_and_the_scores_are_the_same(tmp_path: Path) -> None:
     vectors_ND = clustered(4000)
     build_index(write_table(tmp_path / "table", vectors_ND[:3900]), str(tmp_path / "index"), exact_below=1000)
@@ -427,6 +428,7 @@ def test_rows_are_read_into_memory_without_a_second_copy_of_the_vectors(tmp_path
     assert vectors_ND.nbytes < taken < 1.7 * vectors_ND.nbytes
 
 
+@pytest.mark.slow
 def test_an_index_that_is_too_large_for_memory_is_searched_on_disk(tmp_path: Path) -> None:
     vectors_ND = clustered(3000)
     build_index(write_table(tmp_path / "table", vectors_ND), str(tmp_path / "index"), exact_below=1000)
@@ -463,6 +465,7 @@ def test_a_thousand_upserts_are_seen_at_once_and_stay_after_optimizing(tmp_path:
     assert index.settings.partitions >= partitions > 1
 
 
+@pytest.mark.slow
 def test_an_exact_index_that_has_grown_is_partitioned(tmp_path: Path) -> None:
     vectors_ND = clustered(1200)
     tables = [write_table(tmp_path / name, vectors_ND[:900]) for name in ("planned", "exact")]

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
@@ -37,6 +39,7 @@ app.stop()
 """
 
 
+@pytest.mark.ray
 def test_spans_of_proxy_ingress_and_replica_are_of_the_callers_trace(tmp_path: Path) -> None:
     file = tmp_path / "spans.json"
     subprocess.run([sys.executable, "-c", TRACED, TRACE, str(file)], cwd=ROOT, capture_output=True, check=True)

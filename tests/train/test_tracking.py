@@ -177,6 +177,7 @@ def test_a_missing_client_names_the_extra(extra: str, tmp_path: Path, monkeypatc
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_mlflow_continues_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
@@ -228,6 +229,7 @@ def wandb_records(file: Path) -> Iterator[Any]:
             whole = b""
 
 
+@pytest.mark.slow
 def test_the_config_switches_both_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a worker of rank 0 does; the run's configuration goes along. Negative control: without the fields, neither."""
     monkeypatch.chdir(tmp_path)
