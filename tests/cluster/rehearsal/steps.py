@@ -414,7 +414,8 @@ def embed_index_evaluate_search_verify(cluster: Cluster) -> str:
     scores = f"{BUCKET}/evaluation"
     cluster.job("jobs/evaluate.py", f"trained={run}", "--data", f"{BUCKET}/scenes", "--out", scores)
     check(storage.exists(f"{scores}/scores.json"), storage.list_files(scores))
-    same = cluster.job("jobs/verify.py", run, "--data", f"{BUCKET}/scenes/train", "--samples", "8")
+    where = ("--data", f"{BUCKET}/scenes/train", "--out", f"{BUCKET}/verify")
+    same = cluster.job("jobs/verify.py", run, *where, "--samples", "8")
     check("the same, to" in same, same)
     return last_line(same)
 
