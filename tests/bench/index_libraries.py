@@ -1,16 +1,17 @@
 #!/usr/bin/env python
-"""The index in memory beside faiss-cpu and usearch, over the same rows and centroids, at the same recall.
+"""The index in memory beside numpy, FAISS's other kinds and usearch: same rows and centroids, same recall.
 
-    pip install faiss-cpu usearch
+    pip install usearch
     tests/bench/index_libraries.py                             # 100,000 x 512
     tests/bench/index_libraries.py --rows 20000 --dimension 128    # a try
 
-Ours is `MemoryIndex`, with the centroids that Lance's k-means makes. FAISS IVF-Flat and IVF-SQ8 (its candidates
-compared again by their full vectors, for scores are exact) get the same centroids; HNSW of FAISS and of usearch get 32
-links and 200 candidates while they are built. Each then looks at the least (partitions, or candidates of a graph)
-with which 98% of the exact ten neighbours are found, of queries that are not timed. The others are timed one at a time,
-interleaved, in one process, with one thread, as a replica's threads search beside one another; every search ends with
-hits and their columns. A library that is not installed is left out, by name.
+Ours is `MemoryIndex`: FAISS's inverted lists of a byte a number, with the centroids that Lance's k-means makes, and the
+candidates compared again by their full vectors. FAISS IVF-Flat gets the same centroids; `numpy` multiplies all rows
+with the query; HNSW of FAISS and of usearch get 32 links and 200 candidates while they are built. Each then looks at
+the least (partitions, or candidates of a graph) with which 98% of the exact ten neighbours are found, of queries that
+are not timed. The others are timed one at a time, interleaved, in one process, with one thread, as a replica's threads
+search beside one another; every search ends with hits and their columns. usearch is left out, by name, where it is not
+installed.
 
 The last line is JSON: for each its recall@10, effort, p50 and p99 in ms, seconds to build, bytes a row, and
 `p50_ratio`, its p50 over ours: below 1 it is faster than ours.
@@ -40,7 +41,7 @@ import pyarrow as pa  # noqa: E402
 
 from tests.bench.index import WARM_UP, K, embeddings, exact_search, items_of  # noqa: E402
 from vladva.index.ivf import VECTORS, centroids, partition  # noqa: E402
-from vladva.index.memory_index import MemoryIndex  # noqa: E402
+from vladva.index.memory_index import Effort, MemoryIndex  # noqa: E402
 from vladva.index.store import Hit, to_hit  # noqa: E402
 
 RECALL = 0.98
@@ -61,6 +62,7 @@ class Contender:
 def ours(vectors_ND: np.ndarray) -> tuple[Contender, np.ndarray]:
     """The index as a replica has it in memory, and its centroids."""
     import lance
+    from faiss import serialize_index
 
     began = time.perf_counter()
     rows = items_of(0, len(vectors_ND)).drop_columns(["content"])
@@ -74,8 +76,21 @@ def ours(vectors_ND: np.ndarray) -> tuple[Contender, np.ndarray]:
     assert size == len(vectors_ND)
     efforts = tuple(range(1, len(centroids_PD) + 1))
     seconds = time.perf_counter() - began
-    search = lambda query_D, effort: index.nearest(query_D, K, effort, None)  # noqa: E731
-    return Contender(search, efforts, seconds, index.matrix_ND.nbytes + centroids_PD.nbytes), centroids_PD
+    search = lambda query_D, effort: index.nearest(query_D, K, Effort(effort, REFINED), None)  # noqa: E731
+    assert index.lists is not None
+    return Contender(search, efforts, seconds, index.matrix_ND.nbytes + len(serialize_index(index.lists))), centroids_PD
+
+
+def compare_all(vectors_ND: np.ndarray, carried: pa.Table) -> Contender:
+    """Every row, by numpy."""
+
+    def found(query_D: np.ndarray, effort: int) -> tuple[np.ndarray, np.ndarray]:
+        scores = np.vecdot(vectors_ND, query_D)
+        best = np.argpartition(-scores, K)[:K]
+        best = best[np.argsort(-scores[best])]
+        return scores[best], best
+
+    return Contender(with_columns(found, carried), (1,), 0.0, vectors_ND.nbytes)
 
 
 def with_columns(found: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]], carried: pa.Table) -> Any:
@@ -89,36 +104,27 @@ def with_columns(found: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray
     return search
 
 
-def faiss_ivf(vectors_ND: np.ndarray, centroids_PD: np.ndarray, carried: pa.Table, *, quantised: bool) -> Contender:
-    """FAISS's inverted lists, of full vectors or of a byte for each number."""
+def faiss_flat(vectors_ND: np.ndarray, centroids_PD: np.ndarray, carried: pa.Table) -> Contender:
+    """FAISS's inverted lists of full vectors."""
     import faiss
 
     began = time.perf_counter()
-    width, inner = vectors_ND.shape[1], faiss.METRIC_INNER_PRODUCT
-    nearest_centroid = faiss.IndexFlatL2(width)
+    nearest_centroid = faiss.IndexFlatL2(vectors_ND.shape[1])
     nearest_centroid.add(centroids_PD)
-    if quantised:
-        kind = faiss.ScalarQuantizer.QT_8bit
-        lists = faiss.IndexIVFScalarQuantizer(nearest_centroid, width, len(centroids_PD), kind, inner)
-        # Residuals would be added to the product of query and centroid, and the distance is what is known of these.
-        lists.by_residual = False
-    else:
-        lists = faiss.IndexIVFFlat(nearest_centroid, width, len(centroids_PD), inner)
-    index = faiss.IndexRefineFlat(lists) if quantised else lists
-    index.train(vectors_ND)
+    lists = faiss.IndexIVFFlat(nearest_centroid, vectors_ND.shape[1], len(centroids_PD), faiss.METRIC_INNER_PRODUCT)
+    lists.train(vectors_ND)
     assert np.array_equal(nearest_centroid.reconstruct_n(0, len(centroids_PD)), centroids_PD)  # and not its own
-    index.add(vectors_ND)
-    if quantised:
-        index.k_factor = REFINED
+    lists.add(vectors_ND)
 
     def found(query_D: np.ndarray, effort: int) -> tuple[np.ndarray, np.ndarray]:
         lists.nprobe = effort
-        scores, rows = index.search(query_D[None], K)
+        scores, rows = lists.search(query_D[None], K)
         return scores[0], rows[0]
 
-    size = len(faiss.serialize_index(index))
     efforts = tuple(range(1, len(centroids_PD) + 1))
-    return Contender(with_columns(found, carried), efforts, time.perf_counter() - began, size)
+    return Contender(
+        with_columns(found, carried), efforts, time.perf_counter() - began, len(faiss.serialize_index(lists))
+    )
 
 
 def faiss_hnsw(vectors_ND: np.ndarray, carried: pa.Table) -> Contender:
@@ -194,11 +200,10 @@ def main() -> None:
     carried = items_of(0, options.rows).drop_columns(["content"])
     mine, centroids_PD = ours(vectors_ND)
     contenders = {"ours": mine}
-    left_out = [name for name in ("faiss", "usearch") if importlib.util.find_spec(name) is None]
-    if "faiss" not in left_out:
-        contenders["faiss IVF-Flat"] = faiss_ivf(vectors_ND, centroids_PD, carried, quantised=False)
-        contenders["faiss IVF-SQ8"] = faiss_ivf(vectors_ND, centroids_PD, carried, quantised=True)
-        contenders["faiss HNSW"] = faiss_hnsw(vectors_ND, carried)
+    contenders["numpy"] = compare_all(vectors_ND, carried)
+    contenders["faiss IVF-Flat"] = faiss_flat(vectors_ND, centroids_PD, carried)
+    contenders["faiss HNSW"] = faiss_hnsw(vectors_ND, carried)
+    left_out = [name for name in ("usearch",) if importlib.util.find_spec(name) is None]
     if "usearch" not in left_out:
         contenders["usearch HNSW"] = usearch_hnsw(vectors_ND, carried)
 

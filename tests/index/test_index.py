@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import lance
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -21,6 +22,7 @@ from vladva.embed.table_writer import TableWriter
 from vladva.index import build, searcher
 from vladva.index.build import build_index
 from vladva.index.ivf import VECTORS
+from vladva.index.memory_index import Effort, MemoryIndex
 from vladva.index.qdrant import fill
 from vladva.index.store import Hit, VectorStore
 from vladva.index.tuning import (
@@ -415,6 +417,37 @@ def test_in_memory_no_less_is_found_and_the_scores_are_the_same(tmp_path: Path) 
     assert found["warm"] >= found["cold"] >= 960
     # A whole tenth of the rows, spread over all partitions: the index looks further than it otherwise would.
     assert len(warm.search(vectors_ND[0], 390, filter="number % 10 = 0")) == 390
+
+
+def test_the_lists_of_all_partitions_find_what_comparing_every_row_finds(tmp_path: Path) -> None:
+    vectors_ND = clustered(1000)
+    dataset = lance.write_dataset(rows_of(vectors_ND, list(range(1000))), str(tmp_path / "rows"))
+    centroids_PD = vectors_ND[:: 1000 // 20]
+    rows = MemoryIndex.of(dataset, centroids_PD)
+    some = dataset.to_table(columns=[], with_row_id=True, filter="number % 3 = 0")["_rowid"].to_numpy()
+    missed = 0
+    for query_D in clustered(1020)[1000:]:
+        for ids in None, some:
+            exact = rows.nearest(query_D, 10, None, ids)
+            assert rows.nearest(query_D, 10, Effort(20, 5), ids) == exact
+            missed += rows.nearest(query_D, 10, Effort(1, 5), ids) != exact
+            # Few are asked for and one partition holds fewer: the search goes on to others.
+            assert len(rows.nearest(query_D, 300, Effort(1, 1), ids)) == 300
+    assert missed  # negative control: one partition is not enough
+
+
+def test_without_faiss_lance_searches_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors_ND = clustered(1200)
+    build_index(write_table(tmp_path / "table", vectors_ND), str(tmp_path / "index"), exact_below=1000)
+    with_faiss, without = open_index(str(tmp_path / "index")), open_index(str(tmp_path / "index"))
+    with_faiss.warm()
+    monkeypatch.setattr(searcher, "has_lists", lambda: False)
+    without.warm()
+    assert with_faiss.searcher.rows is not None
+    assert without.searcher.rows is None
+    assert [hit.id for hit in without.search(vectors_ND[7], 5)] == [
+        hit.id for hit in with_faiss.search(vectors_ND[7], 5)
+    ]
 
 
 def test_rows_are_read_into_memory_without_a_second_copy_of_the_vectors(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 IndexType = Literal["exact", "IVF_SQ", "IVF_HNSW_SQ", "IVF_PQ"]
 
-MEMORY_LIMIT = 2 << 30  # bytes of vectors up to which searches hold them in memory, if nothing else is said
+MEMORY_LIMIT = 2 << 30  # bytes of vectors up to which searches hold them in memory, and lists of a fourth as many
 ROWS_IN_MEMORY, ROWS_ON_DISK = 128, 256  # of a partition: from memory smaller ones cost nothing more, from disk a read
 GRAPH_ROWS = 200_000  # of a partition that is searched by a graph (HNSW)
 VECTORS = "embedding_idx"  # name of the index

@@ -1,11 +1,13 @@
-"""MemoryIndex: the rows of a Lance data set in memory, partition after partition (an in-memory IVF).
+"""MemoryIndex: the rows of a Lance data set in memory, with FAISS's inverted lists over them.
 
-What Lance's index does from disk with quantised vectors, with the same centroids and full vectors: no candidates to
-compare again, no rows to read. N rows, P partitions, D width.
+What Lance's index does from disk, with the same centroids: the nearest partitions are looked through by vectors of one
+byte a number, and the best candidates are compared again by their full vectors, so that scores are exact. N rows, P
+partitions, D width.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,114 +20,109 @@ from vladva.index.store import Hit, to_hit
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import faiss
     import lance
 
 BLOCK = 8192  # rows read at once
 
 
 @dataclass(frozen=True)
-class Centroids:
-    """Of the partitions, with what every comparison with them needs."""
+class Effort:
+    """How much of an index a search looks at."""
 
-    matrix_PD: np.ndarray
-    half_squares_P: np.ndarray
-
-    @classmethod
-    def of(cls, matrix_PD: np.ndarray) -> Centroids:
-        """With half of each centroid's squared length."""
-        return cls(matrix_PD, 0.5 * np.square(matrix_PD).sum(axis=1))
-
-    def similarity(self, vectors_ND: np.ndarray) -> np.ndarray:
-        """[N, P] (of one vector: [P]), greatest where the distance between unit vector and centroid is least."""
-        # |v - c|^2 = 1 - 2 v.c + |c|^2 for a unit vector v.
-        return vectors_ND @ self.matrix_PD.T - self.half_squares_P
+    nprobes: int  # nearest partitions
+    refine_factor: int  # candidates compared again by their full vectors, as a multiple of k
 
 
 @dataclass(frozen=True)
 class MemoryIndex:
-    """Rows in the order of their partitions: partition p is from `bounds[p]` to `bounds[p + 1]`."""
+    """Rows in the order in which Lance reads them."""
 
     matrix_ND: np.ndarray  # unit norm
+    lists: faiss.IndexIVF | None  # None: every row is compared
     carried: pa.Table
-    centroids: Centroids
-    bounds: np.ndarray
     ids_N: np.ndarray  # Lance's row ids, ascending
     row_of_id: np.ndarray  # [N]: the row of the matrix that each of them has
 
     @classmethod
-    def of(cls, dataset: lance.LanceDataset, centroids_PD: np.ndarray) -> MemoryIndex:
-        """Read all rows and divide them by the centroids.
-
-        They are read twice, to be put where they belong at once: two matrices would not fit where one does.
-        """
-        centroids = Centroids.of(centroids_PD)
-        ids, carried, partitions = [], [], []
+    def of(cls, dataset: lance.LanceDataset, centroids_PD: np.ndarray | None) -> MemoryIndex:
+        """Read all rows; with centroids, also divide them into inverted lists."""
+        matrix_ND = np.empty((dataset.count_rows(), dataset.schema.field("embedding").type.list_size), np.float32)
+        ids, carried, first = [], [], 0
         for rows in blocks(dataset):
             ids.append(rows["_rowid"].to_numpy())
             carried.append(rows.drop_columns(["_rowid", "embedding"]))
-            partitions.append(centroids.similarity(unit_vectors(rows)).argmax(axis=1))
-        partition_N = np.concatenate(partitions)
-        order = np.argsort(partition_N, kind="stable")
-        target_N = np.argsort(order)  # the row of the matrix, of each row as it is read
-        matrix_ND = np.empty((len(order), centroids_PD.shape[1]), np.float32)
-        first = 0
-        for rows in blocks(dataset):
-            matrix_ND[target_N[first : first + len(rows)]] = unit_vectors(rows)
+            matrix_ND[first : first + len(rows)] = unit_vectors(rows)
             first += len(rows)
-        ids_N = np.concatenate(ids)[order]
+        ids_N = np.concatenate(ids)
         row_of_id = np.argsort(ids_N)
         return cls(
             matrix_ND=matrix_ND,
-            carried=pa.concat_tables(carried).take(order),
-            centroids=centroids,
-            bounds=np.searchsorted(partition_N[order], np.arange(len(centroids_PD) + 1)),
+            lists=None if centroids_PD is None or not len(matrix_ND) else inverted_lists(matrix_ND, centroids_PD),
+            carried=pa.concat_tables(carried),
             ids_N=ids_N[row_of_id],
             row_of_id=row_of_id,
         )
 
-    def nearest(self, query_D: np.ndarray, k: int, nprobes: int | None, ids: np.ndarray | None) -> list[Hit]:
-        """The k rows nearest to a unit vector, of those with the ids (None: all), in the nprobes nearest partitions.
+    def nearest(self, query_D: np.ndarray, k: int, effort: Effort | None, ids: np.ndarray | None) -> list[Hit]:
+        """The k rows nearest to a unit vector, of those with the ids (None: all).
 
-        Without nprobes every row is compared. More partitions are taken where those do not hold k rows.
+        Without an effort, or without lists, every row is compared.
         """
-        if nprobes is None:
+        if effort is None or self.lists is None:
             rows = None if ids is None else self._rows(ids)
-            scores = np.vecdot(self.matrix_ND if rows is None else self.matrix_ND[rows], query_D)
         else:
-            rows, scores = self._probe(query_D, nprobes, ids)
-            if len(rows) < k and nprobes < len(self.centroids.matrix_PD):
-                return self.nearest(query_D, k, min(2 * nprobes, len(self.centroids.matrix_PD)), ids)
+            rows = self._candidates(query_D, k, effort, ids)
+        # Row by row takes half the time of OpenBLAS's product of matrix and vector, where rows come from memory.
+        scores = np.vecdot(self.matrix_ND if rows is None else self.matrix_ND[rows], query_D)
         best = np.argpartition(-scores, k)[:k] if k < len(scores) else np.arange(len(scores))
         best = best[np.argsort(-scores[best], kind="stable")]
         found = self.carried.take(best if rows is None else rows[best]).to_pylist()
         return [to_hit(row, float(score)) for row, score in zip(found, scores[best], strict=True)]
 
-    def _probe(self, query_D: np.ndarray, nprobes: int, ids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and scores of the nearest partitions; neighbours in the matrix are taken together."""
-        # The nearest partitions, in the order of the matrix.
-        chosen = np.sort(np.argsort(-self.centroids.similarity(query_D))[:nprobes])
-        # Runs of partitions that follow one another: each begins at a row of `firsts` and ends before one of `lasts`.
-        gaps = np.flatnonzero(np.diff(chosen) > 1)
-        firsts = self.bounds[chosen[np.concatenate([[0], gaps + 1])]]
-        lasts = self.bounds[chosen[np.concatenate([gaps, [len(chosen) - 1]])] + 1]
-        # Where each run ends among the rows that are compared.
-        ends = np.cumsum(lasts - firsts)
-        # The matrix row of each compared row: its number, moved by as much as its run is.
-        rows = np.arange(ends[-1]) + np.repeat(lasts - ends, lasts - firsts)
-        # The products of each run, written where they belong. Row by row takes half the time of OpenBLAS's product of
-        # matrix and vector, where rows come from memory.
-        scores = np.empty(ends[-1], np.float32)
-        for first, last, end in zip(firsts.tolist(), lasts.tolist(), ends.tolist(), strict=True):
-            np.vecdot(self.matrix_ND[first:last], query_D, out=scores[end - (last - first) : end])
-        if ids is None:
-            return rows, scores
-        # Only rows that a filter has left.
-        allowed_N = np.zeros(len(self.matrix_ND), bool)
-        allowed_N[self._rows(ids)] = True
-        return rows[allowed_N[rows]], scores[allowed_N[rows]]
+    def _candidates(self, query_D: np.ndarray, k: int, effort: Effort, ids: np.ndarray | None) -> np.ndarray:
+        """Rows that the nearest partitions hold near the query; of more partitions where those do not hold k."""
+        import faiss
+
+        assert self.lists is not None
+        options: dict[str, faiss.IDSelector] = {}
+        if ids is not None:  # only rows that a filter has left: a bit for each row
+            allowed_N = np.zeros(len(self.matrix_ND), bool)
+            allowed_N[self._rows(ids)] = True
+            bits = np.packbits(allowed_N, bitorder="little")  # FAISS does not copy them: held until it is done
+            options["sel"] = faiss.IDSelectorBitmap(bits)
+        nprobes, most = effort.nprobes, self.lists.nlist
+        while True:
+            how = faiss.SearchParametersIVF(nprobe=nprobes, **options)
+            rows = self.lists.search(query_D[None], k * max(1, effort.refine_factor), params=how)[1][0]
+            rows = rows[rows >= 0]  # -1: there were no more
+            if len(rows) >= k or nprobes >= most:
+                return rows
+            nprobes = min(2 * nprobes, most)
 
     def _rows(self, ids: np.ndarray) -> np.ndarray:
         return self.row_of_id[np.searchsorted(self.ids_N, ids)]
+
+
+def has_lists() -> bool:
+    """Whether FAISS is installed, as it is on Linux; without it Lance searches from disk."""
+    return importlib.util.find_spec("faiss") is not None
+
+
+def inverted_lists(matrix_ND: np.ndarray, centroids_PD: np.ndarray) -> faiss.IndexIVF:
+    """Row numbers by the partition whose centroid is nearest, each with its unit vector in a byte a number."""
+    import faiss
+
+    # Rows belong to the centroid at the least distance, as in Lance; candidates are compared by products.
+    nearest_centroid = faiss.IndexFlatL2(matrix_ND.shape[1])
+    nearest_centroid.add(centroids_PD)
+    kind, inner = faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+    lists = faiss.IndexIVFScalarQuantizer(nearest_centroid, matrix_ND.shape[1], len(centroids_PD), kind, inner)
+    lists.by_residual = False  # a residual's product with a query would lack that with the centroid
+    lists.train(matrix_ND)  # the bounds of each number: the centroids are given
+    for first in range(0, len(matrix_ND), BLOCK):
+        lists.add(matrix_ND[first : first + BLOCK])
+    return lists
 
 
 def blocks(dataset: lance.LanceDataset) -> Iterator[pa.Table]:

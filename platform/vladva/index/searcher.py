@@ -21,7 +21,7 @@ import numpy as np
 
 from vladva.index.filters import lance_sql, parse_condition
 from vladva.index.ivf import MEMORY_LIMIT, VECTORS, IndexType, centroids, fits_memory
-from vladva.index.memory_index import MemoryIndex
+from vladva.index.memory_index import Effort, MemoryIndex, has_lists
 from vladva.index.store import Hit, check_query, to_hit
 
 if TYPE_CHECKING:
@@ -102,11 +102,11 @@ class Searcher:
         self._counts: dict[str, int] = {}
 
     def warm(self, limit: int = MEMORY_LIMIT) -> None:
-        """Read into memory what searches use: of IVF_SQ the rows, unless over `limit` bytes, else the index."""
+        """Read into memory what searches use: of IVF_SQ the rows, unless over `limit` bytes, else Lance's index."""
         if self.settings.index_type in ("exact", "IVF_SQ") and self.rows is None:
             if self.settings.index_type == "exact":
-                self.rows = MemoryIndex.of(self.dataset, np.zeros((1, self.dimension), np.float32))
-            elif fits_memory(self.dataset, limit):
+                self.rows = MemoryIndex.of(self.dataset, None)
+            elif fits_memory(self.dataset, limit) and has_lists():
                 self.rows = MemoryIndex.of(self.dataset, centroids(self.dataset))
         if self.rows is None:
             self.dataset.prewarm_index(VECTORS)
@@ -137,8 +137,8 @@ class Searcher:
     ) -> list[Hit]:
         ids = None if condition is None else self._ids_left(condition, deadline)
         share, few = self._share(self.num_rows if ids is None else len(ids))
-        exact = few or self.settings.index_type == "exact"
-        return rows.nearest(query_D, k, None if exact else self.settings.probes(k, share), ids)
+        effort = None if few else Effort(self.settings.probes(k, share), self.settings.refine_factor)
+        return rows.nearest(query_D, k, effort, ids)
 
     def _share(self, left: int) -> tuple[float, bool]:
         """The fraction of the rows that is left, and whether these are few enough to be compared one by one."""
