@@ -37,7 +37,8 @@ class PackedForward(Protocol):
 class EmbeddingModel(nn.Module):
     """The trained module: backbone with adapter, and the scalars that are learned with the contrastive loss.
 
-    scalars: their names and values; each becomes a parameter of that name.
+    scalars: their names and values; each becomes a parameter of that name. mapped: leave the LVLM's weights in its
+    files, in their dtype, for someone who takes them from there one by one.
     """
 
     pixel_mean: torch.Tensor
@@ -50,12 +51,14 @@ class EmbeddingModel(nn.Module):
         *,
         scalars: Mapping[str, float] | None = None,
         device: torch.device | str = "cpu",
+        mapped: bool = False,
     ) -> None:
         super().__init__()
         self.preprocessor = preprocessor
         self.backbone = preprocessor.backbone
         self.layer = config.layer
-        self.lvlm: Any = self.backbone.load(config.checkpoint, getattr(torch, config.dtype), device)
+        dtype = None if mapped else getattr(torch, config.dtype)
+        self.lvlm: Any = self.backbone.load(config.checkpoint, dtype, device)
         layers = self.lvlm.config.get_text_config().num_hidden_layers
         if config.layer is not None and config.layer > layers:
             raise ValueError(f"model.layer is {config.layer}, but {config.checkpoint} has {layers} layers")

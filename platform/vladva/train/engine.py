@@ -78,6 +78,36 @@ def compile_operators() -> None:
     ShareMemCommBuilder().load(verbose=False)
 
 
+def partition_layers(model: EmbeddingModel, config: RunConfig, device: torch.device) -> None:
+    """ZeRO-3: take the weights of a model from its files, those of the layers cut up as they come.
+
+    A worker has whole weights of one parameter at a time beside its share of the layers, and the few that are in none,
+    which DeepSpeed partitions when it starts. What a file holds is in the memory of the host once for a node.
+    """
+    import deepspeed
+
+    prepare_to_compile()
+    dtype = getattr(torch, config.model.dtype)
+    lists = [module for module in model.lvlm.modules() if isinstance(module, nn.ModuleList)]
+    of_layers = {parameter: None for layers in lists for parameter in layers.parameters()}
+    first: Any = None
+    for parameter in of_layers:
+        parameter.requires_grad_(False)
+        # A copy: what the first worker sends must not be written into the pages of the file.
+        parameter.data = parameter.data.to(dtype, copy=True)
+        if first is None:
+            first = parameter
+            deepspeed.zero.Init(module=nn.ParameterList([first]), config_dict_or_path=deepspeed_config(config))
+        else:
+            first.convert_to_zero_parameters(param_list=[parameter])
+    for parameter in model.lvlm.parameters():
+        if parameter not in of_layers:
+            parameter.data = parameter.data.to(device, dtype, copy=True)
+    for tensor in (*model.buffers(), *(model.get_parameter(name) for name in model.scalar_names)):
+        tensor.data = tensor.data.to(device)
+    model.lvlm.config.dtype = dtype
+
+
 class Engine:
     """One worker's share of the model, its gradients and its optimizer."""
 
@@ -101,6 +131,9 @@ class Engine:
             betas=config.optim.betas,
             weight_decay=config.optim.weight_decay,
         )
+        if settings["bf16"]["enabled"] and self.stage == 3:
+            for parameter in self.trainable.values():  # DeepSpeed rounds no model that is partitioned already
+                parameter.data = parameter.data.bfloat16()
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self.device = torch.device(self.engine.device)
         if self.device.type == "cpu":

@@ -18,7 +18,7 @@ from vladva.models.embedding_model import EmbeddingModel, checkpoint_activations
 from vladva.train import grad_cache
 from vladva.train.collectives import all_reduce_sum
 from vladva.train.data_loader import run_preprocessor
-from vladva.train.engine import Engine
+from vladva.train.engine import Engine, partition_layers
 from vladva.train.memory_plan import check_device
 
 if TYPE_CHECKING:
@@ -62,8 +62,13 @@ def build_trained_model(config: RunConfig, start: int) -> EmbeddingModel:
         kept = [name for name in values if start or scalars[name].learned]
         values |= {name: state.get(name, values[name]) for name in kept}
     # Straight onto the device: a copy on the host for each worker of a node would be several times the model.
-    device = "cuda" if config.cluster.gpus_per_worker else "cpu"
-    model = EmbeddingModel(config.model, run_preprocessor(config), scalars=values, device=device)
+    device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
+    preprocessor = run_preprocessor(config)
+    if config.train.zero_stage == 3:  # of most weights a device holds its share only, from the first moment on
+        model = EmbeddingModel(config.model, preprocessor, scalars=values, mapped=True)
+        partition_layers(model, config, device)
+    else:
+        model = EmbeddingModel(config.model, preprocessor, scalars=values, device=device)
     for name, scalar in scalars.items():
         model.get_parameter(name).requires_grad_(scalar.learned)
     model.lvlm.requires_grad_(False)

@@ -40,10 +40,11 @@ class Backbone(ABC):
     lora_targets: str = LANGUAGE_LINEARS  # regular expression of the language model's linear layers
     embed_tokens: str = "embed_tokens"  # name of the token embedding, for PEFT's trainable_token_indices
 
-    def load(self, checkpoint: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+    def load(self, checkpoint: str, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> PreTrainedModel:
         """The pretrained model, its weights read tensor by tensor straight onto the device.
 
-        The files are mapped, so that all processes of a node share one copy of them in the host's memory.
+        The files are mapped, so that all processes of a node share one copy of them in the host's memory. With None for
+        the dtype, that of the files, weights on the host are the mapped files themselves, and take no memory beside.
         """
         import torch
         import transformers
@@ -51,7 +52,7 @@ class Backbone(ABC):
         kind = getattr(transformers, self.model_class)
         # With a map for the host PEFT would spread the model over whatever devices it finds.
         where = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
-        return pretrained(kind, checkpoint, dtype=dtype, **where)
+        return pretrained(kind, checkpoint, dtype=dtype or "auto", **where)
 
     @abstractmethod
     def num_image_tokens(self, config: PreTrainedConfig, processor: BaseImageProcessor, size: tuple[int, int]) -> int:
