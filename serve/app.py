@@ -9,6 +9,7 @@ one copy of the weights) or, with `layout=separate`, Discriminative and Generati
 import logging
 import os
 import socket
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -33,7 +34,7 @@ from serve.deployments.embedding import Discriminative
 from serve.deployments.generation import Generative
 from serve.protocol import proxy_errors
 from serve.protocol.auth import Auth, key_digest
-from serve.protocol.bodies import BoundedBodies
+from serve.protocol.bodies import SWITCH_S, BoundedBodies
 from serve.protocol.errors import LastResort, handle_errors
 from serve.protocol.forgiving import Forgiving, with_origins
 from serve.protocol.request_metrics import RequestMetrics
@@ -64,6 +65,7 @@ class Ingress:
         generative: DeploymentHandle,
         created: int,
     ) -> None:
+        sys.setswitchinterval(SWITCH_S)
         self.args = args
         self.key_digests, self.write_digests = key_digests, write_digests
         self.backend = Backend(args, discriminative, generative, created)

@@ -9,7 +9,7 @@ from click import ClickException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from serve.protocol.bodies import BodyLimits
-from serve.protocol.items import Limits
+from serve.protocol.items import CHARACTERS_PER_TOKEN, Limits
 
 SILENT_BODY_S = 10.0  # a client that sends nothing for so long has gone
 
@@ -129,7 +129,8 @@ class ServeArgs(BaseModel):
     @property
     def limits(self) -> Limits:
         """Caps on what one request may carry."""
-        return Limits(self.max_items, self.max_image_bytes, self.max_image_pixels)
+        characters = CHARACTERS_PER_TOKEN * self.max_queued_tokens
+        return Limits(self.max_items, self.max_image_bytes, self.max_image_pixels, all_characters=characters)
 
     @property
     def body_limits(self) -> BodyLimits:

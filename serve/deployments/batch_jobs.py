@@ -8,7 +8,7 @@ import json
 import logging
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,8 @@ class BatchJob:
         preprocessor = preprocessor_of(config)
         context: int = preprocessor.config.get_text_config().max_position_embeddings
         limits = self.args.limits.of_model(context, cuts=False, mixes=not is_dual_encoder(config.checkpoint))
+        # Nobody waits, and nothing else does: a line may hold more than the replicas take on at a time.
+        limits = replace(limits, all_characters=self.args.max_body_bytes)
         lines = parse_lines(self.files.read_file(batch["input_file_id"]), limits)
         for line in lines:
             line.items = [fitting(item, preprocessor, context) for item in line.items]

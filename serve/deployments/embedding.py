@@ -15,6 +15,7 @@ from PIL import Image
 
 from serve.config import ServeArgs
 from serve.deployments.model_replica import HEALTH_S, SHORT_CHARACTERS, ModelReplica
+from serve.deployments.preparing import LARGE_CHARACTERS, LARGE_PIXELS
 from serve.deployments.runner import Encoded
 from serve.deployments.served_index import Changed, Found, IndexEntry, ServedIndex
 from serve.protocol.errors import Failure
@@ -32,6 +33,7 @@ class Work:
     image: bytes | None
     cost: int
     tokens: int
+    pixels: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Discriminative(ModelReplica):
         if refusal:
             return refusal
         with queue.hold(cost, len(work)) as held:
-            encoded = await asyncio.gather(*[self.encoded(one) for one in work])
+            turns = self.preparing.turns()
+            encoded = await asyncio.gather(*[self.encoded(one, turns) for one in work])
             good = [one for one in encoded if isinstance(one, Encoded)]
             vectors = await self.engine.items(queue, good, self.args.deadline_s, held) if good else []
         if isinstance(vectors, Failure):
@@ -140,9 +143,10 @@ class Discriminative(ModelReplica):
 
     async def counted(self, items: Sequence[EmbedItem]) -> list[Work | Failure]:
         """What each item costs; a `Failure` where the model cannot take it."""
-        if sum(len(item.text or "") for item in items) + len(items) < SHORT_CHARACTERS:
+        characters = sum(len(item.text or "") for item in items) + len(items)
+        if characters < SHORT_CHARACTERS:
             return self.count(items)
-        return await self.beside(self.count, items)
+        return await self.preparing.run(self.count, items, large=characters > LARGE_CHARACTERS)
 
     def count(self, items: Sequence[EmbedItem]) -> list[Work | Failure]:
         """The same, in this thread."""
@@ -163,7 +167,7 @@ class Discriminative(ModelReplica):
             message = f"the {what} takes {len(ids):,} tokens with its prompt; the model takes {self.context:,}"
             return Failure(422, message, "context_length_exceeded")
         tokens = len(ids) or self.embedder.num_image_tokens(*item.size)  # a dual encoder asks nothing of an image
-        return Work(ids, item.image, max(tokens, item.pixels // PIXELS_PER_TOKEN), tokens)
+        return Work(ids, item.image, max(tokens, item.pixels // PIXELS_PER_TOKEN), tokens, item.pixels)
 
     def shorter(self, text: str, drop: int, side: str, prompt: Callable[[str], list[int]]) -> list[int]:
         """The prompt of a text without its first (`start`) or last (`end`) tokens, at least `drop`, so that it fits.
@@ -179,13 +183,14 @@ class Discriminative(ModelReplica):
             drop += max(len(ids) - self.context, drop // 32)  # what is left may be cut into other tokens
         raise ValueError("the model's context is shorter than what is around the text")
 
-    async def encoded(self, work: Work | Failure) -> Encoded | Failure:
+    async def encoded(self, work: Work | Failure, turns: asyncio.Semaphore) -> Encoded | Failure:
         """An item as the model takes it, its image decoded beside the model."""
         if isinstance(work, Failure):
             return work
         if work.image is None:
             return Encoded(work.ids, None, work.cost)
-        return await self.beside(self.decoded, work)
+        async with turns:
+            return await self.preparing.run(self.decoded, work, large=work.pixels > LARGE_PIXELS)
 
     def decoded(self, work: Work) -> Encoded | Failure:
         """The same of an image, in this thread."""

@@ -9,6 +9,7 @@ from PIL import Image
 
 from serve.deployments.engine import TokenSampling
 from serve.deployments.model_replica import HEALTH_S, ModelReplica
+from serve.deployments.preparing import LARGE_PIXELS
 from serve.deployments.runner import Encoded
 from serve.deployments.yes_or_no import question
 from serve.protocol.errors import Failure
@@ -22,6 +23,11 @@ class Conversation:
     messages: list[dict[str, Any]]
     images: list[bytes]
     sizes: list[tuple[int, int]]
+
+    @property
+    def is_large(self) -> bool:
+        """Whether decoding its images takes long."""
+        return sum(width * height for width, height in self.sizes) > LARGE_PIXELS
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class Generative(ModelReplica):
         self, conversation: Conversation, sampling: Sampling
     ) -> AsyncIterator[Started | str | Finished | Failure]:
         """`Started`, pieces of text, `Finished`; or a `Failure` and nothing else."""
-        planned = await self.beside(self.plan, conversation, sampling.max_tokens)
+        planned = await self.preparing.run(self.plan, conversation, sampling.max_tokens)
         if isinstance(planned, Failure):
             yield planned
             return
@@ -95,7 +101,7 @@ class Generative(ModelReplica):
             yield refusal
             return
         with self.engine.hold_answer(len(ids) + max_tokens):
-            encoded = await self.beside(self.decode, ids, conversation.images)
+            encoded = await self.preparing.run(self.decode, ids, conversation.images, large=conversation.is_large)
             if isinstance(encoded, Failure):
                 yield encoded
                 return
@@ -132,16 +138,15 @@ class Generative(ModelReplica):
         By the base model: adapter off.
         """
         pairs = list(zip(queries * (len(documents) // len(queries)), documents, strict=True))
-        planned = await self.beside(lambda: [self.plan_question(*pair) for pair in pairs])
+        planned = await self.preparing.run(lambda: [self.plan_question(*pair) for pair in pairs])
         queue = self.engine.scores
         cost = sum(len(one[0]) for one in planned if not isinstance(one, Failure))
         refusal = self.engine.refusal(queue, cost, len(planned))
         if refusal:
             return refusal
         with queue.hold(cost, len(planned)) as held:
-            encoded = await asyncio.gather(
-                *[self.as_value(one) if isinstance(one, Failure) else self.beside(self.decode, *one) for one in planned]
-            )
+            turns = self.preparing.turns()
+            encoded = await asyncio.gather(*[self.decoded_question(one, turns) for one in planned])
             good = [one for one in encoded if isinstance(one, Encoded)]
             scores = await self.engine.items(queue, good, self.args.deadline_s, held) if good else []
         if isinstance(scores, Failure):
@@ -155,9 +160,14 @@ class Generative(ModelReplica):
             results.append(found)
         return results
 
-    async def as_value(self, failure: Failure) -> Failure:
-        """What needs no work, among what does."""
-        return failure
+    async def decoded_question(
+        self, planned: tuple[list[int], list[bytes]] | Failure, turns: asyncio.Semaphore
+    ) -> Encoded | Failure:
+        """A question as the model takes it."""
+        if isinstance(planned, Failure):
+            return planned
+        async with turns:
+            return await self.preparing.run(self.decode, *planned)
 
     def plan_question(self, query: EmbedItem, document: EmbedItem) -> tuple[list[int], list[bytes]] | Failure:
         """Token ids of the question about a pair, and its images, encoded."""

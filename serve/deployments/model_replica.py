@@ -3,15 +3,16 @@
 import asyncio
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from serve.config import ServeArgs
 from serve.deployments.engine import EngineLimits, EngineLoad, ModelEngine
 from serve.deployments.engine_metrics import EngineMetrics
+from serve.deployments.preparing import PreparingThreads
 from serve.deployments.yes_or_no import YesOrNo
+from serve.protocol.bodies import SWITCH_S
 
 if TYPE_CHECKING:
     import torch
@@ -19,10 +20,7 @@ if TYPE_CHECKING:
     from vladva.models.embedder import Embedder
     from vladva.models.interface import Embeds
 
-T = TypeVar("T")
-
 SHORT_CHARACTERS = 2000  # a text up to which tokenising takes less time than handing it to a thread and back
-SWITCH_S = 0.001  # the engine's thread asks for the interpreter after every product; by default it may wait for 5 ms
 HEALTH_S = 25.0  # less than Serve waits for a health check
 
 
@@ -46,7 +44,7 @@ class ModelReplica(ABC):
         self.context: int = embedder.preprocessor.config.get_text_config().max_position_embeddings
         self.judgement: YesOrNo | None = None
         self.metrics: EngineMetrics | None = None
-        self.preparing = ThreadPoolExecutor(args.prepare_threads, "vladva-prepare")
+        self.preparing = PreparingThreads(args.prepare_threads)
         self.engine = ModelEngine(
             *runners_of(embedder),
             EngineLimits(
@@ -64,7 +62,7 @@ class ModelReplica(ABC):
             device=embedder.device,
         )
         # The constructor runs in an event loop, which waits for it.
-        self.preparing.submit(lambda: asyncio.run(self.probe())).result()
+        self.preparing.pool.submit(lambda: asyncio.run(self.probe())).result()
 
     def score(self, logits_BV: "torch.Tensor") -> Sequence[float]:
         """P(yes) of pairs that were asked about. Raises ValueError where the model has no words for yes and no."""
@@ -103,10 +101,6 @@ class ModelReplica(ABC):
     async def probe(self) -> None:
         """Use the model for real. Raises RuntimeError where it does not do what this replica is for."""
         ...
-
-    async def beside(self, function: Callable[..., T], *args: Any) -> T:
-        """The result of a function, in a thread beside the model's."""
-        return await asyncio.get_running_loop().run_in_executor(self.preparing, function, *args)
 
     def __del__(self) -> None:
         """Serve drops a replica that it stops."""

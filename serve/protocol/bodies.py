@@ -1,17 +1,19 @@
 """Bodies: how a request's JSON comes in. Limits come before work, each before the work that it bounds:
 
 1. bytes, while they arrive: a cap, a time limit, and few unfinished bodies per client, so that slow ones hold no place;
-2. values and nesting, before parsing: counted in the raw bytes;
+2. values, nesting and escapes, before parsing: counted in the raw bytes;
 3. lists, before their elements are looked at.
 
-A large body is parsed in a thread. The scan works in chunks and gives the interpreter free between them.
+A large body is parsed in a thread. The scan works in chunks and gives the interpreter free between them; what is one
+call in C, such as parsing, keeps every other thread waiting until it ends, so it is bounded.
 """
 
 import asyncio
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
@@ -30,6 +32,8 @@ Request = TypeVar("Request", bound=BaseModel)
 
 MAX_VALUES = 250_000  # in one body
 MAX_JSON_NESTING = 32
+SWITCH_S = 0.001  # after which a thread asks for the interpreter; by default others wait for 5 ms, again and again
+MAX_ESCAPES = 8_000_000  # backslashes in one body: each costs the parser as much as many plain characters
 LARGE_BYTES = 64 << 10  # a body of more is parsed beside the event loop
 CHUNK_BYTES = 1 << 20
 SLOW_AFTER_S = 1.0  # a body that has not arrived by then is slow
@@ -56,17 +60,43 @@ class BodyLimits:
     silent_s: float = 10
 
 
+class SlowBodies:
+    """Bodies that have not arrived after SLOW_AFTER_S, counted by client.
+
+    Beyond SLOW_PER_CLIENT of them the next one is refused, so that one client's stalled uploads leave the places to the
+    others.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def refusal(self, client: str) -> Failure | None:
+        """Why one more of this client is too many, or None where it is not."""
+        if self.counts[client] < SLOW_PER_CLIENT and self.counts.total() < SLOW_IN_ALL:
+            return None
+        return Failure(429, "too many bodies arrive slowly; send them one after the other", "overloaded")
+
+    @contextmanager
+    def one_more(self, client: str) -> Iterator[None]:
+        """Count one while the block runs."""
+        self.counts[client] += 1
+        try:
+            yield
+        finally:
+            self.counts[client] -= 1
+            self.counts += Counter()  # drops those at 0
+
+
 class BoundedBodies:
     """ASGI middleware: reads the body of a POST, and refuses what is too large (413), too slow (408), or one too many.
 
-    Bodies that have not arrived after a second are counted by client: beyond SLOW_PER_CLIENT of them the next one is
-    refused (429), so that one client's stalled uploads leave the places of the ingress to the others.
+    Slow bodies are counted here as well as in front of Serve's proxy (proxy_errors.py): not everybody has that.
     """
 
     def __init__(self, app: ASGIApp, limits: BodyLimits) -> None:
         self.app = app
         self.limits = limits
-        self.slow: Counter[str] = Counter()
+        self.slow = SlowBodies()
         self.held = 0  # bytes of all bodies that are being read or answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,6 +131,7 @@ class BoundedBodies:
         start = last = loop.time()
         slow, more = False, True
         receiving: asyncio.Future[Message] = asyncio.ensure_future(receive())
+        counted = ExitStack()
         try:
             while more:
                 end = min(start + self.limits.whole_s, last + self.limits.silent_s)
@@ -109,9 +140,10 @@ class BoundedBodies:
                 if not receiving.done():
                     if wake == end:
                         raise ApiError(408, "the body did not arrive in time", "body_timeout")
-                    self.check_slow(client)
+                    if refusal := self.slow.refusal(client):
+                        raise ApiError.of(refusal)
                     slow = True
-                    self.slow[client] += 1
+                    counted.enter_context(self.slow.one_more(client))
                     continue
                 try:
                     message, last = receiving.result(), loop.time()
@@ -125,9 +157,7 @@ class BoundedBodies:
                     receiving = asyncio.ensure_future(receive())
         finally:
             receiving.cancel()
-            if slow:
-                self.slow[client] -= 1
-                self.slow += Counter()  # drops those at 0
+            counted.close()
 
     def keep(self, body: bytearray, part: bytes) -> None:
         """Add a part to the body. Raises ApiError where this is too much, for it or for all bodies together."""
@@ -137,11 +167,6 @@ class BoundedBodies:
             raise self.too_large()
         if self.held > BODIES_IN_MEMORY * self.limits.bytes:
             raise ApiError(429, "too many large bodies are on their way; try again later", "overloaded")
-
-    def check_slow(self, client: str) -> None:
-        """Refuse one more slow body of a client that has many, and any where all clients together have."""
-        if self.slow[client] >= SLOW_PER_CLIENT or self.slow.total() >= SLOW_IN_ALL:
-            raise ApiError(429, "too many bodies arrive slowly; send them one after the other", "overloaded")
 
     def too_large(self) -> ApiError:
         """The refusal of a body beyond the cap."""
@@ -178,6 +203,8 @@ def json_value(body: bytes) -> JsonValue:
         raise ApiError(413, f"the body holds more than {MAX_VALUES:,} values; send several requests", "body_too_large")
     if nesting > MAX_JSON_NESTING:
         raise ApiError(400, f"the body is nested deeper than {MAX_JSON_NESTING} levels", "invalid_json")
+    if body.count(b"\\") > MAX_ESCAPES:
+        raise ApiError(413, f"the body holds more than {MAX_ESCAPES:,} backslashes", "body_too_large")
     try:
         value: JsonValue = json.loads(body.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -195,7 +222,7 @@ def check_characters(value: JsonValue, place: str) -> None:
     """Raise ApiError where a text holds half a surrogate pair, which is no character and cannot be written anywhere."""
     match value:
         case str():
-            if any("\ud800" <= character <= "\udfff" for character in value):
+            if not value.isascii() and has_surrogate(value):
                 reason = "the text holds half a surrogate pair, which is no character"
                 raise ApiError.of(Failure(422, reason, "invalid_value").with_param(place or "body"))
         case list():
@@ -207,6 +234,15 @@ def check_characters(value: JsonValue, place: str) -> None:
                 # One bad input of many is dealt with where inputs are taken apart: `partial` may ask for the others.
                 if place or name != "input":
                     check_characters(one, f"{place}.{name}" if place else name)
+
+
+def has_surrogate(text: str) -> bool:
+    """Whether half a surrogate pair is in a text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def parse_body(body: bytes, model: type[Request]) -> Request:

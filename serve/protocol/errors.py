@@ -141,9 +141,10 @@ def code_of(status: int) -> str:
 def validation_failure(errors: Sequence[Mapping[str, Any]]) -> Failure:
     """Name the field that is wrong and what would be accepted; never echo what was sent.
 
-    Of the alternatives of a union, pydantic reports every one; the deepest is the one the caller meant.
+    Of the alternatives of a union, pydantic reports every one; the deepest is the one the caller meant, or one of whose
+    kind the value is.
     """
-    error = max(errors, key=lambda error: len(error["loc"]))
+    error = max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
     parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"] if not _is_union_tag(part)]
     field = "".join(parts).removeprefix(".") or "body"
     message = error["msg"].removeprefix("Value error, ")

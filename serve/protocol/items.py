@@ -18,7 +18,7 @@ from pydantic import JsonValue, ValidationError
 
 from serve.protocol.errors import ApiError, Failure, validation_failure
 from serve.protocol.images import image_size, is_data_uri, parse_image_bytes
-from serve.protocol.schema import INSTRUCTION_CHARACTERS, ContentPart, Modality
+from serve.protocol.schema import INSTRUCTION_CHARACTERS, MAX_PARTS, ContentPart, Modality
 from vladva.core.errors import InvalidSampleError
 from vladva.core.text import clean_text
 
@@ -32,12 +32,14 @@ class Limits:
     """Caps on what one request may carry.
 
     cuts: the model cuts long texts by itself, as CLIP does. mixes: it takes an image with words, and instructions.
+    all_characters: of the texts of one list of items, together.
     """
 
     items: int
     image_bytes: int
     image_pixels: int
     text_characters: int = 1 << 20
+    all_characters: int = 1 << 40
     cuts: bool = False
     mixes: bool = True
 
@@ -113,9 +115,28 @@ def parse_items(
     values: Sequence[JsonValue], field: str, limits: Limits, options: ItemOptions = ItemOptions()
 ) -> list[EmbedItem | Failure]:
     """The items in `values`, the content of the body's `field`. Raises ApiError for none and for too many."""
-    if not 1 <= len(values) <= limits.items:
-        raise ApiError(422, f"{field} holds {len(values)} items; send 1 to {limits.items}", "invalid_value", field)
-    return [_parse(value, f"{field}[{i}]", limits, options) for i, value in enumerate(values)]
+    check_number(len(values), field, limits)
+    items: list[EmbedItem | Failure] = []
+    characters = 0
+    for i, value in enumerate(values):
+        item = _parse(value, f"{field}[{i}]", limits, options)
+        characters += len(item.text or "") if isinstance(item, EmbedItem) else 0
+        if characters > limits.all_characters:
+            raise too_much(limits)
+        items.append(item)
+    return items
+
+
+def check_number(items: int, field: str, limits: Limits) -> None:
+    """Raise ApiError for no items and for too many."""
+    if not 1 <= items <= limits.items:
+        raise ApiError(422, f"{field} holds {items} items; send 1 to {limits.items}", "invalid_value", field)
+
+
+def too_much(limits: Limits) -> ApiError:
+    """The refusal of texts that together take more tokens than a replica ever takes on, whatever the tokenizer."""
+    message = f"the texts have more than {limits.all_characters:,} characters together; send several requests"
+    return ApiError(413, message, "request_too_large")
 
 
 def parse_item(value: JsonValue, field: str, limits: Limits, options: ItemOptions = ItemOptions()) -> EmbedItem:
@@ -224,6 +245,7 @@ def _conversation(turns: list[JsonValue], modality: Modality) -> Sent:
         case [int() | float(), *_]:
             raise _ItemError(TOKEN_IDS)
         case [{"role": _}, *_]:
+            check_count(turns)
             sent = [_sent(turn, modality) for turn in turns]
             instructions = [turn.instruction for turn in sent if turn.instruction]
             texts = [text for turn in sent for text in turn.texts]
@@ -246,9 +268,16 @@ def _content(content: JsonValue, modality: Modality) -> Sent:
         case str():
             return _sent(content, modality)
         case list():
+            check_count(content)
             parts = [_part(part) for part in content]
             return Sent([text for part in parts for text in part.texts], [one for part in parts for one in part.images])
     raise _ItemError(FORMS)
+
+
+def check_count(parts: Sequence[JsonValue]) -> None:
+    """Raise _ItemError where an item has too many parts."""
+    if len(parts) > MAX_PARTS:
+        raise _ItemError(f"an item has at most {MAX_PARTS:,} messages, and a message as many parts")
 
 
 def _part(value: Any) -> Sent:

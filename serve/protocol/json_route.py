@@ -58,6 +58,13 @@ def encoded_reply(answer: dict[str, Any]) -> bytes:
     """The JSON of a reply, list entry by list entry, so that a thread that does this lets the others run meanwhile."""
     fields = []
     for name, value in answer.items():
-        text = b"[" + b",".join(map(to_json, value)) + b"]" if isinstance(value, list) else to_json(value)
+        match value:
+            case list():
+                # Not `map`, whose loop is in C: no other thread runs until it ends.
+                text = b"[" + b",".join([to_json(one) for one in value]) + b"]"
+            case dict():
+                text = encoded_reply(value)
+            case _:
+                text = to_json(value)
         fields.append(to_json(name) + b":" + text)
     return b"{" + b",".join(fields) + b"}"

@@ -3,6 +3,7 @@
 - Errors that the proxy answers by itself, as plain text, get the one shape.
 - So does what is not HTTP at all, which uvicorn answers before any middleware sees it.
 - A request whose ingress died before it answered is sent to another one; what may not be done twice is not.
+- A request is passed on when its body is there, or much of it: bodies that stop cost the ingress nothing.
 
 Serve loads `middlewares` into every proxy where the environment of its controller says
 RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.protocol.proxy_errors:middlewares. `serve.app` sets it.
@@ -12,12 +13,14 @@ import asyncio
 import uuid
 from typing import Any
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from serve.protocol import bodies
+from serve.protocol.bodies import SlowBodies
 from serve.protocol.errors import INTERNAL, Failure, reply
 
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
@@ -36,6 +39,7 @@ RETRY_AFTER_S = (0.1, 0.5, 2.0, 5.0)  # an ingress is replaced within seconds
 RETRIED = {500, 503}
 ONCE_PATHS = ("/v1/files", "/v1/batches")  # a second try would make a second one
 KEPT_BYTES = 16 << 20  # of a request's body, for another try
+FIRST_BYTES = 256 << 10  # of those, with which a request is passed on before the rest is there
 
 
 def middlewares() -> list[Middleware]:
@@ -60,6 +64,7 @@ class OneShape:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        self.slow = SlowBodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -69,13 +74,26 @@ class OneShape:
             await self.app(scope, receive, send)
             return
         body = KeptBody(receive)
+        if scope["method"] != "POST" or await body.arrives(bodies.SLOW_AFTER_S):
+            await self.answered(scope, body, send)
+            return
+        client = scope["client"][0] if scope.get("client") else ""
+        if refusal := self.slow.refusal(client):
+            headers = {"x-request-id": request_id(scope), "connection": "close"}
+            await reply(refusal, headers)(scope, receive, send)
+            return
+        with self.slow.one_more(client):
+            await self.answered(scope, body, send)
+
+    async def answered(self, scope: Scope, body: "KeptBody", send: Send) -> None:
+        """Pass the request on, again where its ingress dies."""
         once = scope["method"] == "POST" and scope["path"].startswith(ONCE_PATHS)
         for wait in (*RETRY_AFTER_S, None):
             error = await self.attempt(scope, body.from_the_start(), send)
             if error is None or body.left:
                 return
             if wait is None or once or not body.whole or error["status"] not in RETRIED:
-                await self.answer(error, scope, receive, send)
+                await self.answer(error, scope, body.receive, send)
                 return
             await asyncio.sleep(wait)
 
@@ -107,6 +125,11 @@ class OneShape:
         await reply(FAILURES.get(error["status"], INTERNAL), kept)(scope, receive, send)
 
 
+def request_id(scope: Scope) -> str:
+    """The caller's, or a new one."""
+    return Headers(scope=scope).get("x-request-id") or str(uuid.uuid4())
+
+
 async def refuse_websocket(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer who wants to speak another protocol: there is none here."""
     await receive()  # the request to connect
@@ -128,6 +151,20 @@ class KeptBody:
         self.bytes = 0
         self.whole = True  # nothing has been left out
         self.left = False  # the client has gone
+
+    async def arrives(self, seconds: float) -> bool:
+        """Whether the body is there within this time, or its first FIRST_BYTES."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        take = self.from_the_start()
+        try:
+            while not self.left and self.bytes < FIRST_BYTES:
+                message = await asyncio.wait_for(take(), end - loop.time())
+                if not message.get("more_body", False):
+                    break
+        except asyncio.TimeoutError:
+            return False
+        return True
 
     def from_the_start(self) -> Receive:
         """A `receive` that begins with the first message."""

@@ -18,7 +18,9 @@ from pydantic import (
 )
 
 T = TypeVar("T")
-Several = Annotated[list[T], Field(min_length=1, fail_fast=True)]
+MAX_FIELDS = 100  # of one object
+MAX_PARTS = 2048  # messages of a conversation, and parts of a message
+Several = Annotated[list[T], Field(min_length=1, max_length=16_384, fail_fast=True)]
 Modality = Literal["text", "image"]
 Version = Annotated[int, Field(ge=0, lt=2**63)] | Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Truncate = Annotated[
@@ -39,8 +41,12 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, body: Any) -> Any:
-        """The fields that say something."""
-        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+        """The fields that say something. Each that nobody knows would be an error of its own, so few are looked at."""
+        if not isinstance(body, dict):
+            return body
+        if len(body) > MAX_FIELDS:
+            raise ValueError(f"an object of {len(body):,} fields; send {MAX_FIELDS} at most")
+        return {name: value for name, value in body.items() if value is not None}
 
 
 class ImageUrl(BaseModel):
@@ -97,7 +103,7 @@ class Message(BaseModel):
     """One turn of a conversation. Only an assistant's may be empty, where it called a tool."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def says_something(self) -> "Message":
@@ -275,7 +281,7 @@ class CohereEmbedRequest(Body):
     inputs: Several[JsonValue] | None = None
     input_type: str | None = Field(None, max_length=100)
     embedding_types: Annotated[
-        list[Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]], Field(fail_fast=True)
+        list[Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]], Field(max_length=6, fail_fast=True)
     ] = ["float"]
     output_dimension: int | None = Field(None, ge=1)
     truncate: Truncate = "end"  # Cohere's default, END
@@ -353,7 +359,7 @@ class ChatRequest(Body):
     model_config = ConfigDict(extra="allow")
 
     model: str | None = None
-    messages: Several[Message]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     temperature: float = Field(0.0, ge=0, le=2, allow_inf_nan=False)

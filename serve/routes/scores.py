@@ -4,6 +4,7 @@ The first two also by the generator, with `mode: generative`: the probability th
 a document matches the query, the adapter off.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,18 @@ from pydantic import JsonValue
 from serve.deployments.client import Backend
 from serve.protocol.bodies import off_loop
 from serve.protocol.errors import ApiError, Failure
-from serve.protocol.items import EmbedItem, ItemOptions, as_list, only_items, parse_items, sent_texts
+from serve.protocol.items import (
+    EmbedItem,
+    ItemOptions,
+    Limits,
+    as_list,
+    check_number,
+    only_items,
+    parse_items,
+    sent_texts,
+    too_long,
+    too_much,
+)
 from serve.protocol.json_route import expect_entries, json_router
 from serve.protocol.schema import ClassifyRequest, RerankRequest, ScoreRequest
 from serve.routes.embeddings import embed_all, item_options, maker_of, usage_of
@@ -71,16 +83,34 @@ def routes(backend: Backend) -> APIRouter:
     @router.post("/v1/classify")
     async def classify(body: ClassifyRequest) -> dict[str, Any]:
         model = (await backend.served()).check_embedding(body.model)
-        labels: list[JsonValue] = [{"text": body.template.replace("{}", label)} for label in body.labels]
-        lists = {"input": as_list(body.input), "labels": labels}
+        lists = {"input": as_list(body.input), "labels": labels_in(body, await backend.limits())}
         [inputs_ND, labels_LD], made = await embed_lists(backend, lists, item_options(body))
-        data = []
-        for i, probabilities_L in enumerate(softmax(CLIP_SCALE * inputs_ND @ labels_LD.T)):
-            best = body.labels[int(probabilities_L.argmax())]
-            data.append({"index": i, "label": best, "probs": probabilities_L.tolist(), "num_classes": len(labels)})
+        expect_entries(len(inputs_ND) * len(labels_LD))
+        data = await off_loop(classified, body.labels, inputs_ND, labels_LD)
         return {"object": "list", "model": model, "data": data, **made}
 
     return router
+
+
+def labels_in(body: ClassifyRequest, limits: Limits) -> list[JsonValue]:
+    """The labels in their template, as items. Raises ApiError where they are too many or too long, unwritten."""
+    check_number(len(body.labels), "labels", limits)
+    places, characters = body.template.count("{}"), len(body.template)
+    lengths = [characters + places * (len(label) - 2) for label in body.labels]
+    if max(lengths) > limits.text_characters:
+        raise ApiError.of(too_long(max(lengths), limits).with_param("labels"))
+    if sum(lengths) > limits.all_characters:
+        raise too_much(limits)
+    return [{"text": body.template.replace("{}", label)} for label in body.labels]
+
+
+def classified(labels: Sequence[str], inputs_ND: np.ndarray, labels_LD: np.ndarray) -> list[dict[str, Any]]:
+    """The elements of `data`: the probability of every label for each input, and the best label."""
+    data = []
+    for i, probabilities_L in enumerate(softmax(CLIP_SCALE * inputs_ND @ labels_LD.T)):
+        best = labels[int(probabilities_L.argmax())]
+        data.append({"index": i, "label": best, "probs": probabilities_L.tolist(), "num_classes": len(labels)})
+    return data
 
 
 async def ranked(

@@ -12,13 +12,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import socket
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +50,46 @@ class Slowest:
         self.failed += not answer.startswith(b"HTTP/1.1 200")
 
 
-@asynccontextmanager
-async def probes(port: int) -> AsyncIterator[tuple[Slowest, Slowest]]:
-    """Health checks and small requests, one after the other, as long as the block runs."""
-    kinds = {HEALTH: Slowest(), SMALL: Slowest()}
+@contextmanager
+def probes(port: int) -> Iterator[tuple[Slowest, Slowest]]:
+    """Health checks and small requests, one after the other, as long as the block runs.
+
+    In a process of their own: making a hostile body of 60 MB here would keep them waiting, too.
+    """
+    health, small = Slowest(), Slowest()
+    processes = multiprocessing.get_context("spawn")
+    here, there = processes.Pipe()
+    process = processes.Process(target=probe_until_told, args=(port, there))
+    process.start()
+    here.recv()  # it has begun
+    try:
+        yield health, small
+    finally:
+        here.send("end")
+        for slowest, found in zip((health, small), here.recv(), strict=True):
+            slowest.__dict__.update(found.__dict__)
+        process.join()
+
+
+def probe_until_told(port: int, starter: Connection) -> None:
+    """Probe until the one who started this process says so; tell it what was found."""
+    found = Slowest(), Slowest()
 
     async def again_and_again(request: bytes, slowest: Slowest) -> None:
         while True:
             await slowest.probe(port, request)
             await asyncio.sleep(PAUSE_S)
 
-    tasks = [asyncio.create_task(again_and_again(request, slowest)) for request, slowest in kinds.items()]
-    try:
-        yield kinds[HEALTH], kinds[SMALL]
-    finally:
+    async def run() -> None:
+        tasks = [asyncio.create_task(again_and_again(*one)) for one in zip((HEALTH, SMALL), found, strict=True)]
+        starter.send("begun")
+        await asyncio.to_thread(starter.recv)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(run())
+    starter.send(found)
 
 
 async def crowd(port: int, requests: Iterator[bytes], at_a_time: int) -> tuple[Counter[str], list[str]]:
@@ -117,6 +142,17 @@ def attacks() -> dict[str, Callable[[int], Any]]:
         "1,050 bodies that stop": stalled,
         "4 stop strings of 200,000": post(chat, stops),
         "60 MB of base64": post("/v1/embeddings", {"input": "data:image/png;base64," + "A" * 60_000_000}),
+        "6,000,000 percent signs": post("/v1/embeddings", {"input": "data:image/png;base64," + "%41" * 6_000_000}),
+        "100,000 unknown fields": post(
+            "/v1/score", {"queries": "a", "documents": "b", **{f"x{i}": i for i in range(100_000)}}
+        ),
+        "a template of 2,000 places": post(
+            "/v1/classify", {"input": "a", "labels": [f"{i:05}" * 100 for i in range(2000)], "template": "{}" * 2000}
+        ),
+        "2,000 inputs by 2,000 labels": post(
+            "/v1/classify", {"input": ["a"] * 2000, "labels": [f"b{i}" for i in range(2000)]}
+        ),
+        "5,000 types of vectors": post("/v2/embed", {"texts": ["a"] * 2000, "embedding_types": ["float"] * 5000}),
         "60 MB of backslashes": post("/v1/embeddings", b'{"input": "' + b"\\" * 60_000_000 + b'"}'),
     }
 
@@ -144,14 +180,14 @@ async def run(port: int, requests: int, at_a_time: int, seed: int) -> dict[str, 
     """The figures."""
     for _ in range(20):
         await exchange("127.0.0.1", port, SMALL)
-    async with probes(port) as (health, small):
+    with probes(port) as (health, small):
         await asyncio.sleep(10)
     alone = {"health_s": round(health.seconds, 3), "small_s": round(small.seconds, 3)}
     print(f"alone: {alone}")
     aimed, complaints = {}, []
     for name, attack in attacks().items():
         began = time.monotonic()
-        async with probes(port) as (health, small):
+        with probes(port) as (health, small):
             await asyncio.sleep(1)
             answer = await attack(port)
             await asyncio.sleep(1)
@@ -170,7 +206,7 @@ async def run(port: int, requests: int, at_a_time: int, seed: int) -> dict[str, 
     statuses, wrong_ones = await crowd(port, iter(first), at_a_time)
     before = memory_mb()
     began = time.monotonic()
-    async with probes(port) as (health, small):
+    with probes(port) as (health, small):
         more, wrong_later = await crowd(port, sent, at_a_time)
     seconds = time.monotonic() - began
     complaints += wrong_ones + wrong_later

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
+from pydantic_core import to_json
 
 from serve.protocol import bodies
-from serve.protocol.bodies import BodyLimits, BoundedBodies, json_value, shape_of
-from serve.protocol.errors import ApiError
+from serve.protocol.bodies import BodyLimits, BoundedBodies, json_value, parse_body, shape_of
+from serve.protocol.errors import ApiError, Failure
+from serve.protocol.items import Limits, parse_items
+from serve.protocol.json_route import encoded_reply
+from serve.protocol.schema import ChatRequest, ClassifyRequest, ScoreRequest
+from serve.routes.scores import labels_in
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(st.sampled_from('ab"\\[]{},: \n'), max_size=8),
@@ -49,6 +57,104 @@ def test_what_has_too_many_parts_is_refused_unparsed(monkeypatch: pytest.MonkeyP
         with pytest.raises(ApiError) as refused:
             json_value(body)
         assert refused.value.failure.status == status
+
+
+def test_a_body_of_escapes_is_refused_unparsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json, "loads", lambda text: pytest.fail("parsed"))
+    with pytest.raises(ApiError) as refused:
+        json_value(b'{"input": "' + b"\\n" * (bodies.MAX_ESCAPES + 1) + b'"}')
+    assert refused.value.failure.status == 413
+
+
+def test_half_a_surrogate_pair_is_found_in_a_long_text() -> None:
+    text = "a" * 5_000_000
+    assert json_value(json.dumps({"text": text + "\U0001f600"}).encode()) == {"text": text + "\U0001f600"}
+    with pytest.raises(ApiError) as refused:
+        json_value(json.dumps({"a": [text, text + "\ud800"]}).encode())
+    assert refused.value.failure.param == "a[1]"
+
+
+@pytest.mark.parametrize(
+    ("body", "model"),
+    [
+        ({"queries": "a", "documents": "b"}, ScoreRequest),
+        ({"messages": [{"role": "user", "content": "a"}]}, ChatRequest),
+    ],
+)
+def test_an_object_of_very_many_fields_is_one_error(body: dict[str, Any], model: type[BaseModel]) -> None:
+    with pytest.raises(ApiError) as refused:
+        parse_body(json.dumps(body | {f"x{i}": i for i in range(100_000)}).encode(), model)
+    assert "an object of 100,00" in refused.value.failure.message
+
+
+def test_very_long_conversations_are_refused() -> None:
+    turn, part = {"role": "user", "content": "a"}, {"type": "text", "text": "a"}
+    for messages in ([turn] * 3000, [{"role": "user", "content": [part] * 3000}]):
+        with pytest.raises(ApiError) as refused:
+            parse_body(json.dumps({"messages": messages}).encode(), ChatRequest)
+        assert "at most 2048 items" in refused.value.failure.message
+        [item] = parse_items([messages], "input", Limits(10, 1, 1))
+        assert isinstance(item, Failure)
+        assert item.param == "input[0]"
+
+
+def test_the_texts_of_a_request_are_bounded_together() -> None:
+    limits = Limits(10, 1, 1, text_characters=100, all_characters=250)
+    assert len(parse_items(["a" * 100] * 2, "input", limits)) == 2
+    with pytest.raises(ApiError) as refused:
+        parse_items(["a" * 100] * 3, "input", limits)
+    assert refused.value.failure.status == 413
+
+
+def test_a_template_is_not_written_out_where_that_is_too_much() -> None:
+    limits = Limits(10, 1, 1, text_characters=1000, all_characters=2500)
+
+    def labels(template: str, *labels: str) -> Any:
+        return labels_in(ClassifyRequest(input="a", labels=[*labels], template=template), limits)
+
+    assert labels("a {} or {}", "b", "cd") == [{"text": "a b or b"}, {"text": "a cd or cd"}]
+    for template, many, status in (("{}" * 2000, ["b" * 10_000] * 2, 422), ("{}" * 900, ["b"] * 3, 413)):
+        with pytest.raises(ApiError) as refused:
+            labels(template, *many)
+        assert refused.value.failure.status == status
+    with pytest.raises(ApiError) as refused:
+        labels("{}", *["b"] * 11)
+    assert refused.value.failure.status == 422
+
+
+def longest_wait(work: Callable[[], object]) -> float:
+    """Seconds for which some work kept another thread from the interpreter at a time, at most."""
+    longest, done = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal longest
+        last = time.perf_counter()
+        while not done.is_set():
+            time.sleep(0.001)
+            now = time.perf_counter()
+            last, longest = now, max(longest, now - last)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return longest
+
+
+@pytest.mark.parametrize("of", ["list", "object"])
+def test_a_large_reply_is_written_in_pieces_between_which_others_run(of: str) -> None:
+    """In one piece it keeps them waiting for as long as all of it takes."""
+    rows = [[i / 7.0] * 2048 for i in range(2000)]
+    answer: dict[str, Any] = {"data": rows} if of == "list" else {"embeddings": {"float": rows}}
+    began = time.perf_counter()
+    whole = to_json(answer)
+    in_one_piece = time.perf_counter() - began
+    written: list[bytes] = []
+    assert longest_wait(lambda: written.append(encoded_reply(answer))) < in_one_piece / 2
+    assert written == [whole]
 
 
 def test_commas_in_a_text_are_no_values() -> None:
@@ -89,7 +195,7 @@ def sent_slowly(limits: BodyLimits, clients: list[str], messages: Callable[[], l
         return await asyncio.gather(*[one(number, client) for number, client in enumerate(clients)])
 
     results = asyncio.run(all_of_them())
-    assert (bounded.held, bounded.slow.total()) == (0, 0)
+    assert (bounded.held, bounded.slow.counts.total()) == (0, 0)
     return results
 
 

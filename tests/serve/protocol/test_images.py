@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from serve.protocol import images
 from serve.protocol.images import image_size, is_data_uri, parse_image_bytes
 from tests.support.wire import claiming, data_uri, encode, error_of, noise_image
 from vladva.core.images import MAX_RATIO, decode_image
@@ -77,6 +78,8 @@ def test_base64_as_people_write_it() -> None:
         f"data:image/png;base64,{base64.encodebytes(data).decode()}".replace("\n", "\r\n"),
         f"data:image/png;base64,{base64.urlsafe_b64encode(data).decode().rstrip('=')}",
         f"data:image/png;base64,{quote(plain, safe='')}",
+        f"data:image/png;base64,{quote(plain, safe='')}".replace("%2B", "%2b"),
+        f"data:image/png;base64,{quote(base64.encodebytes(data).decode())}",
         plain,
     ):
         assert parse_image_bytes(sent, len(data)) == data
@@ -84,6 +87,23 @@ def test_base64_as_people_write_it() -> None:
         parse_image_bytes(uri, len(data) - 10)
     with pytest.raises(ValueError, match="larger than"):
         parse_image_bytes("A" * 10_000, 100)
+
+
+def test_base64_in_slices_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytes(range(256)) * 3
+    monkeypatch.setattr(images, "SLICE", 64)
+    for text in (base64.b64encode(data), base64.encodebytes(data), base64.b64encode(data[:-1]).rstrip(b"=")):
+        assert parse_image_bytes(text.decode(), len(data)) in (data, data[:-1])
+    with pytest.raises(ValueError, match="not valid base64"):
+        parse_image_bytes("A" * 64 + "AA==" + "A" * 60, 1000)
+
+
+def test_a_long_text_of_percent_signs_keeps_nobody_waiting() -> None:
+    """Taken apart at every sign, it once took seconds, and a gigabyte."""
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match="not valid base64"):
+        parse_image_bytes("data:image/png;base64," + "%41" * 6_000_000, 20 << 20)
+    assert time.perf_counter() - began < 1.5
 
 
 @pytest.mark.parametrize(
@@ -103,6 +123,7 @@ def test_base64_as_people_write_it() -> None:
         ("data:image/png;base64,\xff", "not valid base64"),
         ("data:image/png;base64,\ud800", "not valid base64"),
         ("data:image/png;base64,@@@@", "not valid base64"),
+        ("data:image/png;base64,%41AAA", "not valid base64"),
     ],
 )
 def test_what_is_no_image_or_could_mean_two_is_refused(sent: str, reason: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve.protocol import proxy_errors
+from serve.protocol import bodies, proxy_errors
 from serve.protocol.proxy_errors import OneShape
 
 
@@ -91,5 +91,52 @@ def test_what_may_not_be_done_twice_is_not() -> None:
 
 def test_a_body_too_large_to_keep_is_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy_errors, "KEPT_BYTES", 7)
+    monkeypatch.setattr(proxy_errors, "FIRST_BYTES", 4)
     status, body, seen = ask([(500, PLAIN)])
     assert (status, json.loads(body)["error"]["code"], len(seen)) == (500, "internal_error", 1)
+
+
+def test_bodies_that_stop_are_refused_before_they_reach_an_ingress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "SLOW_AFTER_S", 0.1)
+    monkeypatch.setattr(bodies, "SLOW_PER_CLIENT", 3)
+    passed_on: list[str] = []
+    refused: list[str] = []
+
+    async def proxy(scope: Any, receive: Any, send: Any) -> None:
+        passed_on.append(scope["client"][0])
+        await asyncio.sleep(0.2)
+        await send({"type": "http.response.start", "status": 408, "headers": [(b"content-type", JSON.encode())]})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    middleware = OneShape(proxy)
+
+    async def one(client: str, parts: list[Any]) -> None:
+        left = iter(parts)
+
+        async def receive() -> Any:
+            body, more = next(left, (None, True))
+            await asyncio.sleep(3600 if body is None else 0)
+            return {"type": "http.request", "body": body, "more_body": more}
+
+        async def send(message: Any) -> None:
+            if message.get("status") == 429:
+                assert (b"connection", b"close") in message["headers"]
+                refused.append(client)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [], "client": (client, 1)}
+        await middleware(scope, receive, send)
+
+    async def all_of_them() -> None:
+        stalled = [one("stalled", [(b"{", True)]) for _ in range(10)]
+        whole = [one("whole", [(b"{", True), (b"}", False)]) for _ in range(10)]
+        large = [one("large", [(b"x" * proxy_errors.FIRST_BYTES, True)]) for _ in range(10)]
+        await asyncio.gather(*stalled, *whole, *large)
+
+    asyncio.run(all_of_them())
+    assert {name: passed_on.count(name) for name in ("stalled", "whole", "large")} == {
+        "stalled": 3,
+        "whole": 10,
+        "large": 10,
+    }
+    assert refused == ["stalled"] * 7
+    assert middleware.slow.counts.total() == 0
