@@ -5,14 +5,16 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
+from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import DeploymentStatus
 
 from serve.config import ServeArgs
 from serve.deployments.embedding import ItemEmbedding
 from serve.deployments.generation import Conversation, Judged, Sampling, Started, WholeAnswer
-from serve.deployments.served_models import Served
+from serve.deployments.served_models import Served, described_by_files
 from serve.protocol.errors import REPLICA_OUTDATED, ApiError, Failure
 from serve.protocol.items import EmbedItem, Limits
 
@@ -21,6 +23,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 3.0  # between them
 DESCRIBE_S = 30.0
 DESCRIBED_S = 5.0  # how long an answer is believed: an update may bring another model
 OUTDATED_WAIT_S = 1.0
+STATUS_S = 5.0  # for Serve's controller to say who is asleep
 OVERLOADED = (429, "the queue is full; try again later", "overloaded")
 REPLICA_UNAVAILABLE = (503, "the deployment is not available at the moment; try again later", "unavailable")
 
@@ -105,6 +108,23 @@ def again_in(attempt: int) -> float:
     return min(FIRST_WAIT_S * 2**attempt, LONGEST_WAIT_S)
 
 
+async def sleeping() -> set[str]:
+    """The deployments of this application that have been scaled to zero, and are well; none where nobody can say."""
+    name = serve.get_replica_context().app_name
+
+    def asleep() -> set[str]:
+        return {
+            one
+            for one, status in serve.status().applications[name].deployments.items()
+            if status.status == DeploymentStatus.HEALTHY and not any(status.replica_states.values())
+        }
+
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(asleep), STATUS_S)
+    except Exception:  # Serve's controller is being replaced; the deployments can be asked nevertheless
+        return set()
+
+
 class Backend:
     """What the routes call. created: when the application was made, the same in every ingress replica."""
 
@@ -127,6 +147,17 @@ class Backend:
             return self._served
         assert self._asking is not None
         return await asyncio.shield(self._asking)
+
+    async def served_unwoken(self) -> Served:
+        """The same, for those who only look: a deployment that sleeps is not woken, nor kept awake.
+
+        What nobody has heard from it yet is read from the model's files.
+        """
+        if time.monotonic() <= self._asked + DESCRIBED_S or self.discriminative.deployment_name not in await sleeping():
+            return await self.served()
+        if self._served is None:
+            self._served = await asyncio.to_thread(described_by_files, self.args)
+        return self._served
 
     async def _ask(self) -> Served:
         try:

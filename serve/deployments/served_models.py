@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serve.config import ServeArgs
 from serve.protocol.errors import ApiError
 
 
@@ -86,6 +87,18 @@ class Served:
             "fingerprint": about["fingerprint"],
         }
         return [embedder, generator] if self.adapter and self.generates else [embedder]
+
+
+def described_by_files(args: ServeArgs) -> Served:
+    """The models as a replica would describe them, without loading their weights."""
+    from vladva.models.dual_encoders import family_name
+    from vladva.models.resolve import describe, find_model, preprocessor_of
+
+    config, description = describe(args.model, adapter=True, dtype=args.dtype or "float32")
+    context = preprocessor_of(config).config.get_text_config().max_position_embeddings
+    generates = family_name(find_model(args.model).checkpoint) is None
+    about = {**description, "context": context, "cuts": not generates, "generates": generates}
+    return Served.of(args.model, args.name, about)
 
 
 def adapter_name(model: str) -> str:

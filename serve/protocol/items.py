@@ -245,7 +245,7 @@ def _conversation(turns: list[JsonValue], modality: Modality) -> Sent:
         case [int() | float(), *_]:
             raise _ItemError(TOKEN_IDS)
         case [{"role": _}, *_]:
-            check_count(turns)
+            check_parts(turns)
             sent = [_sent(turn, modality) for turn in turns]
             instructions = [turn.instruction for turn in sent if turn.instruction]
             texts = [text for turn in sent for text in turn.texts]
@@ -268,13 +268,13 @@ def _content(content: JsonValue, modality: Modality) -> Sent:
         case str():
             return _sent(content, modality)
         case list():
-            check_count(content)
+            check_parts(content)
             parts = [_part(part) for part in content]
             return Sent([text for part in parts for text in part.texts], [one for part in parts for one in part.images])
     raise _ItemError(FORMS)
 
 
-def check_count(parts: Sequence[JsonValue]) -> None:
+def check_parts(parts: Sequence[JsonValue]) -> None:
     """Raise _ItemError where an item has too many parts."""
     if len(parts) > MAX_PARTS:
         raise _ItemError(f"an item has at most {MAX_PARTS:,} messages, and a message as many parts")

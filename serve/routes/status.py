@@ -6,11 +6,9 @@ from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import FileResponse
-from ray import serve
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import DeploymentStatus
 
-from serve.deployments.client import Backend, call
+from serve.deployments.client import Backend, call, sleeping
 from serve.protocol.errors import ApiError
 from serve.protocol.json_route import json_router
 
@@ -41,12 +39,12 @@ def routes(backend: Backend) -> APIRouter:
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        cards = (await backend.served()).cards(backend.created)
+        cards = (await backend.served_unwoken()).cards(backend.created)
         return {"object": "list", "data": cards, "index": backend.args.index_name}
 
     @router.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
-        cards = {card["id"]: card for card in (await backend.served()).cards(backend.created)}
+        cards = {card["id"]: card for card in (await backend.served_unwoken()).cards(backend.created)}
         if model not in cards:
             raise ApiError(404, f"model: no {model!r} here; send {' or '.join(cards)}", "model_not_found", "model")
         return cards[model]
@@ -60,10 +58,7 @@ def routes(backend: Backend) -> APIRouter:
 
 async def deployment_states(backend: Backend) -> dict[str, str]:
     """`ready`, `asleep` or `missing` for each deployment. One that sleeps is not woken by being asked after."""
-    try:
-        asleep = await asyncio.wait_for(asyncio.to_thread(sleeping), PROBE_S)
-    except Exception:  # Serve's controller is being replaced; the deployments can be asked nevertheless
-        asleep = set()
+    asleep = await sleeping()
 
     async def state(name: str, handle: DeploymentHandle) -> str:
         if handle.deployment_name in asleep:
@@ -78,14 +73,3 @@ async def deployment_states(backend: Backend) -> dict[str, str]:
     handles = {"discriminative": backend.discriminative, "generative": backend.generative}
     states = await asyncio.gather(*[state(name, handle) for name, handle in handles.items()])
     return dict(zip(handles, states, strict=True))
-
-
-def sleeping() -> set[str]:
-    """The deployments of this application that have been scaled to zero, and are well."""
-    name = serve.get_replica_context().app_name
-    deployments = serve.status().applications[name].deployments
-    return {
-        one
-        for one, status in deployments.items()
-        if status.status == DeploymentStatus.HEALTHY and not any(status.replica_states.values())
-    }

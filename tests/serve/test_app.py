@@ -41,7 +41,7 @@ def test_ready_names_both_deployments(client: httpx.Client) -> None:
     assert client.get("/v1/health/live").json() == {"status": "ok"}
 
 
-def test_asleep_is_ready_and_probing_wakes_nothing(client: httpx.Client) -> None:
+def test_asleep_is_ready_and_looking_wakes_nothing(client: httpx.Client) -> None:
     from ray import serve
 
     args = ServeArgs(min_replicas=0, ingress_replicas=1, ingress_cpus=0, num_cpus=0, max_replicas=1)
@@ -50,10 +50,16 @@ def test_asleep_is_ready_and_probing_wakes_nothing(client: httpx.Client) -> None
         for _ in range(3):
             ready = client.get("/asleep/ready").json()
             assert (ready["status"], ready["asleep"]) == ("ready", ready["deployments"])
+            [card] = client.get("/asleep/v1/models").json()["data"]
+            assert client.get("/asleep/v1/models/tiny").json() == card
             time.sleep(1)
         deployments = serve.status().applications["asleep"].deployments
         awake = {name for name, one in deployments.items() if any(one.replica_states.values())}
         assert awake == {"Ingress"}
+        reply = client.post("/asleep/v1/embeddings", json={"input": "a"}).json()
+        assert (reply["model"], reply["fingerprint"]) == (card["id"], card["fingerprint"])
+        told = {**client.get("/asleep/v1/models").json()["data"][0]}
+        assert told == card, "what is read from files is what the replica says"
     finally:
         serve.delete("asleep")
 
