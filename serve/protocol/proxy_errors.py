@@ -28,6 +28,8 @@ ENVIRONMENT = {
     CALLBACK: "serve.protocol.proxy_errors:middlewares",
     # A proxy that has died is replaced after three failed checks: 6 seconds rather than 30 in which nobody answers.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+    # One that is not up within five seconds is killed by default, which on a busy machine ends the start.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
 }
 FAILURES = {
     404: Failure(404, "nothing is served under this path", "not_found"),
