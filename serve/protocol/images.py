@@ -60,7 +60,7 @@ def decode_base64(text: str, max_bytes: int) -> bytes:
     if url_safe and (b"+" in letters or b"/" in letters):
         raise refusal
     bare = letters.rstrip(b"=")
-    if len(letters) - len(bare) > 2 or len(bare) % 4 == 1:
+    if len(letters) - len(bare) > 2 or len(bare) % 4 == 1 or b"=" in bare:
         raise refusal
     if len(bare) * 3 // 4 > max_bytes:
         raise ValueError(f"the image is larger than {max_bytes:,} bytes")
