@@ -1,4 +1,4 @@
-"""Threads beside the model: a small piece of work waits for no large ones, nor for a request of many parts."""
+"""Beside the model: a small piece of work waits for no large ones, nor for a request of many parts; pixels cost."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import asyncio
 import threading
 from collections.abc import Awaitable
 
+import pytest
+
+from serve.config import ServeArgs
+from serve.deployments.embedding import PIXELS_PER_TOKEN, Discriminative
 from serve.deployments.preparing import PreparingThreads
+from serve.protocol.errors import Failure
+from serve.protocol.items import EmbedItem
+from tests.support.wire import claiming
 
 
 def test_large_work_leaves_a_thread_to_the_small() -> None:
@@ -44,3 +51,14 @@ def test_requests_take_turns_part_by_part() -> None:
     asyncio.run(run())
     assert done.count("large") == 50
     assert done[10:].count("small") == 0
+
+
+def test_images_of_many_pixels_are_refused_by_what_they_cost_and_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    side, replica = 7000, Discriminative(ServeArgs())
+    item = EmbedItem(image=claiming(side, side), size=(side, side))
+    monkeypatch.setattr(replica, "decoded", lambda work: pytest.fail("decoded"))
+    [(tokens, cost)] = asyncio.run(replica.costs([item]))  # type: ignore[misc]
+    assert cost == side * side // PIXELS_PER_TOKEN > 50 * tokens
+    refused = asyncio.run(replica.embed([item] * 13))
+    assert isinstance(refused, Failure)
+    assert (refused.status, refused.code) == (413, "request_too_large")
