@@ -19,6 +19,7 @@ import torch
 
 from tests.support import families
 from vladva.config import LossConfig, ModelConfig
+from vladva.export.checkpoint import name_clip_tower_as_published
 from vladva.export.pipeline import export_model
 from vladva.export.probe import embed_by_transformers, probe_image
 from vladva.models.adapter import add_adapter, save_adapter
@@ -38,7 +39,7 @@ FAMILIES = ("tiny", "qwen2_vl")
 EXACT = 1e-4  # largest difference of a coordinate in float32
 
 
-def make_adapter(checkpoint: str, folder: Path) -> str:
+def make_adapter(checkpoint: str, folder: Path, *, change: float = 0.1) -> str:
     """An adapter whose every weight differs from the initial one: what is forgotten in an export shows."""
     config = ModelConfig(checkpoint=checkpoint, lora_rank=4)
     model = EmbeddingModel(config, Preprocessor(checkpoint, soft_prompts=True))
@@ -46,7 +47,7 @@ def make_adapter(checkpoint: str, folder: Path) -> str:
     torch.manual_seed(0)
     for parameter in model.lvlm.parameters():
         if parameter.requires_grad:
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
+            parameter.data.add_(change * torch.randn_like(parameter))
     folder.mkdir()
     save_adapter(model, config, folder)
     return str(folder)
@@ -163,6 +164,52 @@ def test_every_family_can_be_exported(family: str, tmp_path: Path) -> None:
     exported = export_model(trained, tmp_path / "out")
     assert exported.cosine is not None
     assert exported.cosine > 1 - 1e-5
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_the_template_leaves_nothing_to_the_caller(family: str, tmp_path: Path) -> None:
+    """vLLM asks for no generation prompt and adds no `<s>`: what it renders has the ids that we embed."""
+    from transformers import AutoTokenizer
+
+    base = families.build(family, tmp_path / "base")
+    out = export_model(make_adapter(base, tmp_path / "adapter"), tmp_path / "out").folder
+    probe = json.loads((out / "vladva_export.json").read_text())["probe"]
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    message = {"role": "user", "content": [{"type": "text", "text": probe["text"]}]}
+    rendered = tokenizer.apply_chat_template([message], tokenize=False)
+    assert tokenizer(rendered, add_special_tokens=False).input_ids == probe["text_ids"]
+    plain = AutoTokenizer.from_pretrained(base).apply_chat_template([message], tokenize=False)
+    assert not plain.startswith("<s>")
+    assert not plain.rstrip().endswith(("ASSISTANT:", "assistant"))
+
+
+def test_a_clip_tower_has_the_names_of_published_checkpoints(tmp_path: Path) -> None:
+    """In one file and in several, whose index names them; transformers reads either."""
+    from safetensors import safe_open
+    from transformers import AutoModel, AutoModelForImageTextToText
+
+    base = AutoModelForImageTextToText.from_pretrained(families.build("llava", tmp_path / "base"), dtype=torch.float32)
+    expected = base.model.vision_tower.state_dict()
+    for name, size in (("one", "1GB"), ("several", "40KB")):
+        base.save_pretrained(tmp_path / name, max_shard_size=size)
+        name_clip_tower_as_published(tmp_path / name)
+        files = list((tmp_path / name).glob("*.safetensors"))
+        assert (len(files) > 1) == (name == "several")
+        names: dict[str, str] = {}
+        for file in files:
+            with safe_open(file, "pt") as weights:
+                names |= dict.fromkeys(weights.keys(), file.name)
+        assert {key.split("vision_tower.")[1][:13] for key in names if "vision_tower." in key} == {"vision_model."}
+        if name == "several":
+            assert json.loads((tmp_path / name / "model.safetensors.index.json").read_text())["weight_map"] == names
+        again = AutoModel.from_pretrained(tmp_path / name, dtype=torch.float32).vision_tower.state_dict()
+        assert again.keys() == expected.keys()
+        assert all(torch.equal(again[key], expected[key]) for key in again)
+
+
+def test_others_may_read_what_was_exported(exported: Path) -> None:
+    assert {path.stat().st_mode & 0o777 for path in exported.rglob("*") if path.is_file()} == {0o644}
+    assert {path.stat().st_mode & 0o777 for path in (exported, *exported.rglob("*")) if path.is_dir()} == {0o755}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -100,12 +100,17 @@ def tokenizer_of(special: list[str], eos: str, pad: str, bos: str | None, chat: 
 
 
 def write(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, images: dict[str, Any], processor: dict
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    images: dict[str, Any],
+    processor: dict[str, Any],
+    spread: float = 0.15,
 ) -> str:
     """The checkpoint, its weights larger than the default, so that a few steps and wrong paths show."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            parameter.data.normal_(std=0.15)
+            parameter.data.normal_(std=spread)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -157,13 +162,22 @@ def build_llava_next(folder: Path) -> str:
 
 
 def qwen(
-    folder: Path, names: str, vision: dict[str, Any], *, system: str, vocabulary: int = 448, tied: bool = True
+    folder: Path,
+    names: str,
+    vision: dict[str, Any],
+    *,
+    system: str,
+    vocabulary: int = 448,
+    tied: bool = True,
+    width: int = TEXT["hidden_size"],
+    spread: float = 0.15,
 ) -> str:
     """What the Qwen families have in common: patches, positions on three axes, ChatML."""
     import transformers
 
     tokenizer = tokenizer_of(QWEN_TOKENS, "<|im_end|>", "<|endoftext|>", None, QWEN_CHAT.replace("SYSTEM", system))
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
+    eighth = width // TEXT["num_attention_heads"] // 8
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2 * eighth, eighth, eighth]}
     if names == "Qwen3VL":
         rope["mrope_interleaved"] = True
     ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
@@ -171,7 +185,14 @@ def qwen(
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")
     }
     size = {"head_dim": 8} if names == "Qwen3VL" else {}
-    text = {**TEXT, **size, "vocab_size": vocabulary, "rope_parameters": rope, "tie_word_embeddings": tied}
+    text = {
+        **TEXT,
+        **size,
+        "hidden_size": width,
+        "vocab_size": vocabulary,
+        "rope_parameters": rope,
+        "tie_word_embeddings": tied,
+    }
     vision = {"depth": 2, "num_heads": 2, "patch_size": 8, **vision}
     config = getattr(transformers, f"{names}Config")(
         text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids
@@ -191,12 +212,21 @@ def qwen(
     else:
         images |= {"min_pixels": least, "max_pixels": most}
     model = getattr(transformers, f"{names}ForConditionalGeneration")(config)
-    return write(folder, model, tokenizer, images, {"processor_class": f"{names}Processor"})
+    return write(folder, model, tokenizer, images, {"processor_class": f"{names}Processor"}, spread)
 
 
 def build_qwen2_vl(folder: Path) -> str:
     """Qwen2-VL: embeddings tied to the LM head, as the 2B has them."""
     return qwen(folder, "Qwen2VL", {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}, system=QWEN_SYSTEM)
+
+
+def build_wide_qwen2_vl(folder: Path) -> str:
+    """Qwen2-VL with heads of 32 numbers, the narrowest that vLLM computes on a CPU, and weights for bfloat16."""
+    import torch
+
+    torch.manual_seed(0)
+    vision = {"embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2}
+    return qwen(folder, "Qwen2VL", vision, system=QWEN_SYSTEM, width=128, spread=0.05)
 
 
 def build_qwen2_5_vl(folder: Path) -> str:

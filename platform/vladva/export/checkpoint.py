@@ -14,6 +14,7 @@ The same folder serves transformers, sentence-transformers, vLLM, and vladva its
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,12 +26,13 @@ from vladva.export.chat_template import embedding_chat_template
 from vladva.models.backbones import checkpoint_file
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from vladva.models.embedder import Embedder
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
+CLIP_TOWER = "clip_vision_model"
 VIDEO = "video_preprocessor_config.json"
 
 
@@ -46,7 +48,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         yield folder
-        folder.chmod(0o755)
+        for path in (folder, *folder.rglob("*")):  # temporary folders, and safetensors' files, are their owner's alone
+            path.chmod(0o755 if path.is_dir() else 0o644)
         folder.rename(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -87,7 +90,7 @@ def write_processor(embedder: Embedder, folder: Path) -> None:
     preprocessor = embedder.preprocessor
     tokenizer = preprocessor.tokenizer
     tokenizer.chat_template = embedding_chat_template(
-        tokenizer.chat_template, preprocessor.prompts["image"], preprocessor.prompts["text"]
+        tokenizer.chat_template, preprocessor.prompts["image"], preprocessor.prompts["text"], _begin_of(tokenizer)
     )
     tokenizer.padding_side = "right"
     tokenizer.save_pretrained(folder)
@@ -99,7 +102,7 @@ def write_processor(embedder: Embedder, folder: Path) -> None:
             _write_json(folder / VIDEO, settings)
     config = embedder.model.base.config
     if hasattr(config, "vision_feature_select_strategy"):  # LLaVA: what checkpoints of 2023 leave to the caller
-        has_class_token = config.vision_config.model_type == "clip_vision_model"
+        has_class_token = config.vision_config.model_type == CLIP_TOWER
         processor.setdefault("patch_size", config.vision_config.patch_size)
         processor.setdefault("vision_feature_select_strategy", config.vision_feature_select_strategy)
         processor.setdefault("num_additional_image_tokens", int(has_class_token))
@@ -107,6 +110,15 @@ def write_processor(embedder: Embedder, folder: Path) -> None:
         _write_json(folder / "processor_config.json", processor)
     if video := _base_file(embedder, VIDEO):
         _write_json(folder / VIDEO, video)
+
+
+def _begin_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The token that the tokenizer puts before every text; empty where there is none, or the chat template has it."""
+    bos: str | None = tokenizer.bos_token
+    if bos is None or tokenizer("a").input_ids[:1] != [tokenizer.bos_token_id]:
+        return ""
+    question: Any = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    return "" if str(tokenizer.apply_chat_template(question, tokenize=False)).startswith(bos) else bos
 
 
 def write_merged_checkpoint(embedder: Embedder, folder: Path, dtype: Dtype, matryoshka: tuple[int, ...] = ()) -> None:
@@ -120,6 +132,32 @@ def write_merged_checkpoint(embedder: Embedder, folder: Path, dtype: Dtype, matr
         model.config.is_matryoshka = True
         model.config.matryoshka_dimensions = sorted(matryoshka)
     model.save_pretrained(folder)
+    if model.config.vision_config.model_type == CLIP_TOWER:
+        name_clip_tower_as_published(folder)
+
+
+def name_clip_tower_as_published(folder: Path) -> None:
+    """Give the weights of a CLIP tower the prefix `vision_model.`, which they have in LLaVA's published checkpoints.
+
+    transformers 5 saves them without it and loads either; vLLM looks for it.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            renamed = {_published_name(name): weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+            save_file(renamed, file.with_suffix(".renamed"), weights.metadata())
+        file.with_suffix(".renamed").replace(file)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        content["weight_map"] = {_published_name(name): file for name, file in content["weight_map"].items()}
+        _write_json(index, content)
+
+
+def _published_name(name: str) -> str:
+    return re.sub(r"(^|\.)vision_tower\.(?!vision_model\.)", r"\1vision_tower.vision_model.", name)
 
 
 def _base_file(embedder: Embedder, name: str) -> dict[str, Any]:
