@@ -13,7 +13,7 @@ ALONE    := ray $(if $(CHROMIUM),or browser,and not browser)
 SPREAD   := OMP_NUM_THREADS=1 $(PYTEST) -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test lint format docs bench rehearse gpu clean
+.PHONY: help install demo check test lint format docs links bench rehearse gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,9 @@ docs: $(STAMP)  ## the documentation as a site, in build/site; a warning or a li
 	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet -f .docs/mkdocs.yml
 	$(PYTEST) tests/test_site.py
+
+links: $(STAMP)  ## fetch every link of the documentation to other hosts, and list those that are dead; needs the network
+	$(BIN)/python .docs/check_links.py
 
 bench: $(STAMP)  ## run the side-by-side benchmarks, one after the other; each ends with one line of JSON
 	set -e; for script in $(filter-out tests/bench/gpu.py tests/bench/mistakes.py,$(wildcard tests/bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done

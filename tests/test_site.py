@@ -7,12 +7,16 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import lru_cache
-from importlib.util import find_spec
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from threading import Thread
+from types import ModuleType
 
 import pytest
 import yaml
@@ -186,6 +190,53 @@ def is_in_source(message: str) -> bool:
 def test_links_of_the_repository_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[str]:
+    """Address of a server that has `/there`, refuses robots `/private`, and has nothing else."""
+
+    class Pages(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response({"/there": 200, "/private": 403}.get(self.path, 404))
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_dead_links_to_other_hosts_are_listed(host: str) -> None:
+    """By `make links`, whose network here is a server of our own."""
+    checker = load_module(ROOT / ".docs/check_links.py")
+    found = checker.links_of(
+        {
+            "a.md": "[one](https://one.org/x), <https://two.org/y#z>. http://127.0.0.1:8000/v1 https://minio.example:9000",
+            "b.md": "See https://one.org/x.",
+        }
+    )
+    assert found == {"https://one.org/x": ["a.md", "b.md"], "https://two.org/y#z": ["a.md"]}
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and does not listen
+        pages = [f"{host}/there", f"{host}/private", f"{host}/gone", f"http://127.0.0.1:{unused.getsockname()[1]}/"]
+        wrong = [checker.what_is_wrong(page) for page in pages]
+    assert wrong[:3] == ["", "", "dead: HTTP 404"]
+    assert wrong[3].startswith("no answer: ")
+    assert checker.report({"x": ["a.md"], "y": ["b.md"]}, ["", "dead: HTTP 404"]) == ["y  dead: HTTP 404  (b.md)"]
+
+
+def load_module(file: Path) -> ModuleType:
+    """A file in a folder that is no package."""
+    spec = spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_every_written_page_is_in_the_navigation_and_the_other_way_round() -> None:
