@@ -24,7 +24,7 @@ from tests.support.s3_server import BUCKET, s3_server
 from vladva.config import RunConfig, TrackingConfig
 from vladva.core import progress, storage
 from vladva.recipes import tiny
-from vladva.train.tracking import METRICS, Tracker, _NewestLine, follow, read_metrics
+from vladva.train.tracking import METRICS, Tracker, _NewestLine, follow, read_metrics, tell_what_is_not_logged
 from vladva.train.training_log import TrainingLog
 
 
@@ -175,6 +175,18 @@ def test_a_missing_client_names_the_extra(extra: str, tmp_path: Path, monkeypatc
     with pytest.raises(ValueError, match=rf"pip install 'vladva\[{extra}\]'"):
         Tracker(str(tmp_path), **{extra: True})
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_without_tensorboard_the_run_says_so_and_has_its_metrics(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    tell_what_is_not_logged(told.append)
+    assert told == []
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as if it were not installed
+    tell_what_is_not_logged(told.append)
+    assert told == ["no events for TensorBoard (pip install 'vladva[tensorboard]'); metrics.jsonl has every figure"]
+    log(run, range(3))
+    assert [line["step"] for line in read_metrics(run)] == [0, 1, 2]
+    assert [uri for uri in storage.list_files(run) if "/tensorboard/" in uri] == []
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def train(
     from vladva.losses.contrastive import find_loss
     from vladva.train.capacity import wait_for_room
     from vladva.train.preflight import check_data
-    from vladva.train.tracking import follow, read_metrics
+    from vladva.train.tracking import follow, read_metrics, tell_what_is_not_logged
 
     find_loss(config.loss)  # a wrong name is told at once
     config = pin_base_model(pin_initial_weights(absolute_paths(config)))
@@ -78,6 +78,7 @@ def train(
     teach(config, tell)
     open_teachers(config, SampleFinder(config).indexes)  # raises where there is nothing to open
     if checkpoint.finished_steps(config.uri) < config.train.steps:
+        tell_what_is_not_logged(tell)
         wait_for_room(config.cluster, tell)
         with follow(config.uri, config.train.steps):
             run_workers(config)

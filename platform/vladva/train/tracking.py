@@ -1,4 +1,4 @@
-"""Metrics of a run: a line a step in RUN/metrics.jsonl, TensorBoard's events in RUN/tensorboard/, MLflow, W&B.
+"""Metrics of a run: a line a step in RUN/metrics.jsonl; where they are installed and wanted, TensorBoard, MLflow, W&B.
 
 `Tracker` writes them, in the worker of rank 0. `follow` shows them where the run was started, by reading the last line
 every so often: a worker has no terminal, so the two meet in storage only.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib
+import importlib.util
 import json
 import logging
 import math
@@ -30,6 +30,9 @@ from vladva.train.worker_places import WORKERS, WorkerPlace, describe_places, re
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch.utils.tensorboard import SummaryWriter
+
+    from vladva.train.preflight import Tell
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +61,6 @@ class Tracker:
         wandb: bool = False,
         upload_every_s: float = 10.0,
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         clients = [client for client, wanted in ((_MLflow, mlflow), (_WandB, wandb)) if wanted]
         self._clients = [client(run_uri, dict(config or {})) for client in clients]
         metrics_uri = storage.join(run_uri, METRICS)
@@ -72,7 +73,7 @@ class Tracker:
         self._mirror = _Mirror(folder, run_uri, upload_every_s) if remote else None
         # Unbuffered: a line is one write, which a killed process has made or not.
         self._lines = (folder / METRICS).open("ab", buffering=0)
-        self._events = SummaryWriter(str(folder / EVENTS), purge_step=first_step, flush_secs=10)
+        self._events = _event_writer(folder / EVENTS, first_step) if has_tensorboard() else None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of one step. What is not finite becomes null in the file."""
@@ -83,15 +84,17 @@ class Tracker:
         if self._lines.write(data) != len(data):  # a disk that has room for the beginning of a line
             self._lines.truncate(before)
             raise StorageRefusedError(f"{self._lines.name}: {os.strerror(errno.ENOSPC)}")
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
         for client in self._clients:
             client.log(step, values)
 
     def close(self) -> None:
         """Bring everything to its place."""
         self._lines.close()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
         if self._mirror is not None:
             self._mirror.close()
         for client in self._clients:
@@ -102,6 +105,23 @@ class Tracker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def has_tensorboard() -> bool:
+    """Whether a run here leaves TensorBoard's events in its folder."""
+    return importlib.util.find_spec("tensorboard") is not None
+
+
+def tell_what_is_not_logged(tell: Tell) -> None:
+    """Name the extra without which a run has no events; before it, as nothing is an error about it."""
+    if not has_tensorboard():
+        tell("no events for TensorBoard (pip install 'vladva[tensorboard]'); metrics.jsonl has every figure")
+
+
+def _event_writer(folder: Path, first_step: int) -> SummaryWriter:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=first_step, flush_secs=10)
 
 
 def read_metrics(run_uri: str) -> list[dict[str, Any]]:
