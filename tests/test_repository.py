@@ -341,6 +341,7 @@ def test_make_help_lists_every_target() -> None:
         "lint",
         "format",
         "docs",
+        "links",
         "bench",
         "rehearse",
         "gpu",
