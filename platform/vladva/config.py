@@ -56,6 +56,9 @@ class DataConfig:
     """Longer captions are not used; they are counted by the scan."""
     texts_only: bool = False
     """The samples are texts without images (NLI triplets); the model is used on images all the same."""
+    mixed_inputs: bool = False
+    """Samples may have words beside their image, instructions, and images as positives ("query" and "positive" in their
+    JSON). Memory is planned for words and instructions of `short_below` tokens each."""
     hard_negatives: int = 0
     """Hard-negative captions ("negatives" in a sample's JSON) used of each pair, at most."""
     max_text_tokens: int | None = None
@@ -232,8 +235,7 @@ class RunConfig:
             )
         self._check_order()
         self._check_workers()
-        if not 0 <= self.data.max_bad_fraction <= 1:
-            raise ValueError(f"data.max_bad_fraction is {self.data.max_bad_fraction}; it must be between 0 and 1")
+        self._check_data()
         if train.keep_best and (not train.validate_on or train.checkpoint_every % train.validate_every):
             raise ValueError(
                 f"train.keep_best {train.keep_best!r} needs a score of every checkpoint: set train.validate_on, and "
@@ -241,14 +243,26 @@ class RunConfig:
             )
         if train.offload and train.zero_stage == 0:
             raise ValueError("train.offload needs ZeRO: set train.zero_stage to 1, 2 or 3")
-        if self.data.hard_negatives < 0:
-            raise ValueError(f"data.hard_negatives is {self.data.hard_negatives}; it must be 0 or more")
         if self.model.max_image_tokens is not None and self.model.max_image_tokens < 1:
             raise ValueError(f"model.max_image_tokens is {self.model.max_image_tokens}; it must be at least 1")
         if not self.model.soft_prompts and not self.model.lora_rank:
             raise ValueError("nothing to train: set model.soft_prompts or model.lora_rank")
         if self.model.layer is not None and self.model.layer < 1:
             raise ValueError(f"model.layer is {self.model.layer}; layers are counted from 1, None is the last")
+
+    def _check_data(self) -> None:
+        data = self.data
+        if not 0 <= data.max_bad_fraction <= 1:
+            raise ValueError(f"data.max_bad_fraction is {data.max_bad_fraction}; it must be between 0 and 1")
+        if data.hard_negatives < 0:
+            raise ValueError(f"data.hard_negatives is {data.hard_negatives}; it must be 0 or more")
+        if data.mixed_inputs and self.train.zero_stage == 3:
+            # A rank whose positives are all texts would not gather the vision tower's weights, as the others do.
+            raise ValueError("data.mixed_inputs needs a whole vision tower on each worker: set train.zero_stage to 2")
+        if data.mixed_inputs and self.loss.false_negatives_above is not None:
+            raise ValueError(
+                "loss.false_negatives_above compares captions: with data.mixed_inputs, some pairs have none"
+            )
 
     def _check_order(self) -> None:
         chunk, near = self.train.chunk_size, self.data.neighbourhood

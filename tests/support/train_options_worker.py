@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy, normalize, softplus
 
 from tests.support import ranks
 from vladva.config import ClusterConfig, DataConfig, LossConfig, ModelConfig, RunConfig, TrainConfig
+from vladva.core.item_content import ItemContent
 from vladva.data.examples import Example
 from vladva.data.scenes.captions import captions
 from vladva.data.scenes.corpus import scenes
@@ -39,7 +40,7 @@ class Case:
     """Options of a run, and the reference that it must equal."""
 
     world: int = 2
-    kind: str = "plain"  # of examples: plain, negatives, texts
+    kind: str = "plain"  # of examples: plain, negatives, teacher, texts, mixed
     loss: LossConfig = LossConfig(next_token_weight=0.5)  # noqa: RUF009  (frozen)
     train: tuple[tuple[str, Any], ...] = ()
     model: tuple[tuple[str, Any], ...] = ()
@@ -77,6 +78,10 @@ CASES = {
     "false negatives, single pass": Case(
         kind="teacher", loss=TAUGHT, train=(("gradient_cache", False),), reference="false negatives"
     ),
+    "mixed": Case(kind="mixed"),
+    "mixed, one worker": Case(world=1, kind="mixed", reference="mixed"),
+    "mixed, three workers": Case(world=3, kind="mixed", reference="mixed"),
+    "mixed, single pass": Case(kind="mixed", train=(("gradient_cache", False),), reference="mixed"),
     "offload, ZeRO-1": Case(train=(("offload", True), ("zero_stage", 1)), reference="info_nce"),
     "offload, ZeRO-2": Case(train=(("offload", True), ("zero_stage", 2)), reference="info_nce"),
     "offload, ZeRO-3": Case(train=(("offload", True), ("zero_stage", 3)), reference="info_nce"),
@@ -138,7 +143,7 @@ def scene_pairs() -> list[Example]:
 
 
 def examples(kind: str) -> list[Example]:
-    """The pairs; with hard negatives of some; with texts instead of images."""
+    """The pairs; with hard negatives of some; with texts instead of images; with mixed queries and positives."""
     plain = scene_pairs()
     if kind == "plain":
         return plain
@@ -147,6 +152,17 @@ def examples(kind: str) -> list[Example]:
     found = [replace(pair, negatives=negatives.get(i, ())) for i, pair in enumerate(plain)]
     if kind == "teacher":
         found = [replace(pair, teacher=vector) for pair, vector in zip(found, TEACHER, strict=True)]
+    if kind == "mixed":
+        # Positives that are images: of pairs 0 to 4, and so none in the last two chunks. Queries 1 and 2 are one image
+        # with other words; pair 10 has an instruction on both sides, pair 4 words beside its positive, too.
+        found[2] = replace(found[2], image=found[1].image)
+        for i in range(5):
+            other = plain[i + 6].image
+            assert not isinstance(other, str)
+            positive = ItemContent("as it is now" if i == 4 else None, other, "Find the same." if i == 3 else None)
+            found[i] = replace(found[i], short=None, positive=positive, words=f"but as scene {i + 6}")
+        asked = ItemContent(found[10].short, None, "Find the image.")
+        found[10] = replace(found[10], instruction="Find the caption.", positive=asked)
     if kind == "texts":
         found = [replace(pair, image=f"{pair.short or 'nothing'} in an image", long=None) for pair in found]
     return found
@@ -210,11 +226,12 @@ def plain_weighted(logits: Tensor, model: EmbeddingModel) -> Tensor:
 
 def candidates(rows: list[Example]) -> tuple[list[int], list[int], Tensor]:
     """The pairs that take part, the hard negatives (numbered in order of appearance), and the mask of both."""
-    part = [i for i, row in enumerate(rows) if row.short is not None]
+    part = [i for i, row in enumerate(rows) if row.short is not None or row.positive is not None]
+    named = [row.short or f"image {row.id}" for row in rows]
     listed = [(i, text) for i, row in enumerate(rows) for text in row.negatives]
     hard = [h for h, (i, _) in enumerate(listed) if i in part]
-    others = [rows[j].short for j in part] + [listed[h][1] for h in hard]
-    mask = torch.tensor([[rows[i].short != text for text in others] for i in part])
+    others = [named[j] for j in part] + [listed[h][1] for h in hard]
+    mask = torch.tensor([[named[i] != text for text in others] for i in part])
     mask[torch.arange(len(part)), torch.arange(len(part))] = True
     return part, hard, mask
 
@@ -245,7 +262,8 @@ def plain_steps(config: RunConfig, kind: str) -> dict[str, Any]:
                 caption_sum = caption_sum + cross_entropy(logits, labels, reduction="sum")
                 count += int((labels != -100).sum())
             tokens = as_tensors(chunk.text, "cpu")
-            hidden = model.base.model(**model.inputs(tokens, None)).last_hidden_state
+            shown = as_tensors(chunk.text_pixels, "cpu") if chunk.text_pixels else None
+            hidden = model.base.model(**model.inputs(tokens, shown)).last_hidden_state
             texts = normalize(hidden[torch.arange(len(hidden)), tokens["lengths"] - 1], dim=-1)
             captions.append(texts[:PAIRS])
             negatives.append(texts[PAIRS:])
@@ -279,6 +297,7 @@ def run_cases(rank: int, checkpoint: str, out: Path, world: int) -> None:
         )
         engine_steps(rank, checkpoint, out, "dropout, wrong", CASES["dropout"], lambda options: {"dropout": False})
     elif world == 2:
+        engine_steps(rank, checkpoint, out, "mixed, wrong", CASES["mixed"], kind="negatives")
         engine_steps(rank, checkpoint, out, "sigmoid, wrong", CASES["sigmoid"], without_negatives)
         global_batch.gather_ragged = lambda local, summed=False: gather_ragged(local)  # gradients are not exchanged
         engine_steps(rank, checkpoint, out, "shares, two workers, wrong", CASES["shares, two workers"])
@@ -291,10 +310,11 @@ def engine_steps(
     name: str,
     case: Case,
     change: Callable[[dict], dict] = lambda options: {},
+    kind: str = "",
 ) -> None:
     config = config_of(checkpoint, case)
     grad_cache.SHARING_RANKS = 1 if case.shares else 3
-    model, chunks = build(config, case.kind)
+    model, chunks = build(config, kind or case.kind)
     engine = Engine(model, config)
     backward = make_backward(config)
     backward.keywords.update(change(backward.keywords))

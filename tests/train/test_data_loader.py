@@ -110,7 +110,7 @@ def test_each_data_set_draws_captions_by_its_own_epoch(config: RunConfig) -> Non
     reader = ChunkReader(config)
     runs = [run for number in range(160) for run, _ in reader.find(number)]
     assert {(run.source, run.epoch) for run in runs} == {(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2)}
-    (_, _, ref, content), drawn = reader.fetch(0)[0], []
+    (_, _, ref, content, _), drawn = reader.fetch(0)[0], []
     ref = replace(ref, captions=[f"short {number}" for number in range(20)], caption_tokens=[2] * 20)
     for epoch in range(3):
         by = {"seed": config.seed, "epoch": epoch, "sample_id": ref.id}

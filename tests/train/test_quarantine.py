@@ -105,14 +105,14 @@ def test_what_the_model_cannot_take_is_replaced_too(
     """It shows when a chunk is put together, with an error that names no sample."""
     good = ChunkReader(config)(0)
     [ref] = [ref for _, ref in SampleFinder(config)(0) if ref.id == good.ids[2]]
-    plain = Preprocessor.text_prompt
+    plain = Preprocessor.item_prompt
 
-    def refuses(self: Preprocessor, text: str) -> list[int]:
-        if text == ref.captions[0]:
+    def refuses(self: Preprocessor, *item: Any) -> list[int]:
+        if item[0] == ref.captions[0]:
             raise IndexError("index out of range in self")
-        return plain(self, text)
+        return plain(self, *item)
 
-    monkeypatch.setattr(Preprocessor, "text_prompt", refuses)
+    monkeypatch.setattr(Preprocessor, "item_prompt", refuses)
     batch = ChunkReader(config)(0)
     assert [(each.id, each.reason) for each in batch.replacements()] == [
         (ref.id, "IndexError: index out of range in self")
@@ -124,10 +124,10 @@ def test_what_the_model_cannot_take_is_replaced_too(
 def test_where_nothing_can_be_used_the_run_stops(
     config: RunConfig, spoilt: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuses(self: Preprocessor, text: str) -> list[int]:
+    def refuses(self: Preprocessor, *item: Any) -> list[int]:
         raise KeyError("chat_template")
 
-    monkeypatch.setattr(Preprocessor, "text_prompt", refuses)
+    monkeypatch.setattr(Preprocessor, "item_prompt", refuses)
     with pytest.raises(ValueError, match=f"nor can any of {STAND_INS} samples drawn to stand in for it.*chat_template"):
         ChunkReader(config)(0)
 

@@ -53,7 +53,7 @@ def test_bfloat16_is_float32_but_for_its_rounding(results: Path, name: str) -> N
             assert torch.nn.functional.cosine_similarity(moments[key].flatten(), plain[key].flatten(), dim=0) > 0.9
 
 
-@pytest.mark.parametrize("name", ["dropout", "sigmoid", "shares, two workers", "false negatives"])
+@pytest.mark.parametrize("name", ["dropout", "sigmoid", "shares, two workers", "false negatives", "mixed"])
 def test_the_comparison_catches_a_wrong_step(results: Path, name: str) -> None:
     reference = worker.CASES[name].reference or name
     assert difference(results, f"{name}, wrong", reference, "moments") > 1e-2

@@ -11,13 +11,16 @@ from random import Random
 import numpy as np
 from PIL import Image
 
+from vladva.core.item_content import ItemContent
+
 
 @dataclass(frozen=True)
 class Example:
     """One image (RGB), or a text in its stead, with at most one short and one long caption.
 
     `negatives` are captions that are wrong for it on purpose, `caption` says which of the
-    sample's captions the short one is, and `teacher` is a teacher's vector of it.
+    sample's captions the short one is, and `teacher` is a teacher's vector of it. `words` stand beside the image, both
+    with their `instruction`; `positive` is what is contrasted with them in place of the short caption.
     """
 
     id: str
@@ -27,6 +30,9 @@ class Example:
     negatives: tuple[str, ...] = ()
     caption: int | None = None
     teacher: np.ndarray | None = None
+    words: str | None = None
+    instruction: str | None = None
+    positive: ItemContent | None = None
 
 
 def choose_captions(

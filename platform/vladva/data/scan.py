@@ -27,7 +27,7 @@ from vladva.data.sidecar import (
 )
 from vladva.data.tar_reader import Quarantined
 
-VERSION = 3  # of what a scan finds in the same shards
+VERSION = 4  # of what a scan finds in the same shards
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")  # the compressed ones only to be named in the quarantine table
 
 

@@ -22,6 +22,7 @@ from vladva.core.hashing import short_hash
 from vladva.core.images import MAX_PIXELS
 from vladva.core.storage import RangedFile
 from vladva.data.image_refs import ImageRef
+from vladva.data.pair_items import PairItems
 from vladva.data.tar_reader import Quarantined, read_tar
 
 CountTokens = Callable[[list[str]], list[int]]
@@ -40,6 +41,17 @@ SCHEMA = pa.schema(
         "width": pa.int32(),
         "height": pa.int32(),
         "crc32": pa.int64(),
+        "pair": pa.struct(
+            {
+                **dict.fromkeys(
+                    ("query_text", "query_instruction", "positive_text", "positive_instruction"), pa.string()
+                ),
+                "positive": pa.struct(
+                    {"offset": pa.int64(), "length": pa.int64(), "width": pa.int32(), "height": pa.int32()}
+                    | {"crc32": pa.int64()}
+                ),
+            }
+        ),
     }
 )
 
@@ -48,7 +60,8 @@ SCHEMA = pa.schema(
 class SampleRef:
     """Where one sample's image is (bytes in a shard), and what is known of it.
 
-    A sample of text alone has its JSON there, and 0 x 0 pixels. `negatives` are hard-negative captions.
+    A sample of text alone has its JSON there, and 0 x 0 pixels. `negatives` are hard-negative captions. `pair` is None
+    where the pair is an image (or text) and a caption.
     """
 
     id: str
@@ -61,6 +74,11 @@ class SampleRef:
     width: int
     height: int
     crc32: int
+    pair: PairItems | None = None
+
+    def positive(self, data_uri: str) -> ImageRef | None:
+        """Where the positive's image is; None where the positive is a caption."""
+        return None if self.pair is None else self.pair.positive_ref(self.id, storage.join(data_uri, self.shard))
 
     def image(self, data_uri: str) -> ImageRef:
         """Where the image (or the JSON that stands for it) is, for `read_images`."""
@@ -118,7 +136,9 @@ class Scanner:
             verify=self.settings["verify"],
             max_pixels=self.settings["max_pixels"],
         )
-        content = table.select(["key", "offset", "length", "captions", "negatives", "crc32"]).to_pylist()
+        used = ["key", "offset", "length", "captions", "negatives", "crc32"]
+        used += ["pair"] if table["pair"].null_count < len(table) else []  # else as it was before there were pairs
+        content = table.select(used).to_pylist()
         found = {"num_samples": len(table), "quarantined": quarantined, "notes": notes}
         facts = {**stamp, **found, "digest": short_hash(content)}
         storage.write_bytes_atomically(sidecar, parquet_bytes(table, facts))
@@ -149,6 +169,7 @@ def scan_shard(
             "caption_tokens": [next(counts) for _ in sample.captions],
             "negatives": sample.negatives,
             **(sample.image._asdict() if sample.image else {}),
+            "pair": sample.pair and sample.pair.to_row(),
         }
         for sample in samples
     ]
@@ -162,7 +183,7 @@ def read_refs(sidecar: str, version: str, first: int, count: int) -> list[Sample
     for group in range(groups.start, min(groups.stop, _footer(sidecar, version)[1].num_row_groups)):
         start = max(first - group * ROWS_PER_GROUP, 0)
         rows = _row_group(sidecar, version, group).slice(start, count - len(refs)).to_pylist()
-        refs += [SampleRef(**row) for row in rows]
+        refs += [SampleRef(**{**row, "pair": PairItems.from_row(row.get("pair"))}) for row in rows]
     return refs
 
 

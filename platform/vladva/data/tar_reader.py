@@ -4,6 +4,8 @@ Members `KEY.jpg` (or another ending of an image), `KEY.txt` and `KEY.json` are 
 from "captions" or "caption" in the JSON, then from the text; "negatives" in the JSON are captions that are wrong for
 the sample on purpose. A sample without an image is one of text alone where the JSON has a "text" instead of the image.
 
+What the two sides of a pair are where they are more than an image and a caption, `pair_items.py` reads.
+
 KEY may have dots: a member is cut before the last ending that is known. `KEY.depth.png` beside a sample KEY, without
 a caption of its own, is one of the further members that WebDataset allows, and is counted.
 Nothing in a shard is trusted: every member is in a sample, in the list of the quarantined or in the notes.
@@ -14,12 +16,14 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import IO, Any, NamedTuple
 
 from vladva.core.errors import InvalidSampleError
 from vladva.core.images import IMAGES, check_image
 from vladva.core.text import clean_captions, clean_text, decode_text
+from vladva.data.pair_items import ImageMember, PairItems, WrittenPair, read_pair
 from vladva.data.tar_members import TarMember, split_name, tar_members
 
 ROLES = dict.fromkeys(IMAGES, "image") | {"txt": "txt", "json": "json"}  # ending of a member -> what it is to a sample
@@ -41,19 +45,6 @@ class ShardContent(NamedTuple):
     notes: Counter[str]
 
 
-class ImageMember(NamedTuple):
-    """Where an image is in its shard (bytes), its size (pixels, upright), and a checksum of its bytes.
-
-    For a sample of text alone: the same of its JSON, and 0 x 0 pixels.
-    """
-
-    offset: int
-    length: int
-    width: int
-    height: int
-    crc32: int
-
-
 @dataclass
 class Sample:
     """What has been read of one key."""
@@ -63,6 +54,8 @@ class Sample:
     captions: list[str] = field(default_factory=list)
     negatives: list[str] = field(default_factory=list)
     text: ImageMember | None = None  # the JSON, if it can stand for an image
+    pair: PairItems | None = None
+    written: WrittenPair | None = None  # what the JSON says of the pair
     seen: set[str] = field(default_factory=set)  # "image", "txt", "json"
     problem: InvalidSampleError | None = None
 
@@ -83,7 +76,7 @@ class Sample:
         elif role == "txt":
             self.captions += clean_captions([decode_text(data)], notes)
         else:
-            captions, self.negatives, text = read_description(data, notes)
+            captions, self.negatives, text, self.written = read_description(data, notes)
             self.captions += captions
             self.text = ImageMember(offset, len(data), 0, 0, zlib.crc32(data)) if text else None
 
@@ -121,8 +114,10 @@ def read_tar(file: IO[bytes], shard: str, *, verify: bool, max_pixels: int) -> S
     except InvalidSampleError as problem:
         content.quarantined.append(Quarantined(shard, problem.reason, problem.detail))
 
+    positives = {id(found) for sample in samples.values() if (found := _positive_of(sample, samples)) is not None}
     for sample in samples.values():
-        _sort_in(sample, samples, shard, content)
+        if id(sample) not in positives or sample.seen != {"image"}:  # else it is part of another
+            _sort_in(sample, samples, shard, content)
     content.samples.sort(key=lambda sample: (sample.offset, sample.key))
     return content
 
@@ -136,18 +131,50 @@ def _sort_in(sample: Sample, samples: dict[str, Sample], shard: str, content: Sh
         content.notes[f"member not used: a further one of a sample, *.{base.partition('.')[2]}.*"] += 1
         return
     sample.image = sample.image or sample.text
-    problem = sample.problem or _incomplete(sample)
+    problem = sample.problem or _pair_problem(sample, samples, content.notes) or _incomplete(sample)
     if problem:
         content.quarantined.append(Quarantined(f"{shard}#{sample.key}", problem.reason, problem.detail))
     else:
         content.samples.append(sample)
 
 
+def _positive_of(sample: Sample, samples: Mapping[str, Sample]) -> Sample | None:
+    """What holds the image that a sample names as its positive; None where it names none that is there."""
+    if sample.written is None or not sample.written.image:
+        return None
+    key, ending = split_name(f"{sample.key}.{sample.written.image}")
+    found = samples.get(key)
+    return found if found is not None and ROLES.get(ending) == "image" and "image" in found.seen else None
+
+
+def _pair_problem(sample: Sample, samples: Mapping[str, Sample], notes: Counter[str]) -> InvalidSampleError | None:
+    """Give the sample its pair; why there is none, where its JSON asks for one."""
+    if sample.written is None:
+        return None
+    notes["sample with a query or a positive of its own"] += 1
+    sample.pair, name = sample.written
+    if sample.image is sample.text and sample.pair.query_text:
+        return InvalidSampleError("two texts in a query", 'a sample without an image has a "text", and "query" another')
+    if name:
+        found = _positive_of(sample, samples)
+        member = f"{sample.key}.{name}"
+        if found is None or found is sample:
+            told = "is the image of the sample itself" if found else "is not in the shard, or is no image"
+            return InvalidSampleError("no positive", f"{member} {told}")
+        if found.problem or found.image is None:
+            return InvalidSampleError("no positive", f"{member}: {found.problem}")
+        sample.pair = replace(sample.pair, positive=found.image)
+    elif sample.pair.positive_text:
+        sample.captions = list(dict.fromkeys([sample.pair.positive_text, *sample.captions]))
+    return None
+
+
 def _incomplete(sample: Sample) -> InvalidSampleError | None:
     if sample.image is None:
         detail = f'there is no member with the ending {", ".join(IMAGES)}, and no "text" in a JSON instead of it'
         return InvalidSampleError("no image", detail)
-    return None if sample.captions else InvalidSampleError("no caption")
+    has_positive = sample.captions or (sample.pair is not None and sample.pair.positive is not None)
+    return None if has_positive else InvalidSampleError("no caption")
 
 
 # --- its members -----------------------------------------------------------------------------------------------------
@@ -163,8 +190,8 @@ def _read(file: IO[bytes], member: TarMember) -> bytes:
     return data
 
 
-def read_description(data: bytes, notes: Counter[str]) -> tuple[list[str], list[str], str | None]:
-    """Captions, hard-negative captions and text in the content of a `json` member. Raises InvalidSampleError."""
+def read_description(data: bytes, notes: Counter[str]) -> tuple[list[str], list[str], str | None, WrittenPair | None]:
+    """Captions, hard-negative captions, text and pair in the content of a `json` member. Raises InvalidSampleError."""
     try:
         content = json.loads(decode_text(data))
     except InvalidSampleError:
@@ -176,7 +203,8 @@ def read_description(data: bytes, notes: Counter[str]) -> tuple[list[str], list[
     # Not a problem where it is no text: it is another program's field then, beside an image.
     text = content.get("text")
     text = clean_text(text) if isinstance(text, str) else None
-    return clean_captions(captions + caption, notes), clean_captions(negatives, notes), text or None
+    pair = read_pair(content)
+    return clean_captions(captions + caption, notes), clean_captions(negatives, notes), text or None, pair
 
 
 def _strings(content: dict[str, Any], column: str) -> list[str]:

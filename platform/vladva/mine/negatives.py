@@ -286,6 +286,8 @@ def mining_rows(index: ShardIndex, short_below: int, first: int, count: int) -> 
     """The items of some samples: each image, with its first short caption, and each short caption."""
     items: list[dict[str, Any]] = []
     for ref in index.samples(first, count):
+        if ref.pair is not None:
+            raise ValueError(f"{ref.id} has a query or a positive of its own: negatives are mined for images alone")
         place = {name: getattr(ref, name) for name in ("id", "shard", "offset", "length", "crc32")}
         short = short_captions(ref, short_below)
         items.append({**place, "kind": "image", "caption": next(iter(short.values()), None), "image": None})

@@ -62,7 +62,11 @@ class Replacement(NamedTuple):
 
 @dataclass
 class MicroBatch:
-    """One chunk of image-text pairs, collated; never sliced afterwards."""
+    """One chunk of pairs, collated; never sliced afterwards.
+
+    The side `image` holds the queries, images unless there are texts in their stead, `text` the positives, captions
+    unless there are images among them.
+    """
 
     number: int
     ids: list[str]
@@ -74,6 +78,7 @@ class MicroBatch:
     image_keys: np.ndarray  # int64 [B]; equal for images that are equal to the model
     caption_keys: np.ndarray  # int64 [B + N]; equal for equal texts
     teacher: np.ndarray | None = None  # int16 [B, E]; what a teacher makes of each short caption, in whole numbers
+    text_pixels: Pixels | None = None  # of the positives that are images, or hold one
     replaced: str = "[]"  # JSON: [position, id, reason] of each planned sample that another stands in for
 
     def replacements(self) -> list[Replacement]:
@@ -101,6 +106,8 @@ class MicroBatch:
             }
         if self.pixels is not None:
             row |= {"pixels.values": self.pixels.values, "pixels.sizes": self.pixels.sizes}
+        if self.text_pixels is not None:
+            row |= {"text_pixels.values": self.text_pixels.values, "text_pixels.sizes": self.text_pixels.sizes}
         return row
 
     @classmethod
@@ -110,10 +117,14 @@ class MicroBatch:
         def tokens(side: str) -> Tokens:
             return Tokens(row[f"{side}.ids"], row[f"{side}.prompt_lengths"], row[f"{side}.lengths"])
 
+        def pixels(name: str) -> Pixels | None:
+            return Pixels(row[f"{name}.values"], row[f"{name}.sizes"]) if f"{name}.values" in row else None
+
         return cls(
             number=row["number"],
             ids=row["ids"],
-            pixels=Pixels(row["pixels.values"], row["pixels.sizes"]) if "pixels.values" in row else None,
+            pixels=pixels("pixels"),
+            text_pixels=pixels("text_pixels"),
             image=tokens("image"),
             text=tokens("text"),
             text_owners=row["text_owners"],

@@ -10,6 +10,7 @@ import numpy as np
 
 from vladva.config import IMAGE_PROMPT, TEXT_PROMPT, ModelConfig
 from vladva.core.hashing import key_of
+from vladva.core.item_content import ItemContent
 from vladva.core.text import clean_characters, clean_text
 from vladva.data.examples import Example
 from vladva.models.backbones import backbone_of, checkpoint_file, pretrained
@@ -213,26 +214,45 @@ class Preprocessor:
         images = [example.image for example in examples if not isinstance(example.image, str)]
         assert not texts or not images, examples[0].id
         parts = self.pixel_parts(images)
-        if texts:
-            image = self.texts(texts)
-        else:
-            image = self.images([image.size for image in images], [example.long for example in examples])
+        positives = [example.positive or ItemContent(example.short or "") for example in examples]
         negatives = [(owner, text) for owner, example in enumerate(examples) for text in example.negatives]
-        captions = [example.short or "" for example in examples] + [text for _, text in negatives]
+        # A wrong caption is asked for as the right one would be.
+        contrasted = positives + [ItemContent(text, None, positives[owner].instruction) for owner, text in negatives]
+        shown = {row: item.image for row, item in enumerate(positives) if item.image is not None}
+        shown_parts = dict(zip(shown, self.pixel_parts(list(shown.values())), strict=True))
+        named = [
+            example.short or example.id if row not in shown else f"{shown_parts[row].key()} {positives[row].text or ''}"
+            for row, example in enumerate(examples)
+        ]
+        named += [text for _, text in negatives]
         vectors = [example.teacher for example in examples if example.teacher is not None]
-        named = [example.short or example.id for example in examples] + [text for _, text in negatives]
         return MicroBatch(
             number=number,
             ids=[example.id for example in examples],
             pixels=Pixels.concatenate(parts) if parts else None,
-            image=image,
-            text=self.texts(captions),
+            image=self.pad([self._query(example) for example in examples]),
+            text=self.pad([(self.item_prompt(item.text, item.size, item.instruction), []) for item in contrasted]),
             text_owners=np.array([*range(len(examples)), *(owner for owner, _ in negatives)], np.int64),
-            has_short=np.array([example.short is not None for example in examples]),
-            image_keys=np.array([key_of(text.encode()) for text in texts] or [part.key() for part in parts], np.int64),
+            has_short=np.array([example.short is not None or example.positive is not None for example in examples]),
+            image_keys=np.array([_query_key(example, parts, row) for row, example in enumerate(examples)], np.int64),
             caption_keys=np.array([key_of(text.encode()) for text in named], np.int64),
             teacher=np.stack(vectors) if vectors else None,
+            text_pixels=Pixels.concatenate(list(shown_parts.values())) if shown else None,
         )
+
+    def _query(self, example: Example) -> tuple[list[int], list[int]]:
+        """The prompt of a pair's query, and the long caption that follows it."""
+        if isinstance(example.image, str):
+            return self.item_prompt(example.image, None, example.instruction), []
+        following = [] if example.long is None else [*self._encode(example.long), self.tokenizer.eos_token_id]
+        return self.item_prompt(example.words, example.image.size, example.instruction), following
+
+
+def _query_key(example: Example, parts: Sequence[Pixels], row: int) -> int:
+    """Equal for queries that are equal to the model: an image with other words is another query."""
+    key = key_of(example.image.encode()) if isinstance(example.image, str) else parts[row].key()
+    beside = (example.words, example.instruction)
+    return key if beside == (None, None) else key_of(repr((key, *beside)).encode())
 
 
 def _texts_of(messages: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vladva.config import RunConfig
-from vladva.train.memory_plan import PROMPT_TOKENS, settings_of, side_tokens
+from vladva.train.memory_plan import PROMPT_TOKENS, settings_of, side_tokens, words_tokens
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -94,7 +94,7 @@ def forward_work(config: RunConfig) -> ForwardOperations:
 
     pixels = 0.0
     if not config.data.texts_only:
-        patches = (image - caption - PROMPT_TOKENS) * merged_patches(settings)
+        patches = (image - caption - PROMPT_TOKENS - words_tokens(config)) * merged_patches(settings)
         pixels = 2 * vision * patches + attention(*vision_shape(settings), patches)
     return ForwardOperations(
         pixels=pixels,
@@ -145,13 +145,15 @@ def training_work(config: RunConfig) -> float:
     """Operations of the whole run.
 
     A frozen model takes a forward pass, and as much again for the gradient of its input. The gradient cache and
-    activation checkpointing each run the language model forward once more. The vision tower runs once.
+    activation checkpointing each run the language model forward once more. The vision tower runs once for a query, and
+    for a positive that is an image as often as the model.
     """
     work, train = forward_work(config), config.train
     contrasted = work.image + work.text * (1 + config.data.hard_negatives)
     passes = 2 + int(config.caches_gradients) + int(train.activation_checkpointing)
     captions = work.caption * (2 + int(train.activation_checkpointing)) / config.loss.next_token_every
-    return train.steps * train.global_batch * (work.pixels + passes * contrasted + captions)
+    towers = 1 + (1 + int(config.caches_gradients) if config.data.mixed_inputs else 0)
+    return train.steps * train.global_batch * (towers * work.pixels + passes * contrasted + captions)
 
 
 def price(operations: float, machine: Machine) -> Cost:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from vladva.models.preprocessor import Preprocessor
 
 T = TypeVar("T")
+Content = bytes | InvalidSampleError
+"""A file as it is in its shard, or what keeps it from being read."""
 
 STAND_INS = 16  # samples that are tried in the place of one that cannot be used
 CHUNKS_PER_TASK = 4  # starting a task costs as much as decoding a few images
@@ -220,6 +222,8 @@ class PlannedSample(NamedTuple):
     number: int
     ref: SampleRef
     content: bytes | InvalidSampleError
+    positive: bytes | InvalidSampleError | None
+    """The image of its positive, where that is one."""
 
 
 class ChunkReader:
@@ -257,13 +261,22 @@ class ChunkReader:
         numbers = [run.first + i for run in self.find.schedule.chunk(number) for i in range(run.count)]
         contents = self.read([(run.source, ref) for run, ref in found])
         rows = zip(found, numbers, contents, strict=True)
-        return [PlannedSample(run, sample, ref, content) for (run, ref), sample, content in rows]
+        return [PlannedSample(run, sample, ref, *content) for (run, ref), sample, content in rows]
 
-    def read(self, samples: Sequence[tuple[int, SampleRef]]) -> list[bytes | InvalidSampleError]:
-        """The files of (data set, sample) pairs. Raises TransientStorageError, which is no fault of a sample."""
+    def read(self, samples: Sequence[tuple[int, SampleRef]]) -> list[tuple[Content, Content | None]]:
+        """The files of (data set, sample) pairs, and of their positives that are images.
+
+        Raises TransientStorageError, which is no fault of a sample.
+        """
         from vladva.data.image_refs import fetch_images
 
-        return fetch_images([ref.image(self.find.indexes[source].data_uri) for source, ref in samples])
+        uris = [self.find.indexes[source].data_uri for source, _ in samples]
+        own = [ref.image(uri) for uri, (_, ref) in zip(uris, samples, strict=True)]
+        theirs = [ref.positive(uri) for uri, (_, ref) in zip(uris, samples, strict=True)]
+        # In the order of the shards, where a sample's members are neighbours.
+        wanted = [ref for pair in zip(own, theirs, strict=True) for ref in pair if ref is not None]
+        found = iter(fetch_images(wanted))
+        return [(next(found), None if ref is None else next(found)) for ref in theirs]
 
     def collate(self, number: int, samples: Sequence[PlannedSample]) -> MicroBatch:
         """The chunk from its samples. For those that cannot be used others stand in, which the batch names."""
@@ -305,7 +318,10 @@ class ChunkReader:
         try:
             if isinstance(sample.content, InvalidSampleError):
                 raise sample.content
+            if isinstance(sample.positive, InvalidSampleError):
+                raise sample.positive
             example = self.example(sample.run, sample.ref, sample.content, self.has_captions(number))
+            example = self.with_pair(example, sample.ref, sample.positive)
             if self.teachers:
                 example = replace(example, teacher=self.teachers[sample.run.source](sample.number, example.caption))
             if alone:
@@ -323,7 +339,7 @@ class ChunkReader:
             drawn = self.find.schedule.stand_in(run.source, run.epoch, sample.number, attempt)
             [ref] = self.find.indexes[run.source].samples(drawn, 1)
             [content] = self.read([(run.source, ref)])
-            example = self.usable(number, PlannedSample(run, drawn, ref, content), alone=True)
+            example = self.usable(number, PlannedSample(run, drawn, ref, *content), alone=True)
             if not isinstance(example, str):
                 return example
         raise ValueError(
@@ -337,6 +353,10 @@ class ChunkReader:
         if (ref.width == 0) != self.config.data.texts_only:
             found = "has no image" if ref.width == 0 else "has an image"
             raise ValueError(f"{ref.id} {found}, but data.texts_only is {self.config.data.texts_only}, for all samples")
+        if ref.pair is not None and not self.config.data.mixed_inputs:
+            raise ValueError(
+                f"{ref.id} has a query or a positive of its own: set data.mixed_inputs to train on such pairs"
+            )
 
     def example(self, run: SampleRange, ref: SampleRef, content: bytes, with_captions: bool) -> Example:
         """A sample as its data set's epoch uses it; the long caption only where the step takes the caption loss."""
@@ -361,6 +381,28 @@ class ChunkReader:
         negatives = choose_negatives(ref.negatives, data.hard_negatives, seed=seed, epoch=run.epoch, sample_id=ref.id)
         return Example(
             self.find.name(run.source, ref.id), image, short, long, tuple(map(self.cut, negatives)), caption=caption
+        )
+
+    def with_pair(self, example: Example, ref: SampleRef, positive: bytes | None) -> Example:
+        """The example with what its sample says of the two sides of the pair. `positive`: an encoded image."""
+        from vladva.core.images import decode_image
+        from vladva.core.item_content import ItemContent
+
+        pair = ref.pair
+        if pair is None:
+            return example
+        contrasted = None
+        if positive is not None:
+            text = pair.positive_text and self.cut(pair.positive_text)
+            contrasted = ItemContent(text, decode_image(positive), pair.positive_instruction)
+        elif example.short is not None and pair.positive_instruction:
+            contrasted = ItemContent(example.short, None, pair.positive_instruction)
+        return replace(
+            example,
+            short=example.short if positive is None else None,
+            words=pair.query_text and self.cut(pair.query_text),
+            instruction=pair.query_instruction,
+            positive=contrasted,
         )
 
     def cut(self, text: str) -> str:

@@ -27,13 +27,16 @@ class DeviceChunk:
     image: dict[str, Tensor]
     text: dict[str, Tensor]
     pixels: dict[str, Tensor] | None
+    text_pixels: dict[str, Tensor] | None  # of positives that are images
 
 
 def arrays_of(chunk: MicroBatch, *, with_pixels: bool) -> dict[str, np.ndarray]:
-    """The chunk's arrays, by record and field."""
+    """The chunk's arrays, by record and field; with the pixels of its queries or without."""
     records = {"image": chunk.image, "text": chunk.text}
     if with_pixels and chunk.pixels is not None:
         records["pixels"] = chunk.pixels  # type: ignore[assignment]  # records of arrays alike
+    if chunk.text_pixels is not None:
+        records["text_pixels"] = chunk.text_pixels  # type: ignore[assignment]
     return {f"{name}.{f.name}": getattr(record, f.name) for name, record in records.items() for f in fields(record)}
 
 
@@ -52,7 +55,7 @@ def from_parts(tensors: dict[str, Tensor]) -> DeviceChunk:
     for name, tensor in tensors.items():
         record, _, field = name.partition(".")
         records.setdefault(record, {})[field] = tensor
-    return DeviceChunk(records["image"], records["text"], records.get("pixels"))
+    return DeviceChunk(records["image"], records["text"], records.get("pixels"), records.get("text_pixels"))
 
 
 def feed(wanted: Iterable[tuple[MicroBatch, bool]], device: torch.device) -> Iterator[DeviceChunk]:
@@ -72,7 +75,7 @@ def feed(wanted: Iterable[tuple[MicroBatch, bool]], device: torch.device) -> Ite
         found, done = following
         following = next(ahead, None)
         computing.wait_event(done)
-        for part in (found.image, found.text, found.pixels or {}):
+        for part in (found.image, found.text, found.pixels or {}, found.text_pixels or {}):
             for tensor in part.values():
                 if tensor.is_cuda:
                     tensor.record_stream(computing)  # or its memory might be given to the next copy too early

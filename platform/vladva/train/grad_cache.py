@@ -243,7 +243,7 @@ def forward(
     if again:
         set_rng_state(again[1], device)
     each.rng_states = [before_images, rng_state(device)]
-    text, _, scalars = engine(there.text)
+    text, _, scalars = engine(there.text, there.text_pixels)  # positives that are images: the tower sees them each time
     return Outputs(image, text, caption_loss, scalars)
 
 

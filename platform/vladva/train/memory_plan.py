@@ -78,7 +78,8 @@ def _advice(config: RunConfig, limit: float) -> str:
     while size % 2 == 0 and size // 2 % config.data.run_length == 0:
         size //= 2
         steps.append({"chunk_size": size})
-    steps += [{"zero_stage": 3}, {"offload": True}]
+    splits = not config.data.mixed_inputs  # ZeRO-3 takes no such pairs
+    steps += [{"zero_stage": 3}, {"offload": True}] if splits else [{"zero_stage": 2}, {"offload": True}]
     changes: dict[str, Any] = {}
     for step in steps:
         changes |= step
@@ -86,7 +87,8 @@ def _advice(config: RunConfig, limit: float) -> str:
         if needed <= limit * GIB:
             told = ", ".join(f"train.{name} {value}" for name, value in changes.items())
             return f"{told} makes it {needed / GIB:.1f} GiB"
-    return "no setting makes it fit: use more workers with train.zero_stage 3, or devices with more memory"
+    more = "more workers with train.zero_stage 3, or " if splits else ""
+    return f"no setting makes it fit: use {more}devices with more memory"
 
 
 def plan_memory(config: RunConfig) -> MemoryPlan:
@@ -157,7 +159,7 @@ def count_parameters(settings: PreTrainedConfig, config: RunConfig) -> tuple[int
 
 
 def side_tokens(settings: PreTrainedConfig, config: RunConfig) -> tuple[int, int]:
-    """Tokens of a pair's image side and of one of its texts, at most."""
+    """Tokens of a pair's query, an image as a rule, and of one of its positives or negatives, at most."""
     import transformers
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
@@ -176,7 +178,15 @@ def side_tokens(settings: PreTrainedConfig, config: RunConfig) -> tuple[int, int
     caption = data.long_below if config.loss.next_token_weight else 0
     sizes = [(width, height) for width in LARGEST_EDGES for height in LARGEST_EDGES]
     most = config.model.max_image_tokens or max(backbone.num_image_tokens(settings, processor, size) for size in sizes)
+    if data.mixed_inputs:  # a positive may be all that a query is
+        image = most + PROMPT_TOKENS + words_tokens(config)
+        return image + caption, max(text, image)
     return most + PROMPT_TOKENS + caption, text
+
+
+def words_tokens(config: RunConfig) -> int:
+    """Tokens of the words and of the instruction beside an image, at most as far as is planned for."""
+    return 2 * config.data.short_below if config.data.mixed_inputs else 0
 
 
 def states(config: RunConfig, parameters: int, trainable: int) -> dict[str, int]:

@@ -45,7 +45,13 @@ def gradients(model: EmbeddingModel, *arguments: Any, **options: Any) -> tuple[t
 
 @pytest.mark.parametrize(
     ("kind", "layer", "captions", "group"),
-    [("text", None, None, 1024), ("image", None, 50, 60), ("image", 1, 50, 1024), ("image", 2, None, 30)],
+    [
+        ("text", None, None, 1024),
+        ("image", None, 50, 60),
+        ("image", 1, 50, 1024),
+        ("image", 2, None, 30),
+        ("mixed", None, None, 60),
+    ],
 )
 def test_gradients_are_those_of_the_plain_forward(
     folder: str,

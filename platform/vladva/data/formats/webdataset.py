@@ -44,6 +44,9 @@ def entries(source: Source) -> Iterator[Entry | Rejected | LeftOut]:
         for ref in index.samples(first, min(SAMPLES_AT_ONCE, index.num_samples - first)):
             if ref.width == 0:
                 yield LeftOut("text alone")
+            elif ref.pair is not None:
+                detail = "captions are joined to images alone, and this sample has a query or a positive of its own"
+                yield Rejected(ref.id, ref.id, "not an image with captions", detail)
             else:
                 yield Entry(
                     id=ref.id,
