@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Draw the tiny model's data: `jobs/scenes.py [--out .vladva/scenes]`, or `jobs/scenes.py --triplets`.
+"""Draw the tiny model's data: `jobs/scenes.py [--out .vladva/scenes]`, with --triplets or --composed other data.
 
 Without --triplets: shards of images with captions in train/ and test/, and the files of the benchmarks
 scenes_retrieval and scenes_compositionality; what the recipe `tiny` trains on. With it: shards of texts alone, a
-sentence, one that follows from it and a false one; what the recipe `tiny_e5_v` trains on.
+sentence, one that follows from it and a false one; what the recipe `tiny_e5_v` trains on. With --composed: pairs of an
+image with a change in words, and the image after it, in train/, and the benchmark scenes_composed in test/; what the
+recipe `tiny_composed` trains on.
 
-The same options draw the same data. Next: jobs/train.py tiny, or jobs/train.py tiny_e5_v
+The same options draw the same data. Next: jobs/train.py tiny, tiny_e5_v or tiny_composed
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import sys
 
 from vladva.core.cli import location, user_errors
 
-SCENES, TRIPLETS = ".vladva/scenes", ".vladva/triplets"
+SCENES, TRIPLETS, COMPOSED = ".vladva/scenes", ".vladva/triplets", ".vladva/composed"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -23,14 +25,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="jobs/scenes.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", default="", help=f"folder or s3://... (default: {SCENES}, of triplets {TRIPLETS})")
-    parser.add_argument("--triplets", action="store_true", help="texts alone, for the recipe tiny_e5_v")
-    parser.add_argument("--train", type=int, default=20_000, help="images with captions to train on, or triplets")
-    parser.add_argument("--test", type=int, default=1_000, help="held-out images")
+    parser.add_argument("--out", default="", help=f"folder or s3://... (default: {SCENES}, {TRIPLETS} or {COMPOSED})")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--triplets", action="store_true", help="texts alone, for the recipe tiny_e5_v")
+    other.add_argument("--composed", action="store_true", help="images with changes, for the recipe tiny_composed")
+    parser.add_argument("--train", type=int, default=20_000, help="images to train on, or triplets, or changes")
+    parser.add_argument("--test", type=int, default=1_000, help="held-out images, or changes")
     parser.add_argument("--negatives", type=int, default=250, help="hard negatives of each of the seven kinds")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    options.out = location(options.out or (TRIPLETS if options.triplets else SCENES))
+    options.out = location(options.out or (TRIPLETS if options.triplets else COMPOSED if options.composed else SCENES))
     return options
 
 
@@ -42,6 +46,7 @@ def main() -> None:
 
     from vladva.core.progress import Progress
     from vladva.core.shared_path import refuse_temporary
+    from vladva.data.scenes.composed import write_composed
     from vladva.data.scenes.corpus import write_scenes, write_triplets
 
     out = options.out
@@ -49,6 +54,18 @@ def main() -> None:
     if options.triplets:
         write_triplets(out, count=options.train, seed=options.seed)
         print(f"{out}: {options.train:,} triplets. Next: jobs/train.py tiny_e5_v --data.uri {out}")
+        return
+    if options.composed:
+        with Progress("drawing", options.train + options.test) as progress:
+            write_composed(
+                out,
+                train=options.train,
+                test=options.test,
+                seed=options.seed,
+                progress=lambda _: progress.advance(1),
+            )
+        told = f"{options.train:,} changes to train on, {options.test:,} held out"
+        print(f"{out}: {told}. Next: jobs/train.py tiny_composed --data.uri {out}/train")
         return
     with Progress("drawing", options.train + options.test) as progress:
         write_scenes(

@@ -41,6 +41,17 @@ def tiny_e5_v() -> RunConfig:
     )
 
 
+def tiny_composed() -> RunConfig:
+    """Image and words to an image on the tiny LVLM (`jobs/scenes.py --composed` draws the pairs)."""
+    base = tiny()
+    return replace(
+        base,
+        name="tiny-composed",
+        data=replace(base.data, uri=".vladva/composed/train", mixed_inputs=True),
+        loss=replace(base.loss, next_token_weight=0.0),  # its samples have no captions
+    )
+
+
 # --- VladVA (method: arXiv 2412.04378; what is not published is a default of ours, see the classes of config.py)
 
 
@@ -193,6 +204,7 @@ RECIPES = {
     for recipe in (
         tiny,
         tiny_e5_v,
+        tiny_composed,
         llava_1_5_7b,
         llava_1_5_7b_48gb,
         llava_1_5_7b_24gb,

@@ -25,7 +25,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,7 +198,7 @@ class Experiment:
         return json.loads(file.read_text())
 
 
-def train_here(config: RunConfig) -> dict[str, float]:
+def train_here(config: RunConfig, benchmarks: Sequence[str] = BENCHMARKS) -> dict[str, float]:
     """The loop of a run in this process, with its last checkpoint; the scores of what it has learned, in percent."""
     torch.set_num_threads(os.cpu_count() or 1)
     engine, backward = build_engine(config, 0), make_backward(config)
@@ -211,7 +211,7 @@ def train_here(config: RunConfig) -> dict[str, float]:
         masked += float(losses.contrastive.false_negatives) / config.train.steps
         negatives += float(losses.contrastive.effective_negatives) / config.train.steps
     scores = {"masked": masked, "effective_negatives": negatives}
-    for name in BENCHMARKS:
+    for name in benchmarks:
         found = Validation(replace(config, train=replace(config.train, validate_on=name)))(engine)
         scores |= {key.rpartition("/")[2]: 100 * value for key, value in found.items() if "/" in key}
     folder = Path(config.uri) / "files"

@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -52,6 +52,22 @@ class Task(Protocol):
 
     def score(self, text_embeddings: np.ndarray, image_embeddings: np.ndarray) -> Result:
         """Embeddings of `texts` [T, D] and of `images` [I, D], in their order and of any float type -> scores."""
+        ...
+
+
+@runtime_checkable
+class AsksMixed(Protocol):
+    """A `Task` that also asks with an image and words in one vector, of a model that has such vectors."""
+
+    @property
+    def mixed(self) -> Sequence[tuple[int, int]]:
+        """Numbers of image and text of each such query [Q]."""
+        ...
+
+    def score_mixed(
+        self, text_embeddings: np.ndarray, image_embeddings: np.ndarray, mixed_embeddings: np.ndarray
+    ) -> Result:
+        """As `Task.score`, with the embeddings of `mixed` [Q, D], in their order."""
         ...
 
 

@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vladva.benchmarks.benchmark import Result, Task
+from vladva.benchmarks.benchmark import AsksMixed, Result, Task
 from vladva.core.model_description import ModelDescription
 from vladva.core.storage import exists, join
 from vladva.data.image_refs import ImageRef, read_images
+from vladva.embed.batching import MIXED
 from vladva.embed.table import read_embeddings, read_rows
 
 KINDS = ("text", "image")
@@ -53,15 +54,17 @@ def embed(
     import ray
 
     from vladva.embed.pipeline import encode
+    from vladva.models.dual_encoders import is_dual_encoder
     from vladva.models.resolve import describe, pin
 
     model = pin(model)
-    own = describe(model, adapter=True, dtype=dtype)[1]["layer"]
+    config, description = describe(model, adapter=True, dtype=dtype)
+    own = description["layer"]
     tables = {}
     for layer in [own, *sorted({*layers} - {own}, reverse=True)]:
         _, description = describe(model, adapter=True, dtype=dtype, layer=layer)
         tables[layer] = join(out_uri, "embeddings", f"{description['fingerprint']}-{dtype}")
-    rows = items(tasks.values())
+    rows = items(tasks.values(), mixed=not is_dual_encoder(config.checkpoint))
     pieces = {tables[own]: rows} if not layers else {None: rows}
     if description.get("vectors_per_image", 1) > 1:
         pieces = {join(tables[own], kind): rows.filter(pc.equal(rows["kind"], kind)) for kind in KINDS}
@@ -81,15 +84,25 @@ def embed(
     return Embedded(own, tables, num_items=len(rows), num_embedded=num_embedded)
 
 
-def items(tasks: Iterable[Task]) -> pa.Table:
-    """Every distinct text and image as a row for `encode`; of images, where `image_bytes` finds them."""
+def items(tasks: Iterable[Task], *, mixed: bool = False) -> pa.Table:
+    """Every distinct text and image as a row for `encode`; of images, where `image_bytes` finds them.
+
+    mixed: also the queries of an image with words.
+    """
     texts: dict[str, str] = {}
     images: dict[str, ImageRef] = {}
+    queries: dict[str, tuple[ImageRef, str]] = {}
     for task in tasks:
         texts |= {text_id(text): text for text in task.texts}
         images |= {image.id: image for image in task.images}
+        if mixed and isinstance(task, AsksMixed):
+            asked = [(task.images[image], task.texts[text]) for image, text in task.mixed]
+            queries |= {mixed_id(*query): query for query in asked}
     rows = [{"id": item, "kind": "text", "text": text} for item, text in texts.items()]
     rows += [{"kind": "image", **image._asdict()} for image in images.values()]
+    rows += [
+        {"kind": MIXED, "text": text, **image._replace(id=item)._asdict()} for item, (image, text) in queries.items()
+    ]
     return pa.Table.from_pylist(rows, schema=ITEMS)
 
 
@@ -101,6 +114,11 @@ def read_image_bytes(rows: pa.Table) -> list[bytes]:
 def text_id(text: str) -> str:
     """A text is known by its contents."""
     return f"text/{sha1(text.encode()).hexdigest()}"
+
+
+def mixed_id(image: ImageRef, text: str) -> str:
+    """An image with words is known by both."""
+    return f"{image.id} with {text_id(text)}"
 
 
 class Embeddings:
@@ -115,7 +133,11 @@ class Embeddings:
 
     def score(self, task: Task) -> Result:
         """The model's result in a benchmark."""
-        return task.score(self.of_texts(task.texts), self.of_images(task.images))
+        texts, images = self.of_texts(task.texts), self.of_images(task.images)
+        if not isinstance(task, AsksMixed) or self.description["layer"] is None:  # a dual encoder has no such vectors
+            return task.score(texts, images)
+        asked = [mixed_id(task.images[image], task.texts[text]) for image, text in task.mixed]
+        return task.score_mixed(texts, images, self._rows(asked))
 
     def of_texts(self, texts: Iterable[str]) -> np.ndarray:
         """Rows [T, D] of the texts, in their order."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from vladva.benchmarks.benchmark import Task, find_benchmark
+from vladva.benchmarks.benchmark import AsksMixed, Task, find_benchmark
 from vladva.core.images import decode_image
 from vladva.models.batch import as_tensors
 from vladva.train.collectives import gather, rank_and_world
@@ -46,10 +46,18 @@ class Validation:
         with torch.no_grad():
             texts_ND = self.embed(self.task.texts, lambda texts: self.texts(engine, texts))
             images_ND = self.embed(self.task.images, lambda images: self.images(engine, images))
+            mixed_QD = None
+            if isinstance(self.task, AsksMixed):
+                asked = [(self.task.images[image], self.task.texts[text]) for image, text in self.task.mixed]
+                mixed_QD = self.embed(asked, lambda queries: self.mixed(engine, queries))
         engine.model.train(was_training)
         if rank_and_world()[0]:
             return {}
-        scores = self.task.score(texts_ND.cpu().numpy(), images_ND.cpu().numpy()).scores
+        texts, images = texts_ND.cpu().numpy(), images_ND.cpu().numpy()
+        if isinstance(self.task, AsksMixed) and mixed_QD is not None:
+            scores = self.task.score_mixed(texts, images, mixed_QD.cpu().numpy()).scores
+        else:
+            scores = self.task.score(texts, images).scores
         named = {f"validation/{self.name}/{metric}": score for metric, score in scores.items()}
         return named | {"validation_s": time.perf_counter() - began}
 
@@ -72,4 +80,14 @@ class Validation:
         preprocessor = engine.model.preprocessor
         images = [decode_image(data) for data in read_images(refs)]
         tokens = preprocessor.images([image.size for image in images], [None] * len(images))
+        return engine(as_tensors(tokens, engine.device), as_tensors(preprocessor.pixels(images), engine.device))[0]
+
+    def mixed(self, engine: Engine, queries: list[tuple[ImageRef, str]]) -> Tensor:
+        """Embeddings of images with words."""
+        from vladva.data.image_refs import read_images
+
+        preprocessor = engine.model.preprocessor
+        images = [decode_image(data) for data in read_images([image for image, _ in queries])]
+        prompts = [preprocessor.item_prompt(text, i.size) for (_, text), i in zip(queries, images, strict=True)]
+        tokens = preprocessor.pad([(prompt, []) for prompt in prompts])
         return engine(as_tensors(tokens, engine.device), as_tensors(preprocessor.pixels(images), engine.device))[0]
