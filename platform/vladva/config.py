@@ -140,6 +140,7 @@ class TrainConfig:
     gradient_cache: bool | None = None
     """Recompute chunks instead of keeping their activations; None: when a worker has more than one chunk a step."""
     zero_stage: Literal[0, 1, 2, 3] = 2
+    """Of DeepSpeed. With a bfloat16 model 1 is 2, which adds up gradients in float32."""
     offload: bool = False
     """Keep the optimizer's state, and update the weights, in the memory of the host (ZeRO 1 to 3)."""
     activation_checkpointing: bool = False

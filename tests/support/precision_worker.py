@@ -24,7 +24,7 @@ from vladva.train.engine import Engine, deepspeed_config
 from vladva.train.grad_cache import Outputs, Pass, forward
 
 REPEATS = 9  # nine times a gradient is not to be had by adding in bfloat16
-STAGES = (0, 2, 3)
+STAGES = (0, 1, 2, 3)
 
 
 def config_at(checkpoint: str, stage: int) -> RunConfig:
@@ -94,12 +94,14 @@ def measure(rank: int, checkpoint: str, out: Path) -> None:
 
     def rounded(config: RunConfig) -> dict[str, Any]:
         settings = deepspeed_config(config)
+        settings["zero_optimization"]["stage"] = config.train.zero_stage  # DeepSpeed's own 1
         return {
             name: value for name, value in settings.items() if name not in ("data_types", "communication_data_type")
         }
 
     engine_file.deepspeed_config = rounded
-    found["added up, ZeRO-2, wrong"] = added_up(checkpoint, 2)
+    for stage in (1, 2):
+        found[f"added up, ZeRO-{stage}, wrong"] = added_up(checkpoint, stage)
     (out / "precision.json").write_text(json.dumps(found))
 
 

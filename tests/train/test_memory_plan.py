@@ -70,7 +70,7 @@ def test_zero_and_offload_move_what_they_should() -> None:
 
     zero, one, two, three = map(plan, range(4))
     assert zero["optimizer"] == pytest.approx(4 * one["optimizer"] * 8 / 12, rel=1e-6)  # no float32 copy at stage 0
-    assert one["gradients"] == pytest.approx(4 * two["gradients"] / 2, rel=1e-6)  # at stage 2 they are float32
+    assert one["gradients"] == two["gradients"]  # bfloat16: stage 1 is stage 2
     assert two["weights"] == pytest.approx(4 * three["weights"], rel=1e-6)
     assert three["gathered weights"] == 2 * 10**9
     assert "optimizer" not in plan(2, offload=True)

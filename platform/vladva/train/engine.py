@@ -38,23 +38,31 @@ def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
     return optim.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def zero_stage(config: RunConfig) -> int:
+    """The stage that a run has: 2 for 1 where the model is in bfloat16.
+
+    DeepSpeed's stage 1 adds up such gradients in bfloat16, or with an optimizer that keeps its state in another form;
+    at stage 2 they are float32, and take less memory.
+    """
+    stage = config.train.zero_stage
+    return 2 if stage == 1 and config.model.dtype == "bfloat16" else stage
+
+
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's settings for a run."""
     micro_steps = config.chunks_per_worker if config.caches_gradients else 1
-    zero: dict[str, Any] = {"stage": config.train.zero_stage, "reduce_bucket_size": BUCKET_ELEMENTS}
+    zero: dict[str, Any] = {"stage": zero_stage(config), "reduce_bucket_size": BUCKET_ELEMENTS}
     if config.train.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     # At stage 0 DeepSpeed has no float32 copy of bfloat16 weights: there the adapter itself is float32.
     bf16 = config.model.dtype == "bfloat16" and config.train.zero_stage > 0
-    exact = bf16 and config.train.zero_stage > 1
     return {
         "train_micro_batch_size_per_gpu": config.train.chunk_size,
         "gradient_accumulation_steps": micro_steps,
         "gradient_clipping": config.optim.clip_norm,
         "bf16": {"enabled": bf16},
-        # Gradients of bfloat16 weights are reduced and added up over chunks in float32, 40 to 80 MB for an adapter. At
-        # stage 1 DeepSpeed would take another optimizer for that, which keeps its state in another form.
-        **({"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"} if exact else {}),
+        # Gradients of bfloat16 weights are reduced and added up over chunks in float32, 40 to 80 MB for an adapter.
+        **({"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"} if bf16 else {}),
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -118,7 +126,7 @@ class Engine:
         prepare_to_compile()
         logger.setLevel("WARNING")
         self.config = config
-        self.stage = config.train.zero_stage
+        self.stage = zero_stage(config)
         settings = deepspeed_config(config)
         self.micro_steps: int = settings["gradient_accumulation_steps"]
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}

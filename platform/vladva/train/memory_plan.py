@@ -191,21 +191,20 @@ def words_tokens(config: RunConfig) -> int:
 
 def states(config: RunConfig, parameters: int, trainable: int) -> dict[str, int]:
     """Weights, gradients and AdamW's state, as the ZeRO stage spreads them over the workers."""
-    from vladva.train.engine import BUCKET_ELEMENTS
+    from vladva.train.engine import BUCKET_ELEMENTS, zero_stage
 
-    stage, world = config.train.zero_stage, config.cluster.workers
+    stage, world = zero_stage(config), config.cluster.workers
     width = element_bytes(config)
     in_float32 = width == 2 and stage == 0  # what is trained; see engine.py
-    gradient = width if stage == 1 else 4
     optimizer = trainable * (8 + (4 if width == 2 and stage > 0 else 0))  # two moments, and the float32 weights
     parts = {
         "weights": (parameters + trainable * (2 if in_float32 else 1)) * width // (world if stage == 3 else 1),
-        "gradients": trainable * gradient // (world if stage >= 2 else 1),
+        "gradients": trainable * 4 // (world if stage >= 2 else 1),
         "optimizer": optimizer // (world if stage >= 1 else 1),
     }
     if stage >= 1:
         parts["gradients of a pass"] = trainable * width  # until they are reduced
-        parts["collectives"] = BUCKET_ELEMENTS * gradient
+        parts["collectives"] = BUCKET_ELEMENTS * 4
     if stage == 3:
         parts["gathered weights"] = min(parameters, LIVE_PARAMETERS) * width
     return parts
@@ -292,9 +291,11 @@ def memory_table(config: RunConfig, plan: MemoryPlan) -> Table:
     """The plan as a table to print."""
     from rich.table import Table
 
+    from vladva.train.engine import zero_stage
+
     train, workers = config.train, config.cluster.workers
     title = (
-        f"{config.name}: {workers} workers, ZeRO-{train.zero_stage}, chunks of {train.chunk_size}, "
+        f"{config.name}: {workers} workers, ZeRO-{zero_stage(config)}, chunks of {train.chunk_size}, "
         f"{'gradient cache' if config.caches_gradients else 'single pass'}"
     )
     table = Table("", "size", title=title)

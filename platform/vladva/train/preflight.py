@@ -18,6 +18,7 @@ def check_data(config: RunConfig, tell: Tell) -> None:
     from vladva.data.scan import scan
     from vladva.models.packed.decoder import packing_unsupported
     from vladva.train.data_loader import run_preprocessor
+    from vladva.train.engine import zero_stage
     from vladva.train.memory_plan import check_memory
     from vladva.train.validation import Validation
 
@@ -27,6 +28,8 @@ def check_data(config: RunConfig, tell: Tell) -> None:
         raise ValueError(f"loss.matryoshka {config.loss.matryoshka}: the model's embeddings have {width} dimensions")
     if reason := packing_unsupported(preprocessor.backbone, preprocessor.config.get_text_config(), config):
         tell(f"training with padding, which takes longer: {reason}")
+    if zero_stage(config) != config.train.zero_stage:
+        tell(f"training under ZeRO-{zero_stage(config)}: stage 1 would add up the gradients in bfloat16")
     for uri in config.data.uris:
         tell(str(scan(uri, preprocessor.count_tokens, max_bad_fraction=config.data.max_bad_fraction)))
     found = SampleFinder(config).fingerprint
