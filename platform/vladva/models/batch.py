@@ -169,16 +169,17 @@ def pixel_statistics(image_processor: Any) -> tuple[list[float], list[float]]:
 
 
 def as_tensors(record: Tokens | Pixels, device: torch.device | str) -> dict[str, torch.Tensor]:
-    """The record's fields, on the device; those of tokens on the host besides, where that is another place."""
+    """The record's fields, on the device; what shapes depend on is on the host besides, where that is another place."""
     tensors = to_device({f.name: getattr(record, f.name) for f in fields(record)}, device)
-    if isinstance(record, Tokens) and torch.device(device).type != "cpu":
+    if torch.device(device).type != "cpu":
         tensors |= on_host(record)
     return tensors
 
 
-def on_host(tokens: Tokens) -> dict[str, torch.Tensor]:
-    """The fields as the host has them, by the names that `host_array` looks for."""
-    return {f"host_{f.name}": torch.from_numpy(getattr(tokens, f.name)) for f in fields(tokens)}
+def on_host(record: Tokens | Pixels) -> dict[str, torch.Tensor]:
+    """The fields of tokens, or the sizes of images, as the host has them: by the names that are looked for there."""
+    names = [f.name for f in fields(record)] if isinstance(record, Tokens) else ["sizes"]
+    return {f"host_{name}": torch.from_numpy(getattr(record, name)) for name in names}
 
 
 def host_array(tokens: dict[str, torch.Tensor], name: str) -> np.ndarray:

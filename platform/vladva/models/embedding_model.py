@@ -29,7 +29,7 @@ class PackedForward(Protocol):
         """Embeddings [B, D] and the next-token loss, as `EmbeddingModel.forward` gives them."""
         ...
 
-    def image_features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def image_features(self, inputs: dict[str, torch.Tensor], pixels: dict[str, torch.Tensor]) -> torch.Tensor:
         """Features [K, D] of the K image tokens of all images."""
         ...
 
@@ -140,7 +140,7 @@ class EmbeddingModel(nn.Module):
             return pixels
         nothing = pixels["values"].new_zeros(len(pixels["sizes"]), 1, dtype=torch.long)
         tokens = {"ids": nothing, "lengths": nothing[:, 0]}
-        features = self.packed.image_features(self.inputs(tokens, pixels))
+        features = self.packed.image_features(self.inputs(tokens, pixels), pixels)
         shape = torch.empty(pixels["values"].shape, device="meta")
         return {"values": shape, "sizes": pixels["sizes"], "features": features}
 

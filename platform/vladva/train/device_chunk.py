@@ -46,6 +46,8 @@ def on_device(chunk: MicroBatch, device: torch.device, *, with_pixels: bool) -> 
     if device.type != "cpu":
         there.image |= on_host(chunk.image)
         there.text |= on_host(chunk.text)
+        if there.pixels is not None and chunk.pixels is not None:
+            there.pixels |= on_host(chunk.pixels)
     return there
 
 

@@ -45,12 +45,17 @@ def test_features_are_those_of_the_towers_own(model: EmbeddingModel, monkeypatch
     monkeypatch.setattr(qwen_tower, "scaled_dot_product_attention", counted)
     monkeypatch.setattr(qwen_tower.Sequences, "lengths", told)
     packed = with_packed_tower(model.base.model)
-    found = image_features(packed, taken)
+    found = image_features(packed, taken, pixels)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert len(lengths) == len(model.base.model.visual.blocks)
     assert len(calls) == sum(lengths) < sum(calls)  # a call for each length, not for each image or window
     assert packed.visual is not model.base.model.visual  # the model itself is as it was
     assert type(model.base.model.visual.blocks[0].attn).__name__.endswith("VisionAttention")
+    # With sizes that the host has, the grids of the device are not looked at.
+    blind = taken | {"image_grid_thw": torch.zeros_like(taken["image_grid_thw"])}
+    assert torch.equal(image_features(packed, blind, pixels | {"host_sizes": pixels["sizes"]}), found)
+    with pytest.raises(RuntimeError):
+        image_features(packed, blind, pixels)
     # What equality is worth: another image's patches give other features.
     of_images["pixel_values"] = of_images["pixel_values"].roll(1, 0)
     other = torch.cat(list(packed.get_image_features(**of_images).pooler_output))

@@ -90,9 +90,10 @@ class PackedGeneration:
         """A prompt and its images, which the vision tower sees here, all of them at once."""
         lengths = torch.tensor([len(ids)], device=self.device)
         tokens = {"ids": torch.tensor([ids], device=self.device), "lengths": lengths}
-        inputs = self.model.inputs(tokens, None if pixels is None else as_tensors(pixels, self.device))
+        there = None if pixels is None else as_tensors(pixels, self.device)
+        inputs = self.model.inputs(tokens, there)
         positions = inputs.get("position_ids", torch.arange(len(ids), device=self.device)[None, None])[:, 0]
-        features = None if pixels is None else image_features(self.vision, inputs)
+        features = None if there is None else image_features(self.vision, inputs, there)
         return Prompt(list(ids), positions, features, int(positions.amax()) + 1)
 
     @torch.inference_mode()

@@ -83,7 +83,7 @@ class PackedInference:
     def __call__(self, tokens: dict[str, torch.Tensor], pixels: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Embeddings [B, D] (float32, unit norm) of the prompts; captions after them are not read."""
         inputs = self.model.inputs(tokens, pixels)
-        features_KD = None if pixels is None else image_features(self.vision, inputs)
+        features_KD = None if pixels is None else image_features(self.vision, inputs, pixels)
         ids_BT, lengths_B = host_array(tokens, "ids"), host_array(tokens, "prompt_lengths")
         image_token = self.model.base.config.image_token_id
         embeddings_BD = torch.empty(len(ids_BT), self.language.config.hidden_size, device=tokens["ids"].device)

@@ -5,7 +5,8 @@ their lengths. Here:
 
 - on a GPU in 16 bits one call computes all, by flash attention over sequences of any lengths;
 - elsewhere sequences of one length are the rows of one call: windows, and images of one size, nearly all are;
-- lengths are read once for all layers that share them;
+- where images, their windows and their patches' positions are is reckoned on the host, from grids that it knows, and
+  copied to the device at once, without waiting for it;
 - patches are embedded by a matrix product: a convolution whose kernel is as large as its step is one.
 
 P patches of all images, H heads of d, S sequences.
@@ -19,6 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
+
+from vladva.models.transfer import to_device
+
+ENDS = {"cu_seqlens", "cu_window_seqlens"}  # the tower's names for cumulative lengths
 
 
 def is_qwen_tower(model: Any) -> bool:
@@ -39,7 +44,7 @@ def with_packed_qwen_tower(model: Any) -> Any:
         blocks.append(packed)
     tower.blocks = nn.ModuleList(blocks)
     tower.patch_embed = PatchProduct(model.visual.patch_embed.proj)
-    view.visual = tower
+    view.visual = PackedQwenTower(tower, sequences)
     return view
 
 
@@ -47,6 +52,45 @@ def _view(module: Any) -> Any:
     view = copy.copy(module)
     view._modules = dict(module._modules)
     return view
+
+
+class PackedQwenTower(nn.Module):
+    """Patches, grids [N, 3] -> what the tower gives, its layers those of `with_packed_qwen_tower`."""
+
+    def __init__(self, tower: Any, sequences: Sequences) -> None:
+        super().__init__()
+        self.tower, self.sequences = tower, sequences
+        self.spatial_merge_size: int = tower.spatial_merge_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights."""
+        return self.tower.dtype
+
+    def forward(self, hidden_states: Tensor, grid_thw: Tensor, **options: Any) -> Any:
+        """As the tower's own; grids that are on the host cost no wait for a device."""
+        if grid_thw.device.type == "cpu":
+            places = self.places(grid_thw)
+            options |= to_device({name: place.numpy() for name, place in places.items()}, hidden_states.device)
+            for name in ENDS & places.keys():
+                self.sequences.tell(options[name], places[name])
+        return self.tower(hidden_states, grid_thw=grid_thw, **options)
+
+    def places(self, grid_thw: Tensor) -> dict[str, Tensor]:
+        """What the tower would find out from the grids, under the names by which it takes it."""
+        from transformers import vision_utils
+
+        merge = self.spatial_merge_size
+        found = {
+            "position_ids": vision_utils.get_vision_position_ids(grid_thw, merge),
+            "cu_seqlens": vision_utils.get_vision_cu_seqlens(grid_thw),
+        }
+        if hasattr(self.tower, "window_size"):
+            windows = vision_utils.get_vision_window_index(
+                grid_thw, merge, self.tower.window_size, self.tower.patch_size
+            )
+            found |= zip(("window_index", "cu_window_seqlens"), windows, strict=True)
+        return found
 
 
 class Sequences:
@@ -60,7 +104,11 @@ class Sequences:
         for known, lengths in self.kept:
             if known is ends:
                 return lengths
-        lengths = (ends[1:] - ends[:-1]).tolist()
+        return self.tell(ends, ends)
+
+    def tell(self, ends: Tensor, known: Tensor) -> list[int]:
+        """The lengths, of ends that are the same as the known ones."""
+        lengths = (known[1:] - known[:-1]).tolist()
         self.kept = [*self.kept[-1:], (ends, lengths)]
         return lengths
 

@@ -164,7 +164,7 @@ class PackedTraining:
         inputs = self.model.inputs(tokens, pixels)
         features_KD = None
         if pixels is not None:
-            features_KD = pixels["features"] if "features" in pixels else self.image_features(inputs)
+            features_KD = pixels["features"] if "features" in pixels else self.image_features(inputs, pixels)
         ids_BT, prompts_B, lengths_B = (host_array(tokens, name) for name in ("ids", "prompt_lengths", "lengths"))
         device, image_token = tokens["ids"].device, self.model.base.config.image_token_id
         table = TokenEmbedding.of(self.language.embed_tokens)
@@ -179,9 +179,9 @@ class PackedTraining:
         return normalize(summaries_BD[torch.cat(order).argsort()].float(), dim=-1), before_KD, targets_K
 
     @torch.no_grad()
-    def image_features(self, inputs: dict[str, Tensor]) -> Tensor:
+    def image_features(self, inputs: dict[str, Tensor], pixels: dict[str, Tensor]) -> Tensor:
         """Features [K, D] of the K image tokens of all images."""
-        return image_features(self.vision, inputs)
+        return image_features(self.vision, inputs, pixels)
 
     def states(
         self,
