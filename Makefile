@@ -1,6 +1,8 @@
 # One .venv, made once: every target below needs it and gets it. `make help` lists them.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN    := .venv/bin
+# Resolved on Python 3.11, and good for those after it. Python 3.10 gets the newest versions that it has.
+PINS   := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" * (sys.version_info >= (3, 11)))')
 # DeepSpeed looks for ninja on PATH, and some tools start `python`.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 STAMP  := .venv/.installed
@@ -45,7 +47,7 @@ format: $(STAMP)  ## rewrite the code as `make lint` wants it
 	$(BIN)/ruff format .
 
 docs: $(STAMP)  ## the documentation as a site, in build/site; a warning or a link that leads nowhere is an error
-	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/pip install --disable-pip-version-check --quiet $(PINS) -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet -f .docs/mkdocs.yml
 	$(PYTEST) tests/test_site.py
 
@@ -69,7 +71,7 @@ clean:  ## delete what the demo, the tests and the tools wrote, runs in .vladva 
 # clip-benchmark goes apart, without what it requires (torchvision): the tests compare scores with a few functions of it.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[test,dev]'
+	$(BIN)/pip install --disable-pip-version-check --quiet $(PINS) -e '.[test,dev]'
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --upgrade --target .venv/peers clip-benchmark==1.6.2
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --upgrade --target .venv/torchvision torchvision==0.29.1
 	: > .venv/torchvision/torchvision/_meta_registrations.py
