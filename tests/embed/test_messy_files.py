@@ -147,7 +147,8 @@ def of_serving(replica: Any) -> Inputs:
     names = [*MEANT, *(f"text of {meant}" for meant in MEANT)]
 
     async def prepared() -> list[Any]:
-        return [await replica.encoded(work) for work in await replica.counted(sent_items())]
+        turns = replica.preparing.turns()
+        return [await replica.encoded(work, turns) for work in await replica.counted(sent_items())]
 
     found = zip(names, asyncio.run(prepared()), strict=True)
     return {name: (one.ids, one.pixels.values.tobytes() if one.pixels else b"") for name, one in found}

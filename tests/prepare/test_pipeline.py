@@ -260,7 +260,7 @@ def test_training_reads_every_good_sample_of_a_bad_corpus(tmp_path: Path, withou
     reader = ChunkReader(replace(RECIPES["tiny"](), data=data, train=train, cluster=alone))
     found = {}
     for chunk in range(len(good)):
-        [(*_, content)] = samples = reader.fetch(chunk)
+        [(_, _, _, content, _)] = samples = reader.fetch(chunk)
         found[content] = [example.short for example in reader.examples(chunk, samples)]
     assert found == good
 

@@ -12,6 +12,8 @@ import pytest
 from tests.support import partition_worker as worker
 from tests.support.checkpoints import build_llava
 
+pytestmark = pytest.mark.slow  # its workers train
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
