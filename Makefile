@@ -28,9 +28,10 @@ demo: $(STAMP)  ## the whole chain on this machine: train, embed, index, search,
 check: lint  ## lint, and the quick tests that need neither Ray nor a browser, before every push
 	$(SPREAD) -m "not ray and not browser and not slow" --durations=3
 
+# In the order of the files: the rehearsal, which waits much, begins early.
 test: $(STAMP)  ## run the tests, in two parts: what can share the machine, and what cannot; both, even if one fails
 	@failed=0; \
-	$(SPREAD) -m "not ray and not browser" || failed=1; \
+	$(SPREAD) --no-loadscope-reorder -m "not ray and not browser" || failed=1; \
 	$(PYTEST) -m "$(ALONE)" || failed=1; \
 	exit $$failed
 	@$(if $(CHROMIUM),,echo "Left out: tests marked browser, as no chromium is on PATH (on Debian: apt-get install chromium).")
