@@ -102,7 +102,8 @@ def _archive(
     end = 0
     try:
         tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # noqa: SIM115 (the caller closes the file)
-        while info := tar.next():
+        # Of an archive that holds nothing Python 3.10 would seek the byte before its first.
+        while tar.offset and (info := tar.next()):
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header in memory
             end = tar.offset
             if info.islnk() or info.issym():
