@@ -73,11 +73,17 @@ def print_completions() -> None:
     print(completion_script("".join(sys.argv[2:3]), "vladva", completions()))
 
 
+@user_errors
+def print_overview() -> None:
+    """All verbs."""
+    print(overview())
+
+
 def main() -> None:
     """Run the verb that the command line names."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(overview())
+        print_overview()
         return
     verb, rest = arguments[0], arguments[1:]
     if verb == "--version":

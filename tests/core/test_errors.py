@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -94,3 +96,14 @@ def test_of_a_task_only_our_words_are_told(
     with pytest.raises(type(ours)):
         user_errors(lambda: (_ for _ in ()).throw(ours))()
     assert sys.exc_info() == (None, None, None)
+
+
+def test_who_stops_reading_is_no_fault() -> None:
+    """`vladva --help | head -1`: the end of the reader's interest, as every command of Unix takes it."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs", "--help"], stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")

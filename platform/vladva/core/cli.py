@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +19,8 @@ def user_errors(main: Callable[[], None]) -> Callable[[], None]:
     """Decorate a job's `main`: what the user can mend is told in one line with exit status 2.
 
     That is a ValueError, a missing file, and a storage that refuses (a full disk, rights), raised here or in a task of
-    Ray's. VLADVA_TRACEBACK=1 shows where it was raised, and all that the libraries say.
+    Ray's. VLADVA_TRACEBACK=1 shows where it was raised, and all that the libraries say. Where nobody reads the output
+    any more it ends without a word, as other commands do.
     """
 
     @functools.wraps(main)
@@ -24,9 +28,15 @@ def user_errors(main: Callable[[], None]) -> Callable[[], None]:
         be_quiet()
         try:
             main()
+            sys.stdout.flush()
         except KeyboardInterrupt:
             print("interrupted; run the same command again to go on", file=sys.stderr)
             sys.exit(130)
+        except BrokenPipeError:
+            if not _nobody_reads():
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+            sys.exit(128 + signal.SIGPIPE)
         except Exception as error:
             line = _line_of(error)
             if line is None or is_verbose():
@@ -59,6 +69,13 @@ def location(argument: str) -> str:
 def local_folder(argument: str) -> Path:
     """`type` of an argument that is a folder of this machine."""
     return Path(argument).absolute()
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of the output, `head` say, has seen enough: the pipe that broke is this one."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return any(events & select.POLLERR for _, events in output.poll(0))
 
 
 def _line_of(error: Exception) -> str | None:
