@@ -50,7 +50,7 @@ format: $(STAMP)  ## rewrite the code as `make lint` wants it
 docs: $(STAMP)  ## the documentation as a site, in build/site; a warning or a link that leads nowhere is an error
 	$(BIN)/pip install --disable-pip-version-check --quiet $(PINS) -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet -f .docs/mkdocs.yml
-	$(PYTEST) tests/test_site.py
+	$(PYTEST) tests/test_site.py -m "not ray"  # the examples that start Ray are run by make test
 
 links: $(STAMP)  ## fetch every link of the documentation to other hosts, and list those that are dead; needs the network
 	$(BIN)/python .docs/check_links.py
