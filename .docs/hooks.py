@@ -19,7 +19,7 @@ REPOSITORY = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "folders/contributing.md",
     "CHANGELOG.md": "folders/changelog.md",
-    "RESULTS.md": "results.md",
+    "RESULTS.md": "folders/results.md",
     **{f"{name}/README.md": f"folders/{name}.md" for name in ("platform", "jobs", "serve", "cluster", "tests")},
 }
 LINK = re.compile(r"\[([^\]]+)\]\(([^)#:]+)\)")  # to a file, not to another host
