@@ -5,7 +5,7 @@ large body is read in a thread, and a reply is encoded piece by piece by pydanti
 """
 
 import inspect
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -56,15 +56,23 @@ async def json_response(answer: dict[str, Any]) -> Response:
 
 def encoded_reply(answer: dict[str, Any]) -> bytes:
     """The JSON of a reply, list entry by list entry, so that a thread that does this lets the others run meanwhile."""
-    fields = []
+    return b"".join(json_pieces(answer))  # once: every copy of a large reply keeps the others waiting
+
+
+def json_pieces(answer: dict[str, Any]) -> Iterator[bytes]:
+    """The JSON of an object, the entries of its lists one by one."""
+    before = b"{"
     for name, value in answer.items():
+        yield before + to_json(name) + b":"
+        before = b","
         match value:
             case list():
-                # Not `map`, whose loop is in C: no other thread runs until it ends.
-                text = b"[" + b",".join([to_json(one) for one in value]) + b"]"
+                yield b"["
+                for number, entry in enumerate(value):
+                    yield (b"," if number else b"") + to_json(entry)
+                yield b"]"
             case dict():
-                text = encoded_reply(value)
+                yield from json_pieces(value)
             case _:
-                text = to_json(value)
-        fields.append(to_json(name) + b":" + text)
-    return b"{" + b",".join(fields) + b"}"
+                yield to_json(value)
+    yield b"}" if answer else b"{}"

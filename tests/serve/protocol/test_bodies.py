@@ -160,6 +160,11 @@ def test_a_large_reply_is_written_in_pieces_between_which_others_run(of: str) ->
     assert written == [whole]
 
 
+@pytest.mark.parametrize("answer", [{}, {"a": []}, {"a": {}, "b": {"c": [1, "x"], "d": {}}}, {"a": 1, "b": None}])
+def test_a_reply_in_pieces_is_the_reply(answer: dict[str, Any]) -> None:
+    assert encoded_reply(answer) == to_json(answer)
+
+
 def test_commas_in_a_text_are_no_values() -> None:
     assert json_value(json.dumps({"input": "," * 300_000}).encode()) == {"input": "," * 300_000}
 
