@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 from vladva.core.cli import location, user_errors
 
@@ -55,28 +56,18 @@ def main() -> None:
         write_triplets(out, count=options.train, seed=options.seed)
         print(f"{out}: {options.train:,} triplets. Next: jobs/train.py tiny_e5_v --data.uri {out}")
         return
-    if options.composed:
-        with Progress("drawing", options.train + options.test) as progress:
-            write_composed(
-                out,
-                train=options.train,
-                test=options.test,
-                seed=options.seed,
-                progress=lambda _: progress.advance(1),
-            )
-        told = f"{options.train:,} changes to train on, {options.test:,} held out"
-        print(f"{out}: {told}. Next: jobs/train.py tiny_composed --data.uri {out}/train")
-        return
+    write = write_composed if options.composed else partial(write_scenes, negatives=options.negatives)
     with Progress("drawing", options.train + options.test) as progress:
-        write_scenes(
+        write(
             out,
             train=options.train,
             test=options.test,
-            negatives=options.negatives,
             seed=options.seed,
             progress=lambda _: progress.advance(1),
         )
-    print(f"{out}: {options.train:,} images to train on, {options.test:,} held out. Next: jobs/train.py tiny")
+    what, recipe = ("changes", "tiny_composed") if options.composed else ("images", "tiny")
+    told = f"{options.train:,} {what} to train on, {options.test:,} held out"
+    print(f"{out}: {told}. Next: jobs/train.py {recipe} --data.uri {out}/train")
 
 
 if __name__ == "__main__":
