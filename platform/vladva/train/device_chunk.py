@@ -46,8 +46,9 @@ def on_device(chunk: MicroBatch, device: torch.device, *, with_pixels: bool) -> 
     if device.type != "cpu":
         there.image |= on_host(chunk.image)
         there.text |= on_host(chunk.text)
-        if there.pixels is not None and chunk.pixels is not None:
-            there.pixels |= on_host(chunk.pixels)
+        for tensors, pixels in ((there.pixels, chunk.pixels), (there.text_pixels, chunk.text_pixels)):
+            if tensors is not None and pixels is not None:
+                tensors.update(on_host(pixels))
     return there
 
 
