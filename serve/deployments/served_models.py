@@ -91,12 +91,12 @@ class Served:
 
 def described_by_files(args: ServeArgs) -> Served:
     """The models as a replica would describe them, without loading their weights."""
-    from vladva.models.dual_encoders import family_name
-    from vladva.models.resolve import describe, find_model, preprocessor_of
+    from vladva.models.dual_encoders import is_dual_encoder
+    from vladva.models.resolve import describe, preprocessor_of
 
     config, description = describe(args.model, adapter=True, dtype=args.dtype or "float32")
     context = preprocessor_of(config).config.get_text_config().max_position_embeddings
-    generates = family_name(find_model(args.model).checkpoint) is None
+    generates = not is_dual_encoder(config.checkpoint)
     about = {**description, "context": context, "cuts": not generates, "generates": generates}
     return Served.of(args.model, args.name, about)
 

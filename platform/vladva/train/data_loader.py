@@ -221,8 +221,8 @@ class PlannedSample(NamedTuple):
     run: SampleRange
     number: int
     ref: SampleRef
-    content: bytes | InvalidSampleError
-    positive: bytes | InvalidSampleError | None
+    content: Content
+    positive: Content | None
     """The image of its positive, where that is one."""
 
 
