@@ -49,9 +49,11 @@ def test_a_complaint_is_made_of_what_is_wrong(client: httpx.Client) -> None:
 
     assert complaint(answer("422 x", right)) is None
     assert complaint(answer("200 x", b"anything", "text/plain")) is None
+    assert complaint(answer("404 x", right.replace(b'"m"', b'"no model ../../etc/passwd"'))) is None
     assert complaint(b"") == "no answer"
     for wrong in (
         answer("500 x", right),
+        answer("200 x", b"root:x:0:0:root:/root:/bin/bash", "text/plain"),
         answer("422 x", right, "text/plain"),
         answer("422 x", b'{"detail": []}'),
         answer("422 x", right.replace(b'"m"', b'"no /tmp/x"')),

@@ -95,7 +95,8 @@ PATHS = (
     "/", "/nope", "/v1", "/v1//embeddings", "/v1/embeddings/..", "/v1/models/" + "x" * 2000, "/v1/models/%ff%00",
     "/openapi.json", "/docs", "/metrics", "/ready", "/v1/models/../../etc/passwd", "/v1/embeddings?x=" + "y" * 3000,
 )  # fmt: skip
-TOLD = ("Traceback", "0x", "/root", "/tmp", "site-packages", "passwd")  # of the machine, or of another's files
+TOLD = ("Traceback", "0x", "/root", "/tmp", "site-packages")  # of the machine
+STOLEN = b"root:x:0"  # what is in /etc/passwd; its name may come back from who has sent it
 METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "TRACE", "BREW")
 
 
@@ -255,11 +256,13 @@ async def exchange(host: str, port: int, sent: bytes, timeout_s: float = 150) ->
 
 
 def complaint(answer: bytes) -> str | None:
-    """What is wrong with an answer: none at all, one of 5xx, or an error that is not in the one shape."""
+    """What is wrong with an answer: none at all, one of 5xx, a file of ours, or an error not in the one shape."""
     head, _, body = answer.partition(b"\r\n\r\n")
     lines = head.decode("latin-1").split("\r\n")
     if not lines[0].startswith("HTTP/1.1 "):
         return "no answer"
+    if STOLEN in body:
+        return f"it has read a file: {body[:300]!r}"
     status = int(lines[0].split()[1])
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])}
     if status < 400:

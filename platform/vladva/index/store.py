@@ -77,10 +77,11 @@ def check_query(vector: np.ndarray, k: int, dimension: int) -> np.ndarray:
         raise ValueError(f"the query has the shape {query_D.shape}; the index holds vectors of {dimension} numbers")
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1")
-    length = float(np.linalg.norm(query_D))
+    wide_D = query_D.astype(np.float64)  # the squares of large numbers are no float32
+    length = np.linalg.norm(wide_D)
     if not np.isfinite(length) or length == 0:
         raise ValueError("the query is zero or not finite; it has no direction")
-    return query_D / np.float32(length)
+    return (wide_D / length).astype(np.float32)
 
 
 def check_rows(rows: pa.Table, fingerprint: str, store: str) -> None:
