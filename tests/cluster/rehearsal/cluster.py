@@ -89,7 +89,7 @@ class Cluster:
             content["provider"]["worker_ips"] = [worker.address for worker in self.machines.workers]
             content["auth"]["ssh_user"] = "root"
             text = yaml.safe_dump(content, sort_keys=False)
-            memory = "--object-store-memory=268435456"
+            memory = "--object-store-memory=209715200"
             text = text.replace("ray start --head", f"ray start --head {memory}")
             text = text.replace("ray start --address", f"ray start {memory} --num-cpus={NODE_CPUS} --address")
             path.write_text(text)
