@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
+import shlex
 import sys
 import tarfile
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image
 
 from jobs import emoji
+from tests.support.site_pages import PAGES, blocks_of
 from vladva.core.images import decode_image
 from vladva.data.emoji.corpus import choose_emoji
 from vladva.data.emoji.package import read_names, read_pictures
@@ -200,3 +203,20 @@ def test_what_is_wrong_is_said_in_a_line(
             run(monkeypatch, [*right, "--held-out", share])
         assert f"--held-out is {float(share)}; it must be above 0, and at most 0.5" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_of_the_page_are_understood() -> None:
+    """Each by its own parser; none is run, as they need the real packages."""
+    lines = [
+        shlex.split(line)
+        for block in blocks_of(PAGES / "examples/emoji.md")
+        if block.language == "bash"
+        for line in block.text.splitlines()
+        if line.strip().startswith("vladva ")
+    ]
+    verbs = [words[1] for words in lines]
+    assert verbs == ["emoji", "prepare", "train", "evaluate", "embed", "index", "search"]
+    for _, verb, *words in lines:
+        importlib.import_module(f"jobs.{verb}").parse(words)
+    with pytest.raises(SystemExit):
+        emoji.parse([*lines[0][2:], "--no-such-option"])
