@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, required=True, help="folder with what `npm pack` wrote")
     parser.add_argument("--out", type=Path, default=Path(".vladva/emoji-bench"), help="folder; what is done is there")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     out, packages = options.out.absolute(), options.packages.absolute()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -41,7 +42,7 @@ def package_files(package: Path, wanted: Callable[[PurePosixPath], bool]) -> Ite
                     content = packed.extractfile(member)
                     assert content is not None  # it is a file
                     found[path] = content.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{package} is no whole .tgz ({error}): pack it again with `npm pack NAME@VERSION`") from None
     yield from sorted(found.items())
 
