@@ -3,7 +3,7 @@
 
     torchrun --nproc-per-node 2 jobs/pretrain_tiny.py --out .vladva/tiny     # one process a core; resumes when re-run
     python jobs/pretrain_tiny.py --out .vladva/tiny                          # one process
-    python jobs/pretrain_tiny.py --check tiny                                # how many long captions are right
+    python jobs/pretrain_tiny.py --check tiny                                # how much it gets right on held-out images
 
 The result, `.vladva/tiny/weights`, is what the package ships as platform/vladva/models/tiny/weights.
 """
@@ -24,15 +24,17 @@ def main() -> None:
         "--out", type=local_folder, default=".vladva/tiny", help="folder of the checkpoint and the weights"
     )
     parser.add_argument(
-        "--tower-steps", type=int, default=1500, help="steps of the vision tower alone, 128 images each"
+        "--tower-steps", type=int, default=1000, help="steps of the vision tower alone, 128 images each"
     )
-    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps of 48 dialogues")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of 60 dialogues")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--check", metavar="MODEL", help="train nothing; score the long captions of this model")
-    parser.add_argument("--scenes", type=int, default=100, help="held-out scenes that --check captions")
+    parser.add_argument("--check", metavar="MODEL", help="train nothing; score this model's captions and answers")
+    parser.add_argument("--scenes", type=int, default=100, help="held-out scenes that --check shows it")
     args = parser.parse_args()
     if args.check:
         print(f"{caption_accuracy(args.check, args.scenes, seed=args.seed):.0%} of long captions name every object")
+        share = answer_accuracy(args.check, args.scenes, seed=args.seed)
+        print(f"{share:.0%} of questions where one object is, seen from another, answered rightly (guessing: 25%)")
         return
 
     import torch
@@ -70,6 +72,26 @@ def caption_accuracy(model: str, count: int, *, seed: int = 0) -> float:
         pieces = embedder.generate([{"role": "user", "content": content}], [render(scene)], max_tokens=96)
         right += objects_named("".join(pieces)) == {(o.colour, o.shape) for o in scene.objects}
     return right / count
+
+
+def answer_accuracy(model: str, count: int, *, seed: int = 0) -> float:
+    """Share of questions where one object is, seen from another, answered rightly: two for each held-out scene."""
+    from vladva.data.scenes.captions import RELATION_WORDS
+    from vladva.data.scenes.corpus import held_out_scenes
+    from vladva.data.scenes.scene import relation, render
+    from vladva.models.embedder import load_lvlm
+
+    embedder = load_lvlm(model)
+    right = 0
+    for scene, _, random in held_out_scenes(count, seed):
+        image = render(scene)
+        first, second, *_ = random.sample(scene.objects, len(scene.objects))
+        for a, b in ((first, second), (second, first)):
+            asked = f"Where is the {a.colour} {a.shape}, seen from the {b.colour} {b.shape}?"
+            content = [{"type": "image"}, {"type": "text", "text": asked}]
+            answer = "".join(embedder.generate([{"role": "user", "content": content}], [image], max_tokens=8))
+            right += answer.strip() == RELATION_WORDS[relation(a, b)][0]
+    return right / (2 * count)
 
 
 if __name__ == "__main__":

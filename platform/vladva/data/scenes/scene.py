@@ -15,12 +15,8 @@ import math
 from dataclasses import dataclass, replace
 from itertools import combinations
 from random import Random
-from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
-
-if TYPE_CHECKING:
-    pass
 
 IMAGE_SIZE = 64  # pixels, width and height
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -175,12 +171,3 @@ def png(image: Image.Image) -> bytes:
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()
-
-
-# ---------------------------------------------------------------------------------------------------------- captions
-
-
-# ---------------------------------------------------------------------------------------------------- hard negatives
-
-
-# ------------------------------------------------------------------------------------------------------------ corpus

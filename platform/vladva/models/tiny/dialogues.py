@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import permutations
 from random import Random
-from typing import TYPE_CHECKING
 
-from vladva.data.scenes.captions import NUMBER_WORDS, OPPOSITE, RELATION_WORDS, claim_of, long_caption, short_caption
-from vladva.data.scenes.scene import COLOURS, Scene, relation, render
-
-if TYPE_CHECKING:
-    from PIL import Image
+from vladva.data.scenes.captions import (
+    NUMBER_WORDS,
+    OPPOSITE,
+    RELATION_WORDS,
+    claim_of,
+    long_caption,
+    place,
+    short_caption,
+)
+from vladva.data.scenes.scene import COLOURS, Scene, SceneObject, relation
 
 DETAILED = ("Give a detailed description of the image.", "Describe the image in detail.")
 BRIEF = ("Describe the image briefly.", "Provide a concise description of this image.")
 VERY_BRIEF = ("Describe the image very briefly.", "List the objects in the image.")
 Turn = tuple[str, str]  # what the user says, what the assistant answers
-Dialogue = tuple["Image.Image | None", list[Turn]]
+Dialogue = tuple[Scene | None, list[Turn]]  # the scene whose image is shown, if one is
 
 
 def questions(scene: Scene, random: Random) -> list[Turn]:
@@ -44,9 +49,32 @@ def questions(scene: Scene, random: Random) -> list[Turn]:
     return random.sample(turns, 3)
 
 
+def place_questions(scene: Scene, random: Random) -> Dialogue:
+    """Where each object is in the image: what has to be looked up before two objects can be compared."""
+    order = random.sample(scene.objects, len(scene.objects))
+    return scene, [(f"Where is the {thing.colour} {thing.shape}?", place(thing)) for thing in order]
+
+
+def relation_question(a: SceneObject, b: SceneObject, random: Random) -> Turn:
+    """Where a is, seen from b: asked openly, or to be answered with yes or no."""
+    stated = relation(a, b)
+    if random.random() < 0.6:
+        return f"Where is the {a.colour} {a.shape}, seen from the {b.colour} {b.shape}?", RELATION_WORDS[stated][0]
+    asked = random.choice((stated, OPPOSITE[stated]))
+    words = random.choice(RELATION_WORDS[asked])
+    answer = "yes" if asked == stated else "no"
+    return f"Is the {a.colour} {a.shape} {words} the {b.colour} {b.shape}?", answer
+
+
+def relation_questions(scene: Scene, random: Random) -> Dialogue:
+    """Where each object is, seen from each other one, in both directions."""
+    pairs = list(permutations(scene.objects, 2))
+    return scene, [relation_question(a, b, random) for a, b in random.sample(pairs, len(pairs))]
+
+
 def image_questions(scene: Scene, random: Random) -> Dialogue:
     """Questions about an image."""
-    return render(scene), questions(scene, random)
+    return scene, questions(scene, random)
 
 
 def caption_questions(scene: Scene, random: Random) -> Dialogue:
@@ -58,20 +86,22 @@ def caption_questions(scene: Scene, random: Random) -> Dialogue:
 
 def detailed_caption(scene: Scene, random: Random) -> Dialogue:
     """A long caption."""
-    return render(scene), [(random.choice(DETAILED), long_caption(scene, random))]
+    return scene, [(random.choice(DETAILED), long_caption(scene, random))]
 
 
 def brief_caption(scene: Scene, random: Random) -> Dialogue:
     """A short caption, with or without relations as the prompt asks."""
     brief = random.random() < 0.7
     claim = claim_of(scene, random, sizes=brief, relations=brief)
-    return render(scene), [(random.choice(BRIEF if brief else VERY_BRIEF), short_caption(claim, random))]
+    return scene, [(random.choice(BRIEF if brief else VERY_BRIEF), short_caption(claim, random))]
 
 
 # Kinds of dialogue and how many of each make one optimizer step.
 MIXTURE: tuple[tuple[Callable[[Scene, Random], Dialogue], int], ...] = (
-    (detailed_caption, 22),
-    (brief_caption, 8),
-    (image_questions, 10),
-    (caption_questions, 8),
+    (detailed_caption, 16),
+    (brief_caption, 6),
+    (place_questions, 8),
+    (relation_questions, 18),
+    (image_questions, 6),
+    (caption_questions, 6),
 )

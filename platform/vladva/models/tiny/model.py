@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 from vladva.data.scenes.captions import long_caption
 from vladva.data.scenes.corpus import scenes
 from vladva.data.scenes.scene import IMAGE_SIZE
-from vladva.models.tiny.dialogues import BRIEF, DETAILED, MIXTURE, VERY_BRIEF
+from vladva.models.tiny.dialogues import (
+    BRIEF,
+    DETAILED,
+    VERY_BRIEF,
+    brief_caption,
+    caption_questions,
+    image_questions,
+)
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
@@ -40,7 +47,7 @@ def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
         for _ in range(50):
             yield from (*DETAILED, *BRIEF, *VERY_BRIEF, IMAGE_PROMPT, TEXT_PROMPT)
         for _, (scene, random) in zip(range(4000), scenes("train", seed), strict=False):
-            for kind, _ in MIXTURE[1:]:
+            for kind in (brief_caption, image_questions, caption_questions):
                 yield from (text for turn in kind(scene, random)[1] for text in turn)
             yield long_caption(scene, random)
 

@@ -3,10 +3,13 @@
 It is the embedded default: demo and tests turn it into a retriever. Its weights ship with the package (`weights/`,
 float16) and come from `jobs/pretrain_tiny.py`, which trains on scenes of the training split only, in two stages:
 
-1. the vision tower alone learns to name, patch by patch, the object whose centre is there (real LVLMs, too, begin with
-   a trained tower);
+1. the vision tower alone learns to name, patch by patch, the object whose centre is there, and where that centre is
+   (real LVLMs, too, begin with a trained tower);
 2. the whole model learns to write captions of varied length and detail, to answer questions about images, and to
-   answer the same questions about captions.
+   answer the same questions about captions. Answers alone teach a model of this size to look things up only after
+   very many of them, so it is helped: one attention head learns to look from a token that has just named an object to
+   the patch of the image where that is, two to look from a question about two objects to their names, and two linear
+   readers, thrown away afterwards, ask the hidden states where the one object is and how far apart the two are.
 
 No loss ever compares two examples, so nothing contrastive is learned.
 """
@@ -17,12 +20,25 @@ import math
 import os
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vladva.core.ranks import rank_and_world
-from vladva.data.scenes.scene import COLOURS, IMAGE_SIZE, RADII, SHAPES, Scene, random_scene, render
+from vladva.data.scenes.captions import RELATION_WORDS
+from vladva.data.scenes.corpus import held_out_scenes
+from vladva.data.scenes.scene import (
+    COLOURS,
+    IMAGE_SIZE,
+    RADII,
+    SHAPES,
+    Scene,
+    SceneObject,
+    random_scene,
+    relation,
+    render,
+)
 from vladva.models.tiny.dialogues import MIXTURE, Dialogue
 from vladva.models.tiny.model import build_model, build_tokenizer, save_checkpoint
 
@@ -31,46 +47,175 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 
+# Hidden states and attention heads of stage 2. State n is what layer n of the language model reads, from 0.
+PLACE_STATE = 3  # the token that names an object knows where it is
+APART_STATE = 5  # the last token of a question knows how far apart the two objects are
+# Layer and head; which tokens look, at which.
+POINTERS = ((2, 0, "named", "patches"), (4, 0, "compared", "firsts"), (4, 1, "compared", "seconds"))
+PLACE_WEIGHT = 2.0  # of the two readers' losses, beside the next token's
+
+
+def coordinates(thing: SceneObject) -> tuple[float, float]:
+    """The centre of an object, from -1 (left, top) to 1 (right, bottom)."""
+    return 2 * thing.x / IMAGE_SIZE - 1, 2 * thing.y / IMAGE_SIZE - 1
+
+
+def patch_of(thing: SceneObject) -> int:
+    """Which of the 16 patches, row by row, holds the centre of an object."""
+    return 4 * int(thing.y * 4 // IMAGE_SIZE) + int(thing.x * 4 // IMAGE_SIZE)
+
+
+def named_objects(ids: list[int], scene: Scene, tokenizer: PreTrainedTokenizerFast) -> list[tuple[int, SceneObject]]:
+    """Where tokens name an object of the scene, colour and shape: the shape's place in `ids`, and the object."""
+    kinds = {tuple(tokenizer(f"{o.colour} {o.shape}", add_special_tokens=False).input_ids): o for o in scene.objects}
+    return [(place, kinds[pair]) for place, pair in enumerate(pairwise(ids), start=1) if pair in kinds]
+
+
 def collate(dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:
-    """Right-padded `input_ids`, `attention_mask`, `labels` [B, T] (answers, else -100), `pixel_values` [B, 3, H, W]."""
+    """Right-padded `input_ids`, `attention_mask`, `labels` [B, T] (answers, else -100), `pixel_values` [B, 3, H, W].
+
+    Also where objects are, of dialogues with an image. `named` [N, 2]: row and place of tokens that have just named an
+    object; `places` [N, 2]: where it is in the image; `patches` [N]: the token of that patch. `compared` [M, 2]: row
+    and place of the last tokens of questions about two objects; `firsts` and `seconds` [M]: the tokens that name them;
+    `apart` [M, 2]: from the second to the first.
+    """
     import numpy as np
     import torch
 
     encoded = []
-    for shown, turns in dialogues:
+    named: list[tuple[int, int]] = []
+    places: list[tuple[float, float]] = []
+    patches: list[int] = []
+    compared: list[tuple[int, int]] = []
+    firsts: list[int] = []
+    seconds: list[int] = []
+    apart: list[tuple[float, float]] = []
+    for row, (scene, turns) in enumerate(dialogues):
         ids, labels = [tokenizer.bos_token_id], [-100]
         for number, (asked, answer) in enumerate(turns):
-            image = "<image>" * 16 if shown is not None and number == 0 else ""
+            image = "<image>" * 16 if scene is not None and number == 0 else ""
             prompt = tokenizer(f"<|user|>{image}{asked}<|assistant|>", add_special_tokens=False).input_ids
             reply = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-            ids += prompt + reply
+            if scene is not None and len(things := named_objects(prompt, scene, tokenizer)) == 2:
+                (first, a), (second, b) = things
+                firsts.append(len(ids) + first)
+                seconds.append(len(ids) + second)
+                apart.append(((a.x - b.x) * 2 / IMAGE_SIZE, (a.y - b.y) * 2 / IMAGE_SIZE))
+                compared.append((row, len(ids) + len(prompt) - 1))
+            ids += prompt
+            ids += reply
             labels += [-100] * len(prompt) + reply
+        if scene is not None:
+            start = ids.index(tokenizer.convert_tokens_to_ids("<image>"))
+            for place, thing in named_objects(ids, scene, tokenizer):
+                named.append((row, place))
+                places.append(coordinates(thing))
+                patches.append(start + patch_of(thing))
         encoded.append((ids, labels))
     width = max(len(ids) for ids, _ in encoded)
     batch = {
         "input_ids": torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in encoded]),
         "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in encoded]),
         "labels": torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in encoded]),
+        "named": torch.tensor(named, dtype=torch.long).view(-1, 2),
+        "places": torch.tensor(places).view(-1, 2),
+        "patches": torch.tensor(patches, dtype=torch.long),
+        "compared": torch.tensor(compared, dtype=torch.long).view(-1, 2),
+        "firsts": torch.tensor(firsts, dtype=torch.long),
+        "seconds": torch.tensor(seconds, dtype=torch.long),
+        "apart": torch.tensor(apart).view(-1, 2),
     }
-    images = [np.asarray(shown) for shown, _ in dialogues if shown is not None]
+    images = [np.asarray(render(scene)) for scene, _ in dialogues if scene is not None]
     if images:
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
         batch["pixel_values"] = pixels / 127.5 - 1
     return batch
 
 
-def next_token_sum(model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Summed cross-entropy over the answers' tokens; logits are computed for those tokens only."""
+def build_readers(model: LlavaForConditionalGeneration) -> torch.nn.ModuleDict:
+    """The two linear readers of stage 2: `places` and `apart`, from a hidden state to a point."""
+    from torch import nn
+
+    width = model.lm_head.in_features
+    return nn.ModuleDict({"places": nn.Linear(width, 2), "apart": nn.Linear(width, 2)})
+
+
+def pointer_sum(
+    model: LlavaForConditionalGeneration,
+    state: torch.Tensor,
+    layer: int,
+    head: int,
+    looking: torch.Tensor,
+    target: torch.Tensor,
+) -> torch.Tensor:
+    """Summed -log of the attention that tokens `looking` [N, 2] (row, place) pay to tokens `target` [N] of their row.
+
+    `state` [B, T, H] is what the layer reads; queries and keys are made from it as the layer itself makes them.
+    """
+    import torch
     from torch.nn.functional import cross_entropy
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    decoder: Any = model.model.language_model
+    block = decoder.layers[layer]
+    size = block.self_attn.head_dim
+    normed = block.input_layernorm(state)
+    rows = slice(head * size, (head + 1) * size)
+    queries = (normed @ block.self_attn.q_proj.weight[rows].T)[:, None]  # [B, 1, T, D]
+    keys = (normed @ block.self_attn.k_proj.weight[rows].T)[:, None]
+    places = torch.arange(state.shape[1])
+    queries, keys = apply_rotary_pos_emb(queries, keys, *decoder.rotary_emb(state, places[None]))
+    row, place = looking.unbind(1)
+    scores = torch.einsum("nd,ntd->nt", queries[row, 0, place], keys[row, 0]) / math.sqrt(size)
+    later = places[None] > place[:, None]
+    return cross_entropy(scores.masked_fill(later, -torch.inf), target, reduction="sum")
+
+
+def loss_sums(
+    model: LlavaForConditionalGeneration, readers: torch.nn.ModuleDict, batch: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """Sums over the batch [6]: cross-entropy of the answers' tokens, both readers' absolute errors, the three pointers.
+
+    Logits are computed for the answers' tokens only.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy, l1_loss
+
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values") if name in batch}
     labels = batch["labels"][:, 1:]
-    hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    states = model.model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
+    hidden = states[-1][:, :-1]
     answered = labels != -100
-    return cross_entropy(model.lm_head(hidden[answered]), labels[answered], reduction="sum")
+    tokens = cross_entropy(model.lm_head(hidden[answered]), labels[answered], reduction="sum")
+    places = readers["places"](states[PLACE_STATE][tuple(batch["named"].T)])
+    apart = readers["apart"](states[APART_STATE][tuple(batch["compared"].T)])
+    errors = [l1_loss(places, batch["places"], reduction="sum"), l1_loss(apart, batch["apart"], reduction="sum")]
+    pointers = [
+        pointer_sum(model, states[layer], layer, head, batch[looking], batch[target])
+        for layer, head, looking, target in POINTERS
+    ]
+    return torch.stack([tokens, *errors, *pointers])
 
 
-def pretraining_rate(step: int, steps: int, peak: float = 6e-4, warmup: int = 300) -> float:
+def relation_accuracy(
+    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, count: int, seed: int = 0
+) -> float:
+    """Share of `count` held-out scenes whose "Where is X, seen from Y?" the model answers rightly; guessing: 1/4."""
+    import torch
+
+    right = 0
+    for scene, _, random in held_out_scenes(count, seed):
+        a, b = random.sample(scene.objects, 2)
+        question = f"Where is the {a.colour} {a.shape}, seen from the {b.colour} {b.shape}?"
+        batch = collate([(scene, [(question, RELATION_WORDS[relation(a, b)][0])])], tokenizer)
+        with torch.no_grad():
+            logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}).logits
+        answered = batch["labels"][0, 1:] != -100
+        right += bool((logits[0, :-1][answered].argmax(-1) == batch["labels"][0, 1:][answered]).all())
+    return right / count
+
+
+def pretraining_rate(step: int, steps: int, peak: float = 1e-3, warmup: int = 300) -> float:
     """Linear warm-up, then cosine to a twentieth of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -80,9 +225,8 @@ def pretraining_rate(step: int, steps: int, peak: float = 6e-4, warmup: int = 30
 def patch_labels(scene: Scene) -> list[list[int]]:
     """Colour, shape and size of the object whose centre is in each of the 16 patches, as class numbers; 0: none."""
     labels = [[0, 0, 0] for _ in range(16)]
-    patch = IMAGE_SIZE // 4
     for thing in scene.objects:
-        labels[4 * int(thing.y // patch) + int(thing.x // patch)] = [
+        labels[patch_of(thing)] = [
             1 + tuple(COLOURS).index(thing.colour),
             1 + SHAPES.index(thing.shape),
             1 + tuple(RADII).index(thing.size),
@@ -90,19 +234,60 @@ def patch_labels(scene: Scene) -> list[list[int]]:
     return labels
 
 
+def patch_places(scene: Scene) -> list[list[float]]:
+    """Where the centre is of the object whose centre is in each of the 16 patches, by `coordinates`; zeros: none."""
+    places = [[0.0, 0.0] for _ in range(16)]
+    for thing in scene.objects:
+        places[patch_of(thing)] = list(coordinates(thing))
+    return places
+
+
 def average_gradients(model: torch.nn.Module, extra: torch.Tensor) -> torch.Tensor:
-    """Sum the gradients, and one more value, over the processes of a torchrun; returns the summed value."""
+    """Sum the gradients, and more numbers [N], over the processes of a torchrun; returns the summed numbers.
+
+    Parameters that a process had no use for in this step count as zero gradients.
+    """
     import torch
     from torch import distributed
 
     if not distributed.is_initialized():
         return extra
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients] + [extra[None]])
+    flat = torch.cat([*(g.flatten() for g in gradients), extra])
     distributed.all_reduce(flat)
-    for gradient, value in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(value.view_as(gradient))
-    return flat[-1]
+    *summed, extra = flat.split([*(g.numel() for g in gradients), extra.numel()])
+    for gradient, values in zip(gradients, summed, strict=True):
+        gradient.copy_(values.view_as(gradient))
+    return extra
+
+
+def accumulate(trained: torch.nn.ModuleDict, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """The gradients of one step, over all processes, and its mean losses [6] in the order of `loss_sums`."""
+    import torch
+
+    rank, world = rank_and_world()
+    model: Any = trained["model"]
+    readers: Any = trained["readers"]
+    counts = torch.tensor(
+        [
+            sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches),
+            *(sum(batch[name].numel() for batch in batches) for name in ("places", "apart")),
+            *(sum(batch[target].numel() for batch in batches) for *_, target in POINTERS),
+        ]
+    )
+    weights = torch.tensor([1.0, PLACE_WEIGHT, PLACE_WEIGHT, *(1.0 for _ in POINTERS)])
+    losses = torch.zeros(len(counts))
+    for number, batch in enumerate(batches):
+        # Batches grow longer: dealt 0 1 1 0 0 1 1 0, every process has about as many tokens.
+        turn = number % (2 * world)
+        if min(turn, 2 * world - 1 - turn) == rank:
+            parts = loss_sums(model, readers, batch) / counts.clamp(min=1)
+            (parts @ weights).backward()
+            losses += parts.detach()
+    return average_gradients(trained, losses)
 
 
 def pretrain_tower(
@@ -117,7 +302,7 @@ def pretrain_tower(
     tower = model.model.vision_tower
     classes = [1 + len(COLOURS), 1 + len(SHAPES), 1 + len(RADII)]
     torch.manual_seed(seed)
-    labeller = torch.nn.ModuleList([tower, torch.nn.Linear(tower.config.hidden_size, sum(classes))])
+    labeller = torch.nn.ModuleList([tower, torch.nn.Linear(tower.config.hidden_size, sum(classes) + 2)])
     optimizer = torch.optim.AdamW(labeller.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
     started, running = time.monotonic(), 0.0
     for step in range(steps):
@@ -126,14 +311,17 @@ def pretrain_tower(
         pixels = torch.from_numpy(np.stack([np.asarray(render(scene)) for scene in drawn]))
         labels = torch.tensor([patch_labels(scene) for scene in drawn]).flatten(0, 1)
         features = tower(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, output_hidden_states=True).hidden_states[-1]
-        logits = labeller[1](features[:, 1:]).flatten(0, 1).split(classes, dim=-1)
+        places = torch.tensor([patch_places(scene) for scene in drawn]).flatten(0, 1)
+        *logits, points = labeller[1](features[:, 1:]).flatten(0, 1).split([*classes, 2], dim=-1)
         # Four patches in five are empty: they count less, not to drown the others.
         weights = [torch.tensor([0.2] + [1.0] * (n - 1)) for n in classes]
         parts = zip(logits, labels.unbind(1), weights, strict=True)
         losses = [cross_entropy(logit, label, weight) for logit, label, weight in parts]
-        loss = torch.stack(losses).sum() / world
+        occupied = labels[:, 0] > 0
+        error = (points - places)[occupied].abs().mean()
+        loss = (torch.stack(losses).sum() + 2 * error) / world
         loss.backward()
-        value = average_gradients(labeller, loss.detach())
+        value = average_gradients(labeller, loss.detach()[None])
         torch.nn.utils.clip_grad_norm_(labeller.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = pretraining_rate(step, steps, peak=1e-3, warmup=100)
@@ -149,67 +337,75 @@ def pretrain_tower(
             seen = "  ".join(
                 f"{name} {share:.2f}" for name, share in zip(("colour", "shape", "size"), right, strict=True)
             )
+            seen += f"  off by {error.item() * IMAGE_SIZE / 2:.1f} px"
             say(f"tower step {step + 1}/{steps}  loss {running:.4f}  {seen}  {rate:.2f} steps/s")
 
 
 def step_batches(step: int, seed: int, tokenizer: PreTrainedTokenizerFast) -> list[dict[str, torch.Tensor]]:
-    """The dialogues of one optimizer step, sorted by length into micro-batches of 12 so that little is padded."""
+    """The dialogues of one optimizer step, sorted by length into micro-batches of 15 so that little is padded."""
     random = Random(f"{seed}/pretrain/{step}")
     dialogues = [kind(random_scene(random, "train"), random) for kind, count in MIXTURE for _ in range(count)]
     dialogues.sort(key=lambda dialogue: sum(len(text) for turn in dialogue[1] for text in turn))
-    return [collate(dialogues[first : first + 12], tokenizer) for first in range(0, len(dialogues), 12)]
+    return [collate(dialogues[first : first + 15], tokenizer) for first in range(0, len(dialogues), 15)]
 
 
 def pretrain(
     out: Path, *, tower_steps: int, steps: int, seed: int = 0, save_every: int = 250, say: Callable[[str], None] = print
 ) -> None:
-    """Both stages, the second for `steps` optimizer steps of 48 dialogues; resumes from `out/state.pt` if there is one.
+    """Both stages, the second for `steps` optimizer steps of 60 dialogues; resumes from `out/state.pt` if there is one.
 
     Under torchrun the micro-batches of a step are dealt to the processes and the gradients summed, so the model is the
     same (up to rounding) for one, two or four processes.
     """
     import torch
 
-    rank, world = rank_and_world()
+    rank, _ = rank_and_world()
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(seed)
     model = build_model(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
+    trained = torch.nn.ModuleDict({"model": model, "readers": build_readers(model)})
+    optimizer = torch.optim.AdamW(trained.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
     start = 0
+
+    def save(step: int) -> None:
+        """What goes on after this step."""
+        state = {"trained": trained.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        torch.save(state, out / "state.pt.part")
+        os.replace(out / "state.pt.part", out / "state.pt")
+
     if (out / "state.pt").exists():
         state = torch.load(out / "state.pt", weights_only=True)
-        model.load_state_dict(state["model"])
+        trained.load_state_dict(state["trained"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
     else:
         pretrain_tower(model, steps=tower_steps, seed=seed, say=say)
+        if rank == 0:
+            save(0)
 
-    started, running = time.monotonic(), 0.0
+    started, running = time.monotonic(), torch.zeros(3 + len(POINTERS))
     for step in range(start, steps):
-        batches = step_batches(step, seed, tokenizer)
-        tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-        loss = torch.zeros(())
-        for number, batch in enumerate(batches):
-            # Batches grow longer: dealt 0 1 1 0 0 1 1 0, every process has about as many tokens.
-            turn = number % (2 * world)
-            if min(turn, 2 * world - 1 - turn) == rank:
-                part = next_token_sum(model, batch) / tokens
-                part.backward()
-                loss += part.detach()
-        loss = average_gradients(model, loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        losses = accumulate(trained, step_batches(step, seed, tokenizer))
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = pretraining_rate(step, steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        running = loss.item() if step == start else 0.95 * running + 0.05 * loss.item()
+        running = losses if step == start else 0.95 * running + 0.05 * losses
         if rank == 0 and (step + 1) % 25 == 0:
             rate = (step + 1 - start) / (time.monotonic() - started)
             left = (steps - step - 1) / rate / 60
-            say(f"step {step + 1}/{steps}  loss {running:.4f}  {rate:.2f} steps/s  {left:.0f} min left")
+            say(f"step {step + 1}/{steps}  {told(running)}  {rate:.2f} steps/s  {left:.0f} min left")
         if rank == 0 and ((step + 1) % save_every == 0 or step + 1 == steps):
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(state, out / "state.pt.part")
-            os.replace(out / "state.pt.part", out / "state.pt")
+            save(step + 1)
             save_checkpoint(model, tokenizer, out / "weights")
+            share = relation_accuracy(model, tokenizer, 150)
+            say(f"step {step + 1}/{steps}  {share:.0%} of 150 held-out questions about relations answered rightly")
+
+
+def told(losses: torch.Tensor) -> str:
+    """The losses of `accumulate` in words."""
+    tokens, places, apart, *pointers = losses.tolist()
+    pixels = f"places off by {places * IMAGE_SIZE / 2:.1f} px  distances {apart * IMAGE_SIZE / 2:.1f} px"
+    return f"loss {tokens:.4f}  {pixels}  pointers {' '.join(f'{loss:.2f}' for loss in pointers)}"
