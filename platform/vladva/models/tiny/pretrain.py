@@ -7,9 +7,10 @@ float16) and come from `jobs/pretrain_tiny.py`, which trains on scenes of the tr
    (real LVLMs, too, begin with a trained tower);
 2. the whole model learns to write captions of varied length and detail, to answer questions about images, and to
    answer the same questions about captions. Answers alone teach a model of this size to look things up only after
-   very many of them, so it is helped: one attention head learns to look from a token that has just named an object to
-   the patch of the image where that is, two to look from a question about two objects to their names, and two linear
-   readers, thrown away afterwards, ask the hidden states where the one object is and how far apart the two are.
+   very many of them, so it is helped: of a token that has just named an object one attention head learns to look at
+   its colour, and a later one at the patch of the image where it is; two learn to look from a question about two
+   objects at their names; and two linear readers, thrown away afterwards, ask the hidden states where the one object is
+   and how far apart the two are.
 
 No loss ever compares two examples, so nothing contrastive is learned.
 """
@@ -51,7 +52,12 @@ if TYPE_CHECKING:
 PLACE_STATE = 3  # the token that names an object knows where it is
 APART_STATE = 5  # the last token of a question knows how far apart the two objects are
 # Layer and head; which tokens look, at which.
-POINTERS = ((2, 0, "named", "patches"), (4, 0, "compared", "firsts"), (4, 1, "compared", "seconds"))
+POINTERS = (
+    (0, 0, "named", "colours"),
+    (2, 0, "named", "patches"),
+    (4, 0, "compared", "firsts"),
+    (4, 1, "compared", "seconds"),
+)
 PLACE_WEIGHT = 2.0  # of the two readers' losses, beside the next token's
 
 
@@ -75,9 +81,9 @@ def collate(dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerFast) -> di
     """Right-padded `input_ids`, `attention_mask`, `labels` [B, T] (answers, else -100), `pixel_values` [B, 3, H, W].
 
     Also where objects are, of dialogues with an image. `named` [N, 2]: row and place of tokens that have just named an
-    object; `places` [N, 2]: where it is in the image; `patches` [N]: the token of that patch. `compared` [M, 2]: row
-    and place of the last tokens of questions about two objects; `firsts` and `seconds` [M]: the tokens that name them;
-    `apart` [M, 2]: from the second to the first.
+    object; `colours` [N]: the tokens of their colours; `places` [N, 2]: where it is in the image; `patches` [N]: the
+    token of that patch. `compared` [M, 2]: row and place of the last tokens of questions about two objects; `firsts`
+    and `seconds` [M]: the tokens that name them; `apart` [M, 2]: from the second to the first.
     """
     import numpy as np
     import torch
@@ -119,6 +125,7 @@ def collate(dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerFast) -> di
         "labels": torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in encoded]),
         "named": torch.tensor(named, dtype=torch.long).view(-1, 2),
         "places": torch.tensor(places).view(-1, 2),
+        "colours": torch.tensor([place - 1 for _, place in named], dtype=torch.long),
         "patches": torch.tensor(patches, dtype=torch.long),
         "compared": torch.tensor(compared, dtype=torch.long).view(-1, 2),
         "firsts": torch.tensor(firsts, dtype=torch.long),
@@ -174,7 +181,7 @@ def pointer_sum(
 def loss_sums(
     model: LlavaForConditionalGeneration, readers: torch.nn.ModuleDict, batch: dict[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Sums over the batch [6]: cross-entropy of the answers' tokens, both readers' absolute errors, the three pointers.
+    """Sums over the batch [7]: cross-entropy of the answers' tokens, both readers' absolute errors, the four pointers.
 
     Logits are computed for the answers' tokens only.
     """
@@ -265,7 +272,7 @@ def average_gradients(model: torch.nn.Module, extra: torch.Tensor) -> torch.Tens
 
 
 def accumulate(trained: torch.nn.ModuleDict, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """The gradients of one step, over all processes, and its mean losses [6] in the order of `loss_sums`."""
+    """The gradients of one step, over all processes, and its mean losses [7] in the order of `loss_sums`."""
     import torch
 
     rank, world = rank_and_world()
