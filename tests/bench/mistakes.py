@@ -182,13 +182,16 @@ class Experiment:
             align(table, ShardIndex.open(self.data), teacher_uri(config, 0))
         return config
 
+    def train(self, variant: str, seed: int) -> dict[str, float]:
+        """The scores of a variant, trained now."""
+        return train_here(self.config(variant, seed))
+
     def run(self, variant: str, seed: int) -> dict[str, float]:
         """The scores of a run, trained where that has not been done."""
         file = self.out / "scores" / f"{variant}-{seed}.json"
         if not file.exists():
-            config = self.config(variant, seed)
             began = time.monotonic()
-            scores = train_here(config)
+            scores = self.train(variant, seed)
             scores["seconds"] = time.monotonic() - began
             file.parent.mkdir(exist_ok=True)
             file.write_text(json.dumps(scores))

@@ -1,0 +1,120 @@
+#!/usr/bin/env python
+"""The paper's effects on the tiny model: what each part of the method adds, and E5-V's way beside it; several seeds.
+
+    python tests/bench/effects.py                    # three seeds, 150 steps
+    python tests/bench/effects.py --limit-s 500      # some of the runs; the same again goes on
+    python tests/bench/effects.py --variants baseline,lora --seeds 1
+
+    zero_shot       the model as it ships
+    baseline        the recipe `tiny`: soft prompts, LoRA, contrastive and next-token loss
+    soft_prompts    soft prompts alone (no LoRA)
+    lora            LoRA alone (the hand-written prompts)
+    contrastive     both, without the next-token loss
+    layer_4         the embedding is the hidden state after layer 4 of 6
+    batch_16        batches of 16 in place of 64, for as many steps
+    e5_v            the recipe `tiny_e5_v`: sentences only, then used on images
+
+All have the same steps and, but for e5_v, the same data. Held-out scenes; percent; text-only runs read triplets drawn
+from the same training scenes. The last line is one JSON object as that of mistakes.py: for each variant and score the
+mean, the standard deviation over seeds and the difference from the baseline with the same seed, with a 95% interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from tests.bench.mistakes import BENCHMARKS, SHOWN, Experiment, summary, train_here, without_ray
+from vladva.config import RunConfig
+from vladva.data.scenes.corpus import write_triplets
+from vladva.recipes import tiny_e5_v
+from vladva.train.setup import build_engine
+from vladva.train.validation import Validation
+
+VARIANTS = ("zero_shot", "baseline", "soft_prompts", "lora", "contrastive", "layer_4", "batch_16", "e5_v")
+
+
+class Effects(Experiment):
+    """The same folder of data and scores, other variants."""
+
+    def config(self, variant: str, seed: int) -> RunConfig:
+        """The run of a variant."""
+        config = replace(super().config("baseline", seed), name=f"{variant}-{seed}")
+        model, loss, train, e5_v = config.model, config.loss, config.train, tiny_e5_v()
+        changed: dict[str, Callable[[], RunConfig]] = {
+            "soft_prompts": lambda: replace(config, model=replace(model, lora_rank=0)),
+            "lora": lambda: replace(config, model=replace(model, soft_prompts=False)),
+            "contrastive": lambda: replace(config, loss=replace(loss, next_token_weight=0.0)),
+            "layer_4": lambda: replace(config, model=replace(model, layer=4)),
+            "batch_16": lambda: replace(config, train=replace(train, global_batch=16, chunk_size=16)),
+            "e5_v": lambda: replace(
+                config,
+                model=e5_v.model,
+                loss=e5_v.loss,
+                optim=e5_v.optim,
+                data=replace(e5_v.data, uri=self.triplets(), validation_uri=config.data.validation_uri),
+            ),
+        }
+        return changed[variant]() if variant in changed else config
+
+    def triplets(self) -> str:
+        """Shards of a sentence, one that follows from it and one that does not."""
+        uri = self.out / "triplets"
+        if not uri.exists():
+            write_triplets(str(uri), count=self.options.train, samples_per_shard=500)
+        self.scan(str(uri))
+        return str(uri)
+
+    def train(self, variant: str, seed: int) -> dict[str, float]:
+        """The scores of a variant, trained now."""
+        config = self.config(variant, seed)
+        if variant != "zero_shot":
+            return train_here(config)
+        # Nothing is learned yet: the soft prompts are the hand-written ones, and LoRA adds zero.
+        engine = build_engine(config, 0)
+        scores = {"masked": 0.0, "effective_negatives": 0.0}
+        for name in BENCHMARKS:
+            found = Validation(replace(config, train=replace(config.train, validate_on=name)))(engine)
+            scores |= {key.rpartition("/")[2]: 100 * value for key, value in found.items() if "/" in key}
+        return scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(".vladva/effects"), help="folder; what is done is there")
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--train", type=int, default=4_000, help="training scenes")
+    parser.add_argument("--test", type=int, default=500, help="held-out scenes")
+    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6))
+    parser.add_argument("--limit-s", type=float, default=float("inf"), help="begin no run after so many seconds")
+    options = parser.parse_args()
+    variants = options.variants.split(",")
+    if unknown := set(variants) - set(VARIANTS):
+        parser.error(f"--variants: no {sorted(unknown)[0]!r}; there are {', '.join(VARIANTS)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    without_ray()
+    experiment = Effects(options.out.absolute(), options)
+    scores: dict[str, list[dict[str, float]]] = {
+        variant: [] for variant in {"baseline": None} | dict.fromkeys(variants)
+    }
+    for seed in range(options.seeds):
+        for variant, runs in scores.items():
+            done = (experiment.out / "scores" / f"{variant}-{seed}.json").exists()
+            if done or time.monotonic() - began < options.limit_s:
+                runs.append(experiment.run(variant, seed))
+    scores = {variant: runs for variant, runs in scores.items() if runs}
+    table = summary(scores)
+    for variant, found in table.items():
+        shown = "  ".join(f"{name} {found[name][0]:5.1f} +- {found[name][1]}" for name in SHOWN)
+        print(f"{variant:16} n={len(scores[variant])}  {shown}")
+    print(json.dumps({"steps": options.steps, "seeds": {v: len(runs) for v, runs in scores.items()}, **table}))
+
+
+if __name__ == "__main__":
+    main()
