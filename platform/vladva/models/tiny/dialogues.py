@@ -98,10 +98,10 @@ def brief_caption(scene: Scene, random: Random) -> Dialogue:
 
 # Kinds of dialogue and how many of each make one optimizer step.
 MIXTURE: tuple[tuple[Callable[[Scene, Random], Dialogue], int], ...] = (
-    (detailed_caption, 16),
+    (detailed_caption, 22),
     (brief_caption, 6),
-    (place_questions, 8),
-    (relation_questions, 18),
+    (place_questions, 6),
+    (relation_questions, 14),
     (image_questions, 6),
     (caption_questions, 6),
 )

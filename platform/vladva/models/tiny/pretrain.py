@@ -8,7 +8,8 @@ float16) and come from `jobs/pretrain_tiny.py`, which trains on scenes of the tr
 2. the whole model learns to write captions of varied length and detail, to answer questions about images, and to
    answer the same questions about captions. Answers alone teach a model of this size to look things up only after
    very many of them, so it is helped: of a token that has just named an object one attention head learns to look at
-   its colour, and a later one at the patch of the image where it is; two learn to look from a question about two
+   its colour, and a later one at the patch of the image where it is; in long captions one learns to look ahead, at the
+   patch of the object that comes next; two learn to look from a question about two
    objects at their names; and two linear readers, thrown away afterwards, ask the hidden states where the one object is
    and how far apart the two are.
 
@@ -40,7 +41,7 @@ from vladva.data.scenes.scene import (
     relation,
     render,
 )
-from vladva.models.tiny.dialogues import MIXTURE, Dialogue
+from vladva.models.tiny.dialogues import DETAILED, MIXTURE, Dialogue
 from vladva.models.tiny.model import build_model, build_tokenizer, save_checkpoint
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ APART_STATE = 5  # the last token of a question knows how far apart the two obje
 POINTERS = (
     (0, 0, "named", "colours"),
     (2, 0, "named", "patches"),
+    (3, 0, "announced", "next_patches"),
     (4, 0, "compared", "firsts"),
     (4, 1, "compared", "seconds"),
 )
@@ -82,7 +84,8 @@ def collate(dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerFast) -> di
 
     Also where objects are, of dialogues with an image. `named` [N, 2]: row and place of tokens that have just named an
     object; `colours` [N]: the tokens of their colours; `places` [N, 2]: where it is in the image; `patches` [N]: the
-    token of that patch. `compared` [M, 2]: row and place of the last tokens of questions about two objects; `firsts`
+    token of that patch. `announced` [K, 2] and `next_patches` [K]: the same of articles in long captions, whose object
+    is still to be named. `compared` [M, 2]: row and place of the last tokens of questions about two objects; `firsts`
     and `seconds` [M]: the tokens that name them; `apart` [M, 2]: from the second to the first.
     """
     import numpy as np
@@ -93,6 +96,8 @@ def collate(dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerFast) -> di
     places: list[tuple[float, float]] = []
     patches: list[int] = []
     compared: list[tuple[int, int]] = []
+    announced: list[tuple[int, int]] = []
+    next_patches: list[int] = []
     firsts: list[int] = []
     seconds: list[int] = []
     apart: list[tuple[float, float]] = []
@@ -117,6 +122,11 @@ def collate(dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerFast) -> di
                 named.append((row, place))
                 places.append(coordinates(thing))
                 patches.append(start + patch_of(thing))
+            if turns[0][0] in DETAILED:
+                # `a small red circle`: the article is three tokens before the shape. Later sentences name no sizes.
+                for place, thing in named_objects(ids, scene, tokenizer)[: len(scene.objects)]:
+                    announced.append((row, place - 3))
+                    next_patches.append(start + patch_of(thing))
         encoded.append((ids, labels))
     width = max(len(ids) for ids, _ in encoded)
     batch = {
@@ -127,6 +137,8 @@ def collate(dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerFast) -> di
         "places": torch.tensor(places).view(-1, 2),
         "colours": torch.tensor([place - 1 for _, place in named], dtype=torch.long),
         "patches": torch.tensor(patches, dtype=torch.long),
+        "announced": torch.tensor(announced, dtype=torch.long).view(-1, 2),
+        "next_patches": torch.tensor(next_patches, dtype=torch.long),
         "compared": torch.tensor(compared, dtype=torch.long).view(-1, 2),
         "firsts": torch.tensor(firsts, dtype=torch.long),
         "seconds": torch.tensor(seconds, dtype=torch.long),
@@ -181,7 +193,7 @@ def pointer_sum(
 def loss_sums(
     model: LlavaForConditionalGeneration, readers: torch.nn.ModuleDict, batch: dict[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Sums over the batch [7]: cross-entropy of the answers' tokens, both readers' absolute errors, the four pointers.
+    """Sums over the batch [8]: cross-entropy of the answers' tokens, both readers' absolute errors, the five pointers.
 
     Logits are computed for the answers' tokens only.
     """
@@ -272,7 +284,7 @@ def average_gradients(model: torch.nn.Module, extra: torch.Tensor) -> torch.Tens
 
 
 def accumulate(trained: torch.nn.ModuleDict, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """The gradients of one step, over all processes, and its mean losses [7] in the order of `loss_sums`."""
+    """The gradients of one step, over all processes, and its mean losses [8] in the order of `loss_sums`."""
     import torch
 
     rank, world = rank_and_world()
