@@ -56,13 +56,15 @@ def question_prompt(embedder: Embedder, text: str, size: tuple[int, int]) -> lis
 def answer_tokens(embedder: Embedder, answer: str) -> list[int]:
     """The tokens that an answer may begin with: no other answer begins with one of them."""
     tokenizer: Any = embedder.preprocessor.tokenizer
-    unknown = tokenizer.unk_token_id
+    unknown, vocabulary = tokenizer.unk_token_id, tokenizer.get_vocab()
 
     def begins(word: str) -> set[int]:
+        # Also those that the tokenizer itself would not begin a text with, as it puts a space first: a model may.
+        whole = {vocabulary.get(space + spelling) for space in ("", "Ġ", "▁") for spelling in ANSWERS[word]}
         spellings = (tokenizer.encode(spelling, add_special_tokens=False) for spelling in ANSWERS[word])
         # Some tokenizers put a space of its own before a word: that says nothing.
         ids = (next((one for one in ids if tokenizer.decode([one]).strip()), unknown) for ids in spellings)
-        return {one for one in ids if one is not None and one != unknown}
+        return {one for one in (*ids, *whole) if one is not None and one != unknown}
 
     (other,) = ANSWERS.keys() - {answer}
     found = begins(answer) - begins(other)

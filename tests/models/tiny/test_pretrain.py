@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from vladva.data.scenes.scene import Scene, SceneObject
-from vladva.models.tiny.dialogues import place_questions, relation_questions
+from vladva.models.tiny.dialogues import detailed_caption, place_questions, relation_questions
 from vladva.models.tiny.model import build_model, build_tokenizer
 from vladva.models.tiny.pretrain import POINTERS, collate, patch_labels, patch_places, pointer_sum, relation_accuracy
 
@@ -52,6 +52,13 @@ def test_questions_say_which_tokens_name_what(tokenizer: PreTrainedTokenizerFast
     torch.testing.assert_close(batch["apart"], torch.tensor([[-0.9375, 0.9375]]))
 
 
+def test_articles_announce_the_object_that_comes_next(tokenizer: PreTrainedTokenizerFast) -> None:
+    batch = collate([detailed_caption(SCENE, Random(0))], tokenizer)
+    tokens = tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())
+    assert [tokens[place] for _, place in batch["announced"].tolist()] == ["Ġa", "Ġa"]
+    assert batch["next_patches"].tolist() == [IMAGE_START + 12, IMAGE_START + 6]  # from left to right
+
+
 def test_text_alone_has_no_places(tokenizer: PreTrainedTokenizerFast) -> None:
     batch = collate([(None, [("a red circle and a blue star. Where is the red circle?", "left of")])], tokenizer)
     assert "pixel_values" not in batch
@@ -72,7 +79,8 @@ def test_every_pair_is_asked_in_both_directions() -> None:
 def test_pointers_are_the_attention_that_the_layer_pays(tokenizer: PreTrainedTokenizerFast) -> None:
     model = build_model()
     model.set_attn_implementation("eager")
-    batch = collate([relation_questions(SCENE, Random(1)), place_questions(SCENE, Random(2))], tokenizer)
+    kinds = (relation_questions, place_questions, detailed_caption)
+    batch = collate([kind(SCENE, Random(1)) for kind in kinds], tokenizer)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     with torch.no_grad():
         seen = model.model(**inputs, use_cache=False, output_hidden_states=True, output_attentions=True)
