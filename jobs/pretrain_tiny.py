@@ -24,7 +24,7 @@ def main() -> None:
         "--out", type=local_folder, default=".vladva/tiny", help="folder of the checkpoint and the weights"
     )
     parser.add_argument(
-        "--tower-steps", type=int, default=1000, help="steps of the vision tower alone, 128 images each"
+        "--tower-steps", type=int, default=1500, help="steps of the vision tower alone, 128 images each"
     )
     parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of 60 dialogues")
     parser.add_argument("--seed", type=int, default=0)
