@@ -22,7 +22,7 @@ REPOSITORY = {
     "RESULTS.md": "folders/results.md",
     **{f"{name}/README.md": f"folders/{name}.md" for name in ("platform", "jobs", "serve", "cluster", "tests")},
 }
-LINK = re.compile(r"\[([^\]]+)\]\(([^)#:]+)\)")  # to a file, not to another host
+LINK = re.compile(r"\[([^\]]+)\]\(([^)#:]+)(#[^)]*)?\)")  # to a file, or a place in one; not to another host
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -51,7 +51,7 @@ def with_links_of_the_site(source: str, page: str) -> str:
         path = os.path.normpath(Path(source).parent / found[2])
         if path not in REPOSITORY:
             return f"{found[1]} (`{path}`)" if found[1] != path else f"`{path}`"
-        return f"[{found[1]}]({os.path.relpath(REPOSITORY[path], Path(page).parent)})"
+        return f"[{found[1]}]({os.path.relpath(REPOSITORY[path], Path(page).parent)}{found[3] or ''})"
 
     return LINK.sub(target, (ROOT / source).read_text())
 
