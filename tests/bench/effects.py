@@ -23,17 +23,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tests.bench.mistakes import BENCHMARKS, SHOWN, Experiment, summary, train_here, without_ray
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.bench.mistakes import SHOWN, Experiment, all_scores, scores_of, summary, train_here, without_ray
 from vladva.config import RunConfig
 from vladva.data.scenes.corpus import write_triplets
 from vladva.recipes import tiny_e5_v
 from vladva.train.setup import build_engine
-from vladva.train.validation import Validation
 
 VARIANTS = ("zero_shot", "baseline", "soft_prompts", "lora", "contrastive", "layer_4", "batch_16", "e5_v")
 
@@ -76,11 +77,7 @@ class Effects(Experiment):
             return train_here(config)
         # Nothing is learned yet: the soft prompts are the hand-written ones, and LoRA adds zero.
         engine = build_engine(config, 0)
-        scores = {"masked": 0.0, "effective_negatives": 0.0}
-        for name in BENCHMARKS:
-            found = Validation(replace(config, train=replace(config.train, validate_on=name)))(engine)
-            scores |= {key.rpartition("/")[2]: 100 * value for key, value in found.items() if "/" in key}
-        return scores
+        return {"masked": 0.0, "effective_negatives": 0.0, **scores_of(engine, config)}
 
 
 def main() -> None:
@@ -97,18 +94,9 @@ def main() -> None:
     if unknown := set(variants) - set(VARIANTS):
         parser.error(f"--variants: no {sorted(unknown)[0]!r}; there are {', '.join(VARIANTS)}")
     options.out.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
     without_ray()
     experiment = Effects(options.out.absolute(), options)
-    scores: dict[str, list[dict[str, float]]] = {
-        variant: [] for variant in {"baseline": None} | dict.fromkeys(variants)
-    }
-    for seed in range(options.seeds):
-        for variant, runs in scores.items():
-            done = (experiment.out / "scores" / f"{variant}-{seed}.json").exists()
-            if done or time.monotonic() - began < options.limit_s:
-                runs.append(experiment.run(variant, seed))
-    scores = {variant: runs for variant, runs in scores.items() if runs}
+    scores = all_scores(experiment, list(dict.fromkeys(["baseline", *variants])))
     table = summary(scores)
     for variant, found in table.items():
         shown = "  ".join(f"{name} {found[name][0]:5.1f} +- {found[name][1]}" for name in SHOWN)

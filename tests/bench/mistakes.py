@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -32,6 +33,8 @@ from typing import Any
 
 os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.setdefault("LANCE_LOG", "error")
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import pyarrow as pa
@@ -59,6 +62,7 @@ from vladva.models.embedder import load_embedder
 from vladva.models.resolve import describe
 from vladva.recipes import tiny
 from vladva.train.data_loader import ChunkReader, run_preprocessor
+from vladva.train.engine import Engine
 from vladva.train.setup import build_engine, make_backward
 from vladva.train.validation import Validation
 
@@ -214,9 +218,7 @@ def train_here(config: RunConfig, benchmarks: Sequence[str] = BENCHMARKS) -> dic
         masked += float(losses.contrastive.false_negatives) / config.train.steps
         negatives += float(losses.contrastive.effective_negatives) / config.train.steps
     scores = {"masked": masked, "effective_negatives": negatives}
-    for name in benchmarks:
-        found = Validation(replace(config, train=replace(config.train, validate_on=name)))(engine)
-        scores |= {key.rpartition("/")[2]: 100 * value for key, value in found.items() if "/" in key}
+    scores |= scores_of(engine, config, benchmarks)
     folder = Path(config.uri) / "files"
     folder.mkdir(parents=True, exist_ok=True)
     save_adapter(engine.model, config.model, folder)
@@ -226,10 +228,31 @@ def train_here(config: RunConfig, benchmarks: Sequence[str] = BENCHMARKS) -> dic
     return scores
 
 
+def scores_of(engine: Engine, config: RunConfig, benchmarks: Sequence[str] = BENCHMARKS) -> dict[str, float]:
+    """What the engine's model reaches on held-out scenes, in percent."""
+    scores: dict[str, float] = {}
+    for name in benchmarks:
+        found = Validation(replace(config, train=replace(config.train, validate_on=name)))(engine)
+        scores |= {key.rpartition("/")[2]: 100 * value for key, value in found.items() if "/" in key}
+    return scores
+
+
 def learning_rate_of(config: RunConfig, step: int) -> float:
     from vladva.train.engine import learning_rate
 
     return learning_rate(step, config.train.steps, config.optim)
+
+
+def all_scores(experiment: Experiment, variants: Sequence[str]) -> dict[str, list[dict[str, float]]]:
+    """Variant -> scores of each seed: those that are there, and those that the time limit still lets begin."""
+    options, began = experiment.options, time.monotonic()
+    scores: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
+    for seed in range(options.seeds):
+        for variant, runs in scores.items():
+            done = (experiment.out / "scores" / f"{variant}-{seed}.json").exists()
+            if done or time.monotonic() - began < options.limit_s:
+                runs.append(experiment.run(variant, seed))
+    return {variant: runs for variant, runs in scores.items() if runs}
 
 
 def summary(scores: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, list[float | None]]]:
@@ -263,16 +286,9 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="begin no run after so many seconds")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
     without_ray()
     experiment = Experiment(options.out.absolute(), options)
-    scores: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
-    for seed in range(options.seeds):
-        for variant in VARIANTS:
-            done = (experiment.out / "scores" / f"{variant}-{seed}.json").exists()
-            if done or time.monotonic() - began < options.limit_s:
-                scores[variant].append(experiment.run(variant, seed))
-    scores = {variant: runs for variant, runs in scores.items() if runs}
+    scores = all_scores(experiment, VARIANTS)
     table = summary(scores)
     for variant, found in table.items():
         cells = []
