@@ -6,6 +6,7 @@ An ingress that speaks HTTP, and behind it either Colocated (embeds with the ada
 one copy of the weights) or, with `layout=separate`, Discriminative and Generative, each scaling by itself.
 """
 
+import importlib.util
 import logging
 import os
 import socket
@@ -32,6 +33,7 @@ from serve.deployments.client import Backend
 from serve.deployments.colocated import Colocated
 from serve.deployments.embedding import Discriminative
 from serve.deployments.generation import Generative
+from serve.deployments.vllm_generation import VllmGenerative
 from serve.protocol import proxy_errors
 from serve.protocol.auth import Auth, key_digest
 from serve.protocol.bodies import SWITCH_S, BoundedBodies
@@ -111,6 +113,8 @@ def check_model(args: ServeArgs) -> None:
     from vladva.index.vector_index import open_index
     from vladva.models.resolve import describe
 
+    if args.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ArgumentError("engine: vllm is not installed in this environment: pip install 'vladva[vllm]'")
     try:
         description = describe(args.model, adapter=True, dtype=args.dtype or "float32")[1]
     except (ValueError, OSError) as error:
@@ -167,7 +171,8 @@ def application(args: ServeArgs) -> Application:
     elif args.layout == "colocated":
         discriminative = generative = bound(Colocated, COLOCATED_BUSY)
     else:
-        discriminative, generative = bound(Discriminative, EMBEDDING_BUSY), bound(Generative, ANSWERING_BUSY)
+        answering = VllmGenerative if args.engine == "vllm" else Generative
+        discriminative, generative = bound(Discriminative, EMBEDDING_BUSY), bound(answering, ANSWERING_BUSY)
     entrance: Any = Ingress  # what the decorators made of it
     ingress = entrance.options(
         num_replicas=args.ingress_replicas,

@@ -1,5 +1,6 @@
 """Config: what can be set when the application starts; every field is an argument of `serve run serve.app:build`."""
 
+import json
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -32,6 +33,12 @@ class ServeArgs(BaseModel):
     name: str | None = Field(None, description="what clients call the adapter; default: the name of the run folder")
     layout: Literal["colocated", "separate"] = Field(
         "colocated", description="colocated: one copy of the weights for both modes; separate: each mode scales apart"
+    )
+    engine: Literal["vladva", "vllm"] = Field(
+        "vladva", description="what answers conversations; vllm: needs layout=separate and vLLM, answers adapter off"
+    )
+    engine_options: dict[str, Any] = Field(
+        {}, description="engine arguments of vLLM, as JSON: '{\"gpu_memory_utilization\": 0.8}'"
     )
     dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="of the model; default: float32, on GPUs that of its run"
@@ -91,7 +98,7 @@ class ServeArgs(BaseModel):
         """All arguments, their defaults and what they are for."""
         lines = [f"{'argument':18} {'default':12} "]
         for name, field in cls.model_fields.items():
-            default = "" if field.default in (None, ()) else str(field.default)
+            default = "" if field.default in (None, (), {}) else str(field.default)
             lines.append(f"{name:18} {default:12} {field.description or ''}")
         return "\n".join(lines)
 
@@ -118,6 +125,21 @@ class ServeArgs(BaseModel):
     def separated(cls, origins: Any) -> Any:
         """A command line has no lists."""
         return [one.strip() for one in origins.split(",") if one.strip()] if isinstance(origins, str) else origins
+
+    @field_validator("engine_options", mode="before")
+    @classmethod
+    def parsed(cls, options: Any) -> Any:
+        """A command line has JSON in place of a mapping."""
+        return json.loads(options) if isinstance(options, str) else options
+
+    @model_validator(mode="after")
+    def engine_stands_apart(self) -> "ServeArgs":
+        """vLLM has a deployment of its own, and is the only engine with options."""
+        if self.engine == "vllm" and self.layout != "separate":
+            raise ValueError("engine: vllm cannot embed, so it needs a deployment of its own: add layout=separate")
+        if self.engine_options and self.engine != "vllm":
+            raise ValueError("engine_options: they are vLLM's; add engine=vllm")
+        return self
 
     @model_validator(mode="after")
     def replicas_in_order(self) -> "ServeArgs":

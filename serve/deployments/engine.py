@@ -57,6 +57,20 @@ class EngineLimits:
     queued_tokens: int  # accepted and not finished: a bound of memory
     queue_s: float  # how long what waits may take
 
+    def refusal(self, cost: int, held: int, wait_s: float) -> Failure | None:
+        """Why work cannot be taken on beside `held` tokens, `wait_s` of which come first; None where it can."""
+        room = self.queued_tokens
+        if cost > room // SMALL_SHARE:
+            room -= room // LEFT_SHARE
+        if cost > room:
+            message = f"the request costs {cost:,} tokens; one request may cost at most {room:,}"
+            return Failure(413, message, "request_too_large")
+        if wait_s > self.queue_s or held + cost > room:
+            again = max(1, math.ceil(wait_s - self.queue_s))
+            message = f"{held:,} tokens of work are waiting, {wait_s:.1f} s of it before this; try again in {again} s"
+            return Failure(429, message, "overloaded", retry_after=again)
+        return None
+
 
 @dataclass(frozen=True)
 class TokenSampling:
@@ -238,20 +252,9 @@ class ModelEngine:
 
     def refuse(self, cost: int, held: int, wait_s: float) -> Failure | None:
         """Why work cannot be taken on beside `held` tokens, `wait_s` of which come first."""
-        room = self.limits.queued_tokens
-        if cost > room // SMALL_SHARE:
-            room -= room // LEFT_SHARE
-        if cost > room:
-            message = f"the request costs {cost:,} tokens; one request may cost at most {room:,}"
-            return Failure(413, message, "request_too_large")
-        if self.closed:
-            return CLOSED
-        if wait_s > self.limits.queue_s or held + cost > room:
-            self.counters.refused += 1
-            again = max(1, math.ceil(wait_s - self.limits.queue_s))
-            message = f"{held:,} tokens of work are waiting, {wait_s:.1f} s of it before this; try again in {again} s"
-            return Failure(429, message, "overloaded", retry_after=again)
-        return None
+        refusal = CLOSED if self.closed else self.limits.refusal(cost, held, wait_s)
+        self.counters.refused += refusal is not None and refusal.status == 429
+        return refusal
 
     def answer_wait_s(self) -> float:
         """How long a conversation that arrives now is expected to wait for a place."""

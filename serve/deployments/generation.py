@@ -1,19 +1,27 @@
 """Generative: the deployment that answers conversations about images, by default with the adapter off."""
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from serve.config import ServeArgs
 from serve.deployments.engine import TokenSampling
 from serve.deployments.model_replica import HEALTH_S, ModelReplica
-from serve.deployments.preparing import LARGE_PIXELS
+from serve.deployments.preparing import LARGE_PIXELS, PreparingThreads
 from serve.deployments.runner import Encoded
 from serve.deployments.yes_or_no import question
 from serve.protocol.errors import Failure
 from serve.protocol.items import EmbedItem
+
+if TYPE_CHECKING:
+    from vladva.models.preprocessor import Preprocessor
+
+
+READY_QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "ready?"}]}]
 
 
 @dataclass(frozen=True)
@@ -74,15 +82,73 @@ class Judged:
     tokens: int
 
 
-class Generative(ModelReplica):
+class Answers(ABC):
+    """What every replica that answers conversations has in common, whichever engine runs the model."""
+
+    args: ServeArgs
+    context: int
+    preparing: PreparingThreads
+
+    @property
+    @abstractmethod
+    def template(self) -> "Preprocessor":
+        """What renders conversations and prepares images."""
+        ...
+
+    @abstractmethod
+    def answer(
+        self, conversation: Conversation, sampling: Sampling
+    ) -> AsyncIterator[Started | str | Finished | Failure]:
+        """`Started`, pieces of text, `Finished`; or a `Failure` and nothing else."""
+        ...
+
+    async def whole_answer(self, conversation: Conversation, sampling: Sampling) -> WholeAnswer | Failure:
+        """The same at once: it takes less of everything between the model and the client."""
+        events = [event async for event in self.answer(conversation, sampling)]
+        match events:
+            case [Started() as started, *pieces, Finished() as finished]:
+                return WholeAnswer(started, "".join(str(piece) for piece in pieces), finished)
+        failure = events[-1]
+        assert isinstance(failure, Failure)
+        return failure
+
+    def plan_question(self, query: EmbedItem, document: EmbedItem) -> tuple[list[int], list[bytes]] | Failure:
+        """Token ids of the question about a pair, and its images, encoded."""
+        messages, images = question(query, document)
+        data = [item.image for item in images if item.image is not None]
+        planned = self.plan(Conversation(messages, data, [item.size for item in images]), 1)
+        return planned if isinstance(planned, Failure) else (planned[0], data)
+
+    def plan(self, conversation: Conversation, max_tokens: int | None) -> tuple[list[int], int] | Failure:
+        """Token ids of the prompt, and the number of tokens that the answer may have."""
+        try:
+            ids = self.template.render(conversation.messages, conversation.sizes)
+        except ValueError as error:
+            code = "invalid_image" if conversation.sizes else "invalid_value"
+            return Failure(422, str(error), code).with_param("messages")
+        room = self.context - len(ids)
+        if max_tokens is None:
+            max_tokens = min(self.args.max_tokens, max(room, 1))
+        if max_tokens > room:
+            text = f"the conversation takes {len(ids):,} tokens and the answer up to {max_tokens:,}"
+            text = f"{text}; the model takes {self.context:,} in all"
+            return Failure(422, text, "context_length_exceeded").with_param("messages")
+        return ids, max_tokens
+
+
+class Generative(ModelReplica, Answers):
     """Answers conversations, in pieces or whole, and judges pairs. Methods return a `Failure` for what they refuse."""
+
+    @property
+    def template(self) -> "Preprocessor":
+        """The model's own."""
+        return self.generator.preprocessor
 
     async def probe(self) -> None:
         """Say a token about an image. Raises RuntimeError where that fails."""
-        preprocessor, image = self.generator.preprocessor, Image.new("RGB", (32, 32))
-        content = [{"type": "image"}, {"type": "text", "text": "ready?"}]
-        ids = preprocessor.render([{"role": "user", "content": content}], [image.size])
-        encoded = Encoded(ids, preprocessor.pixels([image]), len(ids))
+        image = Image.new("RGB", (32, 32))
+        ids = self.template.render(READY_QUESTION, [image.size])
+        encoded = Encoded(ids, self.template.pixels([image]), len(ids))
         async for said in self.engine.answer(encoded, TokenSampling(max_tokens=1), HEALTH_S):
             if isinstance(said, Failure):
                 raise RuntimeError("the model does not answer")
@@ -122,16 +188,6 @@ class Generative(ModelReplica):
             finally:
                 await events.aclose()
 
-    async def whole_answer(self, conversation: Conversation, sampling: Sampling) -> WholeAnswer | Failure:
-        """The same at once: it takes less of everything between the model and the client."""
-        events = [event async for event in self.answer(conversation, sampling)]
-        match events:
-            case [Started() as started, *pieces, Finished() as finished]:
-                return WholeAnswer(started, "".join(str(piece) for piece in pieces), finished)
-        failure = events[-1]
-        assert isinstance(failure, Failure)
-        return failure
-
     async def judge(self, queries: list[EmbedItem], documents: list[EmbedItem]) -> list[Judged | Failure] | Failure:
         """How probably each document matches its query, or the one there is; a `Failure` for a pair that is bad.
 
@@ -168,29 +224,6 @@ class Generative(ModelReplica):
             return planned
         async with turns:
             return await self.preparing.run(self.decode, *planned)
-
-    def plan_question(self, query: EmbedItem, document: EmbedItem) -> tuple[list[int], list[bytes]] | Failure:
-        """Token ids of the question about a pair, and its images, encoded."""
-        messages, images = question(query, document)
-        data = [item.image for item in images if item.image is not None]
-        planned = self.plan(Conversation(messages, data, [item.size for item in images]), 1)
-        return planned if isinstance(planned, Failure) else (planned[0], data)
-
-    def plan(self, conversation: Conversation, max_tokens: int | None) -> tuple[list[int], int] | Failure:
-        """Token ids of the prompt, and the number of tokens that the answer may have."""
-        try:
-            ids = self.generator.preprocessor.render(conversation.messages, conversation.sizes)
-        except ValueError as error:
-            code = "invalid_image" if conversation.sizes else "invalid_value"
-            return Failure(422, str(error), code).with_param("messages")
-        room = self.context - len(ids)
-        if max_tokens is None:
-            max_tokens = min(self.args.max_tokens, max(room, 1))
-        if max_tokens > room:
-            text = f"the conversation takes {len(ids):,} tokens and the answer up to {max_tokens:,}"
-            text = f"{text}; the model takes {self.context:,} in all"
-            return Failure(422, text, "context_length_exceeded").with_param("messages")
-        return ids, max_tokens
 
     def decode(self, ids: list[int], images: Sequence[bytes]) -> Encoded | Failure:
         """A prompt as the model takes it, its images decoded."""

@@ -24,6 +24,19 @@ SHORT_CHARACTERS = 2000  # a text up to which tokenising takes less time than ha
 HEALTH_S = 25.0  # less than Serve waits for a health check
 
 
+def limits_of(args: ServeArgs) -> EngineLimits:
+    """What the engine of a replica takes on."""
+    return EngineLimits(
+        batch_tokens=args.max_batch_tokens,
+        step_tokens=args.step_tokens,
+        batch_wait_s=args.batch_wait_s,
+        conversations=args.max_conversations,
+        cache_tokens=args.max_cache_tokens,
+        queued_tokens=args.max_queued_tokens,
+        queue_s=args.max_queue_s,
+    )
+
+
 class ModelReplica(ABC):
     """Loads the model and starts its engine. The event loop hands out work and nothing else, so that it answers."""
 
@@ -47,15 +60,7 @@ class ModelReplica(ABC):
         self.preparing = PreparingThreads(args.prepare_threads)
         self.engine = ModelEngine(
             *runners_of(embedder),
-            EngineLimits(
-                batch_tokens=args.max_batch_tokens,
-                step_tokens=args.step_tokens,
-                batch_wait_s=args.batch_wait_s,
-                conversations=args.max_conversations,
-                cache_tokens=args.max_cache_tokens,
-                queued_tokens=args.max_queued_tokens,
-                queue_s=args.max_queue_s,
-            ),
+            limits_of(args),
             ends=tokens_that_end(embedder),
             text=partial(AnswerText, embedder.preprocessor.tokenizer),
             score=self.score,

@@ -47,7 +47,7 @@ class YesOrNo:
     def __init__(self, embedder: "Embedder") -> None:
         from vladva.models.yes_probability import answer_tokens
 
-        self.yes, self.no = (answer_tokens(embedder, answer) for answer in ("yes", "no"))
+        self.yes, self.no = (answer_tokens(embedder.preprocessor.tokenizer, answer) for answer in ("yes", "no"))
 
     def __call__(self, logits_BV: "torch.Tensor") -> Sequence[float]:
         """P(yes) for every row."""

@@ -207,6 +207,10 @@ def test_beyond_this_machine_a_key_is_needed() -> None:
         ({"max_queued_tokens": 0}, "max_queued_tokens"),
         ({"deadline_s": "soon"}, "^deadline_s: "),
         ({"index": str(ROOT / "serve")}, "^index: .*serve holds no index"),
+        ({"engine": "vllm"}, "^engine: .*add layout=separate"),
+        ({"engine": "vllm", "layout": "separate"}, "^engine: vllm is not installed"),
+        ({"engine_options": '{"enforce_eager": true}'}, "^engine_options: .*add engine=vllm"),
+        ({"engine_options": "enforce_eager", "engine": "vllm", "layout": "separate"}, "^engine_options: "),
     ],
 )
 def test_wrong_arguments_are_named_in_one_line(args: dict[str, object], message: str) -> None:

@@ -37,7 +37,7 @@ def yes_probabilities(
     """
     if embedder.merged:
         raise ValueError("this model's adapter is merged into its weights; load it with merge=False to ask it")
-    yes, no = (answer_tokens(embedder, answer) for answer in ("yes", "no"))
+    yes, no = (answer_tokens(embedder.preprocessor.tokenizer, answer) for answer in ("yes", "no"))
     prompts = [question_prompt(embedder, text, image.size) for image, text in zip(images, texts, strict=True)]
     found_N = np.zeros(len(prompts), np.float32)
     for chosen in cut([len(prompt) for prompt in prompts], batch_size):
@@ -53,9 +53,11 @@ def question_prompt(embedder: Embedder, text: str, size: tuple[int, int]) -> lis
     return embedder.preprocessor.render([{"role": "user", "content": content}], [size])
 
 
-def answer_tokens(embedder: Embedder, answer: str) -> list[int]:
-    """The tokens that an answer may begin with: no other answer begins with one of them."""
-    tokenizer: Any = embedder.preprocessor.tokenizer
+def answer_tokens(tokenizer: Any, answer: str) -> list[int]:
+    """The tokens that an answer may begin with: no other answer begins with one of them.
+
+    Raises ValueError where the tokenizer has none.
+    """
     unknown, vocabulary = tokenizer.unk_token_id, tokenizer.get_vocab()
 
     def begins(word: str) -> set[int]:
@@ -69,7 +71,7 @@ def answer_tokens(embedder: Embedder, answer: str) -> list[int]:
     (other,) = ANSWERS.keys() - {answer}
     found = begins(answer) - begins(other)
     if not found:
-        raise ValueError(f"{embedder.config.checkpoint} has no token that an answer of {answer!r} begins with")
+        raise ValueError(f"{tokenizer.name_or_path} has no token that an answer of {answer!r} begins with")
     return sorted(found)
 
 
