@@ -56,7 +56,7 @@ links: $(STAMP)  ## fetch every link of the documentation to other hosts, and li
 	$(BIN)/python .docs/check_links.py
 
 bench: $(STAMP)  ## run the side-by-side benchmarks, one after the other; each ends with one line of JSON
-	set -e; for script in $(filter-out tests/bench/gpu.py tests/bench/mistakes.py tests/bench/composed.py tests/bench/effects.py tests/bench/emoji.py,$(wildcard tests/bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	set -e; for script in $(filter-out tests/bench/gpu.py tests/bench/mistakes.py tests/bench/composed.py tests/bench/effects.py tests/bench/emoji.py tests/bench/vllm_servers.py,$(wildcard tests/bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 rehearse: $(STAMP)  ## a cluster of three hosts on this machine, and all that can happen to it; Linux, root
 	$(BIN)/python tests/cluster/rehearsal/run.py
