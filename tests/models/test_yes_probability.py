@@ -92,7 +92,7 @@ def test_what_cannot_be_asked_is_refused(adapter: str, embedder: Embedder) -> No
     assert isinstance(merged, Embedder)
     with pytest.raises(ValueError, match="merge=False"):
         yes_probabilities(merged, IMAGES[:1], TEXTS[:1])
-    yes, no = answer_tokens(embedder, "yes"), answer_tokens(embedder, "no")
+    yes, no = (answer_tokens(embedder.preprocessor.tokenizer, answer) for answer in ("yes", "no"))
     assert yes
     assert no
     assert not set(yes) & set(no)

@@ -67,7 +67,7 @@ def test_the_generator_judges_pairs_with_its_adapter_off(client: httpx.Client, e
     documents = [data_uri(image), "a red circle", "nothing at all"]
     [offline] = yes_probabilities(embedder, [image], [caption])
     expected = [float(offline)]
-    yes, no = (answer_tokens(embedder, answer) for answer in ("yes", "no"))
+    yes, no = (answer_tokens(embedder.preprocessor.tokenizer, answer) for answer in ("yes", "no"))
     for document in documents[1:]:
         said = (f"Query: {caption}\n", f"Document: {document}\n", PAIR_QUESTION)
         content = [{"type": "text", "text": text} for text in said]
