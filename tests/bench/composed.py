@@ -49,7 +49,7 @@ def make_data(out: Path, train: int, test: int) -> None:
         scan_module.scan(str(out / name / "train"), run_preprocessor(tiny()).count_tokens)
 
 
-def config_of(variant: str, seed: int, out: Path, steps: int) -> RunConfig:
+def config_of(variant: str, seed: int, out: Path, steps: int, dtype: str) -> RunConfig:
     """The run of a variant."""
     base = RECIPES[variant]()
     folder = "composed" if variant == "composed" else "scenes"
@@ -58,18 +58,19 @@ def config_of(variant: str, seed: int, out: Path, steps: int) -> RunConfig:
         name=f"{variant}-{seed}",
         storage=str(out / "runs"),
         seed=seed,
+        model=replace(base.model, dtype=dtype),
         data=replace(base.data, uri=str(out / folder / "train"), validation_uri=str(out)),
         train=replace(base.train, steps=steps, checkpoint_every=steps),
         cluster=replace(base.cluster, workers=1),
     )
 
 
-def run(variant: str, seed: int, out: Path, steps: int) -> dict[str, float]:
+def run(variant: str, seed: int, out: Path, steps: int, dtype: str) -> dict[str, float]:
     """The scores of a run, trained where that has not been done."""
-    file = out / "scores" / f"{variant}-{seed}-{steps}.json"
+    file = out / "scores" / f"{variant}-{seed}-{steps}-{dtype}.json"
     if not file.exists():
         began = time.monotonic()
-        scores = train_here(config_of(variant, seed, out, steps), [BENCHMARK])
+        scores = train_here(config_of(variant, seed, out, steps, dtype), [BENCHMARK])
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(scores | {"seconds": time.monotonic() - began}))
     found: dict[str, float] = json.loads(file.read_text())
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=8_000, help="pairs to train on")
     parser.add_argument("--test", type=int, default=1_000, help="held-out queries")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen model")
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="begin no run after so many seconds")
     options = parser.parse_args()
     out = options.out.absolute()
@@ -96,9 +98,9 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {variant: [] for variant in RECIPES}
     for seed in range(options.seeds):
         for variant in RECIPES:
-            done = (out / "scores" / f"{variant}-{seed}-{options.steps}.json").exists()
+            done = (out / "scores" / f"{variant}-{seed}-{options.steps}-{options.dtype}.json").exists()
             if done or time.monotonic() - began < options.limit_s:
-                runs[variant].append(run(variant, seed, out, options.steps))
+                runs[variant].append(run(variant, seed, out, options.steps, options.dtype))
     result = {}
     for variant, found in runs.items():
         values = {name: np.array([each[name] for each in found]) for name in (*SCORES, "seconds")}
@@ -108,7 +110,8 @@ def main() -> None:
             if len(v)
         }
     seeds = {variant: len(found) for variant, found in runs.items()}
-    print(json.dumps({"steps": options.steps, "train": options.train, "test": options.test, "seeds": seeds, **result}))
+    settings = {name: getattr(options, name) for name in ("steps", "train", "test", "dtype")}
+    print(json.dumps({**settings, "seeds": seeds, **result}))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,18 @@ from transformers import PreTrainedTokenizerFast
 from vladva.data.scenes.scene import Scene, SceneObject
 from vladva.models.tiny.dialogues import detailed_caption, place_questions, relation_questions
 from vladva.models.tiny.model import build_model, build_tokenizer
-from vladva.models.tiny.pretrain import POINTERS, collate, patch_labels, patch_places, pointer_sum, relation_accuracy
+from vladva.models.tiny.pretrain import (
+    POINTERS,
+    build_readers,
+    collate,
+    loss_sums,
+    patch_labels,
+    patch_losses,
+    patch_places,
+    pointer_sum,
+    relation_accuracy,
+    weight_of_patches,
+)
 
 RED = SceneObject("circle", "red", "small", 10.0, 50.0, 6.5, 0.0)  # patch 12: third row from 0, column 0
 BLUE = SceneObject("star", "blue", "large", 40.0, 20.0, 11.0, 0.0)  # patch 6: row 1, column 2
@@ -31,6 +42,36 @@ def test_patches_hold_the_objects_whose_centre_they_hold() -> None:
     assert labels[6] == [3, 4, 2]
     assert places[12] == [-0.6875, 0.5625]
     assert places[6] == [0.25, -0.375]
+
+
+def test_empty_patches_count_a_fifth() -> None:
+    labels = torch.tensor(patch_labels(SCENE))
+    assert weight_of_patches(labels) == pytest.approx(2 + 14 / 5)
+    # Equal logits: every patch costs the logarithm of the number of classes, which are 9, 7 and 3.
+    even = patch_losses(torch.zeros(16, 19), labels) / weight_of_patches(labels)
+    torch.testing.assert_close(even, torch.tensor([9.0, 7.0, 3.0]).log())
+    sure = torch.zeros(16, 19)
+    sure[6, 9 + 4] = 100.0  # a star
+    assert patch_losses(sure, labels)[1] < patch_losses(torch.zeros(16, 19), labels)[1] - 1.9
+    sure[6, 9 + 5] = 200.0  # a cross
+    assert patch_losses(sure, labels)[1] > 100
+
+
+def test_losses_in_bfloat16_are_those_in_float32(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build_model()
+    readers = build_readers(model)
+    batch = collate([kind(SCENE, Random(2)) for kind in (relation_questions, detailed_caption)], tokenizer)
+    assert batch["labels_of_patches"].tolist() == [*patch_labels(SCENE), *patch_labels(SCENE)]
+    with torch.no_grad():
+        exact = loss_sums(model, readers, batch)
+        rough = loss_sums(model, readers, batch, "bfloat16")
+        assert not torch.equal(rough, exact)
+        torch.testing.assert_close(rough, exact, rtol=0.01, atol=0.0)
+        # The patches' reader has a part of its own: no images, no loss.
+        alone = collate([(None, [("a red circle. Is there a red circle?", "yes")])], tokenizer)
+        sums = loss_sums(model, readers, alone)
+        assert sums[0] > 0
+        assert not sums[1:].any()
 
 
 def test_questions_say_which_tokens_name_what(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -10,8 +10,8 @@ float16) and come from `jobs/pretrain_tiny.py`, which trains on scenes of the tr
    very many of them, so it is helped: of a token that has just named an object one attention head learns to look at
    its colour, and a later one at the patch of the image where it is; in long captions one learns to look ahead, at the
    patch of the object that comes next; two learn to look from a question about two
-   objects at their names; and two linear readers, thrown away afterwards, ask the hidden states where the one object is
-   and how far apart the two are.
+   objects at their names; and linear readers, thrown away afterwards, ask the image's tokens for the labels of stage
+   1, so that the tower goes on learning them, and hidden states where the one object is and how far apart the two are.
 
 No loss ever compares two examples, so nothing contrastive is learned.
 """
@@ -60,7 +60,9 @@ POINTERS = (
     (4, 0, "compared", "firsts"),
     (4, 1, "compared", "seconds"),
 )
-PLACE_WEIGHT = 2.0  # of the two readers' losses, beside the next token's
+PLACE_WEIGHT = 2.0  # of the losses of places and distances, beside the next token's
+PATCH_CLASSES = (1 + len(COLOURS), 1 + len(SHAPES), 1 + len(RADII))  # what a patch is labelled with; 0: no object
+EMPTY_WEIGHT = 0.2  # four patches in five are empty: they count less, not to drown the others
 
 
 def coordinates(thing: SceneObject) -> tuple[float, float]:
@@ -86,7 +88,8 @@ def collate(dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerFast) -> di
     object; `colours` [N]: the tokens of their colours; `places` [N, 2]: where it is in the image; `patches` [N]: the
     token of that patch. `announced` [K, 2] and `next_patches` [K]: the same of articles in long captions, whose object
     is still to be named. `compared` [M, 2]: row and place of the last tokens of questions about two objects; `firsts`
-    and `seconds` [M]: the tokens that name them; `apart` [M, 2]: from the second to the first.
+    and `seconds` [M]: the tokens that name them; `apart` [M, 2]: from the second to the first. `labels_of_patches`
+    [16 I, 3], of the I images: `patch_labels`.
     """
     import numpy as np
     import torch
@@ -101,6 +104,7 @@ def collate(dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerFast) -> di
     firsts: list[int] = []
     seconds: list[int] = []
     apart: list[tuple[float, float]] = []
+    labelled: list[list[int]] = []
     for row, (scene, turns) in enumerate(dialogues):
         ids, labels = [tokenizer.bos_token_id], [-100]
         for number, (asked, answer) in enumerate(turns):
@@ -117,6 +121,7 @@ def collate(dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerFast) -> di
             ids += reply
             labels += [-100] * len(prompt) + reply
         if scene is not None:
+            labelled += patch_labels(scene)
             start = ids.index(tokenizer.convert_tokens_to_ids("<image>"))
             for place, thing in named_objects(ids, scene, tokenizer):
                 named.append((row, place))
@@ -143,6 +148,7 @@ def collate(dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerFast) -> di
         "firsts": torch.tensor(firsts, dtype=torch.long),
         "seconds": torch.tensor(seconds, dtype=torch.long),
         "apart": torch.tensor(apart).view(-1, 2),
+        "labels_of_patches": torch.tensor(labelled, dtype=torch.long).view(-1, 3),
     }
     images = [np.asarray(render(scene)) for scene, _ in dialogues if scene is not None]
     if images:
@@ -152,11 +158,28 @@ def collate(dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerFast) -> di
 
 
 def build_readers(model: LlavaForConditionalGeneration) -> torch.nn.ModuleDict:
-    """The two linear readers of stage 2: `places` and `apart`, from a hidden state to a point."""
+    """The linear readers of stage 2: `places` and `apart`, from a hidden state to a point, `patches` to the classes."""
     from torch import nn
 
     width = model.lm_head.in_features
-    return nn.ModuleDict({"places": nn.Linear(width, 2), "apart": nn.Linear(width, 2)})
+    sizes = {"places": 2, "apart": 2, "patches": sum(PATCH_CLASSES)}
+    return nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
+
+
+def patch_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of colour, shape and size [3], summed over patches [P, classes], [P, 3]; empty ones count less."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    weights = [torch.tensor([EMPTY_WEIGHT] + [1.0] * (classes - 1)) for classes in PATCH_CLASSES]
+    parts = zip(logits.split(PATCH_CLASSES, dim=-1), labels.unbind(1), weights, strict=True)
+    return torch.stack([cross_entropy(logit, label, weight, reduction="sum") for logit, label, weight in parts])
+
+
+def weight_of_patches(labels: torch.Tensor) -> float:
+    """By what the sums of `patch_losses` are divided: occupied patches, and a part of the empty ones."""
+    occupied = int((labels[:, 0] > 0).sum())
+    return occupied + EMPTY_WEIGHT * (len(labels) - occupied)
 
 
 def pointer_sum(
@@ -190,10 +213,21 @@ def pointer_sum(
     return cross_entropy(scores.masked_fill(later, -torch.inf), target, reduction="sum")
 
 
+def products(precision: str) -> torch.autocast:
+    """Matrix products in `bfloat16` or `float32`, the rest in float32: half the time on CPUs that have them."""
+    import torch
+
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+
+
 def loss_sums(
-    model: LlavaForConditionalGeneration, readers: torch.nn.ModuleDict, batch: dict[str, torch.Tensor]
+    model: LlavaForConditionalGeneration,
+    readers: torch.nn.ModuleDict,
+    batch: dict[str, torch.Tensor],
+    precision: str = "float32",
 ) -> torch.Tensor:
-    """Sums over the batch [8]: cross-entropy of the answers' tokens, both readers' absolute errors, the five pointers.
+    """Sums over the batch [9]: cross-entropy of the answers' tokens, absolute errors of places and distances,
+    cross-entropy of the patches' labels, the five pointers.
 
     Logits are computed for the answers' tokens only.
     """
@@ -202,18 +236,24 @@ def loss_sums(
 
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values") if name in batch}
     labels = batch["labels"][:, 1:]
-    states = model.model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
+    with products(precision):
+        outputs = model.model(**inputs, use_cache=False, output_hidden_states=True)
+    states = outputs.hidden_states
     hidden = states[-1][:, :-1]
     answered = labels != -100
     tokens = cross_entropy(model.lm_head(hidden[answered]), labels[answered], reduction="sum")
     places = readers["places"](states[PLACE_STATE][tuple(batch["named"].T)])
     apart = readers["apart"](states[APART_STATE][tuple(batch["compared"].T)])
     errors = [l1_loss(places, batch["places"], reduction="sum"), l1_loss(apart, batch["apart"], reduction="sum")]
+    patches = batch["labels_of_patches"]
+    labelled = hidden.new_zeros(())
+    if len(patches):
+        labelled = patch_losses(readers["patches"](outputs.image_hidden_states.flatten(0, -2).float()), patches).sum()
     pointers = [
         pointer_sum(model, states[layer], layer, head, batch[looking], batch[target])
         for layer, head, looking, target in POINTERS
     ]
-    return torch.stack([tokens, *errors, *pointers])
+    return torch.stack([tokens, *errors, labelled, *pointers])
 
 
 def relation_accuracy(
@@ -283,8 +323,10 @@ def average_gradients(model: torch.nn.Module, extra: torch.Tensor) -> torch.Tens
     return extra
 
 
-def accumulate(trained: torch.nn.ModuleDict, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """The gradients of one step, over all processes, and its mean losses [8] in the order of `loss_sums`."""
+def accumulate(
+    trained: torch.nn.ModuleDict, batches: list[dict[str, torch.Tensor]], precision: str = "float32"
+) -> torch.Tensor:
+    """The gradients of one step, over all processes, and its mean losses [9] in the order of `loss_sums`."""
     import torch
 
     rank, world = rank_and_world()
@@ -294,34 +336,38 @@ def accumulate(trained: torch.nn.ModuleDict, batches: list[dict[str, torch.Tenso
         [
             sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches),
             *(sum(batch[name].numel() for batch in batches) for name in ("places", "apart")),
+            sum(weight_of_patches(batch["labels_of_patches"]) for batch in batches),
             *(sum(batch[target].numel() for batch in batches) for *_, target in POINTERS),
         ]
     )
-    weights = torch.tensor([1.0, PLACE_WEIGHT, PLACE_WEIGHT, *(1.0 for _ in POINTERS)])
+    weights = torch.tensor([1.0, PLACE_WEIGHT, PLACE_WEIGHT, 1.0, *(1.0 for _ in POINTERS)])
     losses = torch.zeros(len(counts))
     for number, batch in enumerate(batches):
         # Batches grow longer: dealt 0 1 1 0 0 1 1 0, every process has about as many tokens.
         turn = number % (2 * world)
         if min(turn, 2 * world - 1 - turn) == rank:
-            parts = loss_sums(model, readers, batch) / counts.clamp(min=1)
+            parts = loss_sums(model, readers, batch, precision) / counts.clamp(min=1)
             (parts @ weights).backward()
             losses += parts.detach()
     return average_gradients(trained, losses)
 
 
 def pretrain_tower(
-    model: LlavaForConditionalGeneration, *, steps: int, seed: int = 0, say: Callable[[str], None] = print
+    model: LlavaForConditionalGeneration,
+    *,
+    steps: int,
+    seed: int = 0,
+    precision: str = "float32",
+    say: Callable[[str], None] = print,
 ) -> None:
     """Stage 1: the vision tower learns to label its patches, `steps` steps of 128 images. The head is thrown away."""
     import numpy as np
     import torch
-    from torch.nn.functional import cross_entropy
 
     rank, world = rank_and_world()
     tower = model.model.vision_tower
-    classes = [1 + len(COLOURS), 1 + len(SHAPES), 1 + len(RADII)]
     torch.manual_seed(seed)
-    labeller = torch.nn.ModuleList([tower, torch.nn.Linear(tower.config.hidden_size, sum(classes) + 2)])
+    labeller = torch.nn.ModuleList([tower, torch.nn.Linear(tower.config.hidden_size, sum(PATCH_CLASSES) + 2)])
     optimizer = torch.optim.AdamW(labeller.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
     started, running = time.monotonic(), 0.0
     for step in range(steps):
@@ -329,16 +375,15 @@ def pretrain_tower(
         drawn = [random_scene(random, "train") for _ in range(128 // world)]
         pixels = torch.from_numpy(np.stack([np.asarray(render(scene)) for scene in drawn]))
         labels = torch.tensor([patch_labels(scene) for scene in drawn]).flatten(0, 1)
-        features = tower(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, output_hidden_states=True).hidden_states[-1]
+        with products(precision):
+            seen = tower(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, output_hidden_states=True)
         places = torch.tensor([patch_places(scene) for scene in drawn]).flatten(0, 1)
-        *logits, points = labeller[1](features[:, 1:]).flatten(0, 1).split([*classes, 2], dim=-1)
-        # Four patches in five are empty: they count less, not to drown the others.
-        weights = [torch.tensor([0.2] + [1.0] * (n - 1)) for n in classes]
-        parts = zip(logits, labels.unbind(1), weights, strict=True)
-        losses = [cross_entropy(logit, label, weight) for logit, label, weight in parts]
+        logits, points = (
+            labeller[1](seen.hidden_states[-1][:, 1:].float()).flatten(0, 1).split([sum(PATCH_CLASSES), 2], dim=-1)
+        )
         occupied = labels[:, 0] > 0
         error = (points - places)[occupied].abs().mean()
-        loss = (torch.stack(losses).sum() + 2 * error) / world
+        loss = (patch_losses(logits, labels).sum() / weight_of_patches(labels) + PLACE_WEIGHT * error) / world
         loss.backward()
         value = average_gradients(labeller, loss.detach()[None])
         torch.nn.utils.clip_grad_norm_(labeller.parameters(), 1.0)
@@ -351,13 +396,13 @@ def pretrain_tower(
             rate = (step + 1) / (time.monotonic() - started)
             right = [
                 (logit.argmax(1) == label)[label > 0].float().mean()
-                for logit, label in zip(logits, labels.T, strict=True)
+                for logit, label in zip(logits.split(PATCH_CLASSES, dim=-1), labels.T, strict=True)
             ]
-            seen = "  ".join(
+            shares = "  ".join(
                 f"{name} {share:.2f}" for name, share in zip(("colour", "shape", "size"), right, strict=True)
             )
-            seen += f"  off by {error.item() * IMAGE_SIZE / 2:.1f} px"
-            say(f"tower step {step + 1}/{steps}  loss {running:.4f}  {seen}  {rate:.2f} steps/s")
+            shares += f"  off by {error.item() * IMAGE_SIZE / 2:.1f} px"
+            say(f"tower step {step + 1}/{steps}  loss {running:.4f}  {shares}  {rate:.2f} steps/s")
 
 
 def step_batches(step: int, seed: int, tokenizer: PreTrainedTokenizerFast) -> list[dict[str, torch.Tensor]]:
@@ -369,7 +414,14 @@ def step_batches(step: int, seed: int, tokenizer: PreTrainedTokenizerFast) -> li
 
 
 def pretrain(
-    out: Path, *, tower_steps: int, steps: int, seed: int = 0, save_every: int = 250, say: Callable[[str], None] = print
+    out: Path,
+    *,
+    tower_steps: int,
+    steps: int,
+    seed: int = 0,
+    precision: str = "float32",
+    save_every: int = 250,
+    say: Callable[[str], None] = print,
 ) -> None:
     """Both stages, the second for `steps` optimizer steps of 60 dialogues; resumes from `out/state.pt` if there is one.
 
@@ -382,6 +434,7 @@ def pretrain(
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(seed)
     model = build_model(seed)
+    model.set_attn_implementation("eager")  # at this size faster than the fused one, in bfloat16 many times
     trained = torch.nn.ModuleDict({"model": model, "readers": build_readers(model)})
     optimizer = torch.optim.AdamW(trained.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
     start = 0
@@ -398,13 +451,13 @@ def pretrain(
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
     else:
-        pretrain_tower(model, steps=tower_steps, seed=seed, say=say)
+        pretrain_tower(model, steps=tower_steps, seed=seed, precision=precision, say=say)
         if rank == 0:
             save(0)
 
-    started, running = time.monotonic(), torch.zeros(3 + len(POINTERS))
+    started, running = time.monotonic(), torch.zeros(4 + len(POINTERS))
     for step in range(start, steps):
-        losses = accumulate(trained, step_batches(step, seed, tokenizer))
+        losses = accumulate(trained, step_batches(step, seed, tokenizer), precision)
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = pretraining_rate(step, steps)
@@ -425,6 +478,6 @@ def pretrain(
 
 def told(losses: torch.Tensor) -> str:
     """The losses of `accumulate` in words."""
-    tokens, places, apart, *pointers = losses.tolist()
+    tokens, places, apart, labels, *pointers = losses.tolist()
     pixels = f"places off by {places * IMAGE_SIZE / 2:.1f} px  distances {apart * IMAGE_SIZE / 2:.1f} px"
-    return f"loss {tokens:.4f}  {pixels}  pointers {' '.join(f'{loss:.2f}' for loss in pointers)}"
+    return f"loss {tokens:.4f}  {pixels}  patches {labels:.2f}  pointers {' '.join(f'{loss:.2f}' for loss in pointers)}"
