@@ -16,6 +16,7 @@ from functools import partial
 from itertools import pairwise
 
 from vladva.core.cli import local_folder
+from vladva.core.quiet import be_quiet
 
 
 def main() -> None:
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--check", metavar="MODEL", help="train nothing; score this model's captions and answers")
     parser.add_argument("--scenes", type=int, default=100, help="held-out scenes that --check shows it")
     args = parser.parse_args()
+    be_quiet()
     if args.check:
         print(f"{caption_accuracy(args.check, args.scenes, seed=args.seed):.0%} of long captions name every object")
         share = answer_accuracy(args.check, args.scenes, seed=args.seed)
