@@ -8,11 +8,11 @@
 
     zero_shot       the model as it ships
     baseline        the recipe `tiny`: soft prompts, LoRA, contrastive and next-token loss
-    soft_prompts    soft prompts alone (no LoRA)
-    lora            LoRA alone (the hand-written prompts)
-    contrastive     both, without the next-token loss
+    soft_prompts    soft prompts alone (no LoRA), contrastive loss alone
+    lora            LoRA alone (the hand-written prompts), contrastive loss alone
+    contrastive     both, contrastive loss alone
     layer_4         the embedding is the hidden state after layer 4 of 6
-    batch_16 (_256, _1024)    such batches in place of 64, of chunks of 64 at most, for as many pairs
+    batch_16 (_256, _1024)    such batches in place of 64, of chunks of 32 at most, for as many pairs
     e5_v            the recipe `tiny_e5_v`: sentences only, then used on images
 
 All see as many pairs with the same learning rates and, but for e5_v, the same data. Held-out scenes; percent;
@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.bench.mistakes import SHOWN, Experiment, all_scores, scores_of, summary, train_here, without_ray
 from vladva.config import RunConfig
 from vladva.data.scenes.corpus import write_triplets
+from vladva.evaluate.ablation import variants
 from vladva.recipes import tiny_e5_v
 from vladva.train.setup import build_engine
 
@@ -58,11 +59,11 @@ class Effects(Experiment):
     def config(self, variant: str, seed: int) -> RunConfig:
         """The run of a variant."""
         config = replace(super().config("baseline", seed), name=f"{variant}-{seed}")
-        model, loss, e5_v = config.model, config.loss, tiny_e5_v()
+        model, parts, e5_v = config.model, variants(config), tiny_e5_v()
         changed: dict[str, Callable[[], RunConfig]] = {
-            "soft_prompts": lambda: replace(config, model=replace(model, lora_rank=0)),
-            "lora": lambda: replace(config, model=replace(model, soft_prompts=False)),
-            "contrastive": lambda: replace(config, loss=replace(loss, next_token_weight=0.0)),
+            "soft_prompts": lambda: parts["soft prompts only"],
+            "lora": lambda: parts["LoRA only"],
+            "contrastive": lambda: parts["both"],
             "layer_4": lambda: replace(config, model=replace(model, layer=4)),
             "batch_16": lambda: self.in_batches(config, 16),
             "batch_256": lambda: self.in_batches(config, 256),
@@ -114,13 +115,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen model")
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="begin no run after so many seconds")
     options = parser.parse_args()
-    variants = options.variants.split(",")
-    if unknown := set(variants) - set(VARIANTS):
+    asked = options.variants.split(",")
+    if unknown := set(asked) - set(VARIANTS):
         parser.error(f"--variants: no {sorted(unknown)[0]!r}; there are {', '.join(VARIANTS)}")
     options.out.mkdir(parents=True, exist_ok=True)
     without_ray()
     experiment = Effects(options.out.absolute(), options)
-    scores = all_scores(experiment, list(dict.fromkeys(["baseline", *variants])))
+    scores = all_scores(experiment, list(dict.fromkeys(["baseline", *asked])))
     table = summary(scores)
     for variant, found in table.items():
         shown = "  ".join(f"{name} {found[name][0]:5.1f} +- {found[name][1]}" for name in SHOWN)
