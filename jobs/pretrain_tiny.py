@@ -25,9 +25,9 @@ def main() -> None:
         "--out", type=local_folder, default=".vladva/tiny", help="folder of the checkpoint and the weights"
     )
     parser.add_argument(
-        "--tower-steps", type=int, default=1500, help="steps of the vision tower alone, 128 images each"
+        "--tower-steps", type=int, default=4000, help="steps of the vision tower alone, 128 images each"
     )
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of 60 dialogues")
+    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps of 60 dialogues")
     parser.add_argument(
         "--precision",
         choices=("bfloat16", "float32"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+from pathlib import Path
 
 import pytest
+import ray
 
 from vladva.core import quiet
 
@@ -39,6 +41,28 @@ def test_verbose_sets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     quiet.be_quiet()
     assert not os.environ.keys() & quiet.VARIABLES.keys()
     assert quiet.worker_variables() == {}
+
+
+def test_retries_are_not_told_and_other_troubles_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import worker
+
+    shown: list[list[str]] = []
+    monkeypatch.setattr(worker, "print_to_stdstream", lambda data, ignore_prefix: shown.append(data["lines"]))
+    told = [
+        "Task Pool.submit failed. There are 2 retries remaining, so the task will be retried. Error: The node died.",
+        "A worker died or was killed while executing a task by an unexpected system error.",
+    ]
+
+    def say() -> None:
+        for line in told:
+            worker.print_to_stdstream({"lines": [line], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+
+    say()
+    quiet.quiet_retries()
+    quiet.quiet_retries()
+    say()
+    assert shown == [[told[0]], [told[1]], [told[1]]]
+    assert "so the task will be retried" in (Path(ray.__file__).parent / "_raylet.so").read_bytes().decode("latin-1")
 
 
 def test_the_bars_of_transformers_obey() -> None:

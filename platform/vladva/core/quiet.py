@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 VARIABLES = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -29,6 +30,8 @@ DRIVER_VARIABLES = {
 
 LOGGERS = ("ray._private.authentication.authentication_token_setup",)
 """Announces at every start that its default is on."""
+
+RETRIED = "so the task will be retried"
 
 
 def is_verbose() -> bool:
@@ -68,6 +71,25 @@ def quiet_ray_data() -> None:
     for handler in logging.getLogger("ray.data").handlers:
         if handler.name == "console" and not is_verbose():
             handler.setLevel(logging.CRITICAL)
+
+
+def quiet_retries() -> None:
+    """Keep from the screen that Ray does a task again, as when a node is lost or Serve's controller ends; it says so
+    for every task. What is not done again is told.
+    """
+    from ray._private import worker
+
+    show: Any = getattr(worker, "print_to_stdstream", None)
+    if is_verbose() or show is None or getattr(show, "hides_retries", False):
+        return
+
+    def show_others(data: dict[str, Any], ignore_prefix: bool) -> None:
+        lines = [line for line in data["lines"] if RETRIED not in line]
+        if lines:
+            show({**data, "lines": lines}, ignore_prefix)
+
+    show_others.hides_retries = True  # type: ignore[attr-defined]
+    worker.print_to_stdstream = show_others
 
 
 def worker_variables() -> dict[str, str]:

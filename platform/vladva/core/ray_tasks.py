@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vladva.core.errors import StorageRefusedError
-from vladva.core.quiet import be_quiet, is_verbose, quiet_ray_data, unheard, worker_variables
+from vladva.core.quiet import be_quiet, is_verbose, quiet_ray_data, quiet_retries, unheard, worker_variables
 
 if TYPE_CHECKING:
     import ray.data
@@ -54,6 +54,7 @@ def connect() -> None:
             start("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False)
             protect_token()
     quiet_ray_data()
+    quiet_retries()
 
 
 def protect_token() -> None:
