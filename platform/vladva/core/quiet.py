@@ -31,7 +31,7 @@ DRIVER_VARIABLES = {
 LOGGERS = ("ray._private.authentication.authentication_token_setup",)
 """Announces at every start that its default is on."""
 
-RETRIED = "so the task will be retried"
+WORD_OF_RETRY = "so the task will be retried"
 
 
 def is_verbose() -> bool:
@@ -84,7 +84,7 @@ def quiet_retries() -> None:
         return
 
     def show_others(data: dict[str, Any], ignore_prefix: bool) -> None:
-        lines = [line for line in data["lines"] if RETRIED not in line]
+        lines = [line for line in data["lines"] if WORD_OF_RETRY not in line]
         if lines:
             show({**data, "lines": lines}, ignore_prefix)
 
