@@ -12,6 +12,8 @@ import httpx
 import pytest
 
 from tests.support.wire import ADAPTER, data_uri, error_of, noise_image
+from vladva.data.scenes.corpus import held_out_scenes
+from vladva.data.scenes.scene import render
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -42,13 +44,17 @@ def test_the_base_model_answers_unless_the_adapter_is_named(openai_client: OpenA
 
 
 def test_usage_and_finish_reason(openai_client: OpenAI, embedder: Embedder) -> None:
-    whole = openai_client.chat.completions.create(model="tiny", messages=MESSAGES)
+    # Of noise the generator may go on until it is cut.
+    [(scene, _, _)] = held_out_scenes(1, 0)
+    part = {"type": "image_url", "image_url": {"url": data_uri(render(scene))}}
+    messages: Any = [{"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}]
+    whole = openai_client.chat.completions.create(model="tiny", messages=messages)
     assert whole.choices[0].finish_reason == "stop"
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     prompt = len(embedder.preprocessor.render([{"role": "user", "content": content}], [(64, 64)]))
     assert whole.usage.prompt_tokens == prompt
     assert whole.usage.total_tokens == prompt + whole.usage.completion_tokens
-    cut = openai_client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=2)
+    cut = openai_client.chat.completions.create(model="tiny", messages=messages, max_tokens=2)
     assert cut.choices[0].finish_reason == "length"
     assert cut.usage.completion_tokens == 2
     assert whole.choices[0].message.content.startswith(cut.choices[0].message.content)
