@@ -117,6 +117,13 @@ class Vllm:
                 time.sleep(1)
         raise RuntimeError(self.log.read_text()[-4000:])
 
+    def stop(self) -> None:
+        """End it, also where it is stopped by a signal."""
+        if self.process.poll() is None:
+            tell(self.tree(), signal.SIGCONT)
+            self.process.terminate()
+            self.process.wait(60)
+
     def tree(self) -> list[psutil.Process]:
         """All its processes."""
         parent = psutil.Process(self.process.pid)
@@ -149,19 +156,17 @@ def main() -> None:
         name_clip_tower_as_published(base)
         adapter = make_adapter(str(base), folder / "adapter", change=0.03)
         exported = export_model(adapter, folder / "exported", to="vllm", dtype="bfloat16").folder
-        theirs = {EMBEDDING: Vllm(python, exported, "--runner", "pooling")}
-        theirs[EMBEDDING].wait()
-        theirs[ANSWERING] = Vllm(python, base)
-        theirs[ANSWERING].wait()
-        ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, _system_config=serving.NOT_NICE)
+        theirs: dict[str, Vllm] = {}
         try:
+            for path, model, extra in ((EMBEDDING, exported, ("--runner", "pooling")), (ANSWERING, base, ())):
+                theirs[path] = Vllm(python, model, *extra)
+                theirs[path].wait()
+            ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, _system_config=serving.NOT_NICE)
             with serving.Server(pool, model=adapter, dtype="bfloat16", num_cpus=serving.THREADS) as server:
                 print(json.dumps(measure(server, theirs, pool, options)))
         finally:
             for one in theirs.values():
-                tell(one.tree(), signal.SIGCONT)
-                one.process.terminate()
-                one.process.wait(60)
+                one.stop()
             ray.shutdown()
 
 
