@@ -9,7 +9,11 @@ A *step* is planned anew every time, so that what arrives while the model is bus
    being answered, so that none waits long for its next token; a whole batch's otherwise. Requests take turns, item by
    item, so that a small one does not wait for a large one before it; an item that does not fit stays the next one.
 
-Nothing else runs in the engine's thread: tokenising and decoding images happen beside it. What is cancelled or late is
+On a CPU of several cores the items to embed have a thread of their own, where the runner allows it: forwards of few
+tokens, as those of conversations are, leave cores idle. Each thread has all cores while the other has no work, and half
+of them while it has.
+
+Nothing else runs in these threads: tokenising and decoding images happen beside them. What is cancelled or late is
 dropped before the next step, and its place is free in it.
 
 Admission is by time: what is done before a request may take `max_queue_s`, at the pace of the last seconds. Requests
@@ -188,8 +192,17 @@ class ItemQueue:
             self.held.remove(held)
 
 
+@dataclass(eq=False)
+class Lane:
+    """A thread of an engine, and the kinds of work that are done in it."""
+
+    queues: Sequence[ItemQueue]
+    answers: bool  # whether conversations are among it
+    began: float | None = None  # a step that is not done
+
+
 class ModelEngine:
-    """Runs a model in a thread of its own. Methods are called from the event loop of the replica."""
+    """Runs a model in threads of its own. Methods are called from the event loop of the replica."""
 
     def __init__(
         self,
@@ -201,15 +214,17 @@ class ModelEngine:
         text: Callable[[Sequence[str]], "AnswerText"],
         score: Callable[["torch.Tensor"], Sequence[float]],
         device: Any = "cpu",
+        cores: int | None = None,
     ) -> None:
         """`ends`: tokens that end an answer. `text`: text of an answer with stop strings. `score`: of logits [B, V].
 
-        A model without `generation` only embeds: nobody may ask the engine to answer or to score.
+        A model without `generation` only embeds: nobody may ask the engine to answer or to score. `cores`: that a
+        forward uses on a CPU; by default those of torch's threads.
         """
         import torch
 
         self.generation, self.limits, self.ends, self.text, self.device = generation, limits, ends, text, device
-        self.threads = torch.get_num_threads()  # a setting of every thread for itself
+        self.cores = cores or torch.get_num_threads()
         self.embeddings = ItemQueue(embedding.embed)
         self.scores = ItemQueue(lambda items: score(self.stepped.next_token_logits(items)))
         self.waiting: deque[AnswerJob] = deque()
@@ -221,8 +236,19 @@ class ModelEngine:
         self.changed = threading.Condition()
         self.closed = False
         self.broken: BaseException | None = None
-        self.thread = threading.Thread(target=self.run, name="vladva-engine", daemon=True)
-        self.thread.start()
+        self.counted_until = 0.0  # of the time at work
+        if generation is not None and embedding.concurrent and self.on_cpu and self.cores > 1:
+            self.lanes = [Lane([self.scores], answers=True), Lane([self.embeddings], answers=False)]
+        else:
+            self.lanes = [Lane([self.embeddings, self.scores], answers=True)]
+        self.threads = [threading.Thread(target=self.run, args=[lane], daemon=True) for lane in self.lanes]
+        for thread in self.threads:
+            thread.start()
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the model computes on a CPU."""
+        return str(self.device) == "cpu"
 
     @property
     def stepped(self) -> TakesSteps:
@@ -239,12 +265,12 @@ class ModelEngine:
 
     def wait_s(self, queue: ItemQueue, items: int = 1) -> float:
         """How long so many items that arrive now are expected to wait for others."""
-        return queue.times.seconds_for(queue.ahead_of(items), self.batch_budget)
+        return queue.times.seconds_for(queue.ahead_of(items), self.batch_budget(queue))
 
-    @property
-    def batch_budget(self) -> int:
-        """Cost at which a batch is full: while conversations are being answered, none waits long for its next token."""
-        return self.limits.step_tokens if self.answering else self.limits.batch_tokens
+    def batch_budget(self, queue: ItemQueue) -> int:
+        """Cost at which a batch is full: one that answers wait for is small, so that none waits long for its token."""
+        waited_for = self.answering and queue in self.lanes[0].queues
+        return self.limits.step_tokens if waited_for else self.limits.batch_tokens
 
     def answer_refusal(self, tokens: int) -> Failure | None:
         """Why a conversation of so many tokens, answer included, cannot be taken on, or None where it can."""
@@ -296,7 +322,7 @@ class ModelEngine:
                 if self.closed:
                     return CLOSED
                 queue.jobs.append(job)
-                self.changed.notify()
+                self.changed.notify_all()
             return (await finished).results
         finally:
             job.cancelled = True
@@ -325,7 +351,7 @@ class ModelEngine:
                     yield CLOSED
                     return
                 self.waiting.append(job)
-                self.changed.notify()
+                self.changed.notify_all()
             while True:
                 event = await events.get()
                 while isinstance(event, Said) and event.reason is None and not events.empty():
@@ -349,65 +375,81 @@ class ModelEngine:
         )
 
     def close(self) -> None:
-        """Fail what is left, and end the thread."""
+        """Fail what is left, and end the threads."""
         with self.changed:
             self.closed = True
-            self.changed.notify()
-        self.thread.join()
+            self.changed.notify_all()
+        for thread in self.threads:
+            thread.join()
 
-    # ----------------------------------------------------------------------------------------------------- the thread
+    # ---------------------------------------------------------------------------------------------------- the threads
 
-    def run(self) -> None:
+    def run(self, lane: Lane) -> None:
         """Step after step."""
-        import torch
-
-        torch.set_num_threads(self.threads)
         try:
-            while self.wait_for_work():
-                self.step()
+            while self.wait_for_work(lane):
+                self.step(lane)
         except BaseException as error:
             logger.exception("the engine broke down")
             self.broken = error
-        self.closed = True
-        self.fail_all()
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+        self.fail_all(lane)
 
-    def wait_for_work(self) -> bool:
+    def has_work(self, lane: Lane) -> bool:
+        """Whether there is anything to do in a lane."""
+        return any(queue.jobs for queue in lane.queues) or (lane.answers and bool(self.answering or self.waiting))
+
+    def wait_for_work(self, lane: Lane) -> bool:
         """Return True when there is work, False when the engine is closed."""
         with self.changed:
             idle = False
-            while not self.closed and not (self.answering or self.waiting or self.embeddings.jobs or self.scores.jobs):
+            while not self.closed and not self.has_work(lane):
                 idle = True
                 self.changed.wait()
             closed = self.closed
-        if idle and not closed and not self.waiting and self.limits.batch_wait_s:
+        if idle and not closed and not (lane.answers and self.waiting) and self.limits.batch_wait_s:
             time.sleep(self.limits.batch_wait_s)
         return not closed
 
-    def step(self) -> None:
-        """One step of all kinds of work."""
-        began = time.monotonic()
-        self.drop()
-        self.admit()
-        budget = self.batch_budget
-        if self.answering:
-            self.advance()
-        for queue in (self.embeddings, self.scores):
-            self.run_batch(queue, budget)
-        self.counters.steps += 1
-        self.counters.busy_s += time.monotonic() - began
+    def step(self, lane: Lane) -> None:
+        """One step of all kinds of work of a lane."""
+        from vladva.models.packed.cpu_linear import use_cores
 
-    def drop(self) -> None:
+        lane.began = time.monotonic()
+        if self.on_cpu:
+            busy = sum(other is lane or self.has_work(other) for other in self.lanes)
+            use_cores(max(1, self.cores // busy))
+        self.drop(lane)
+        if lane.answers:
+            self.admit()
+            if self.answering:
+                self.advance()
+        for queue in lane.queues:
+            self.run_batch(queue, self.batch_budget(queue))
+        with self.changed:
+            now = time.monotonic()
+            first = min(one.began for one in self.lanes if one.began is not None)
+            self.counters.busy_s += now - max(first, self.counted_until)
+            self.counted_until = now
+            self.counters.steps += 1
+        lane.began = None
+
+    def drop(self, lane: Lane) -> None:
         """Forget what is cancelled or late."""
         now = time.monotonic()
+        late: list[AnswerJob] = []
         with self.changed:
-            for queue in (self.embeddings, self.scores):
+            for queue in lane.queues:
                 for job in [job for job in queue.jobs if job.cancelled or now > job.deadline]:
                     queue.jobs.remove(job)
                     self.counters.cancelled += 1
                     for number, _ in job.items:
                         job.results[number] = LATE
                     job.done(job)
-            late = [one for one in (*self.waiting, *self.answering) if one.cancelled or now > one.deadline]
+            if lane.answers:
+                late = [one for one in (*self.waiting, *self.answering) if one.cancelled or now > one.deadline]
         for one in late:
             self.counters.cancelled += 1
             self.finish(one, LATE)
@@ -516,9 +558,10 @@ class ModelEngine:
         began = max(queue.last_done, min(job.arrived for job, _, _ in batch))
         queue.times.record(cost, now - began)
         queue.last_done = now
-        self.counters.batches += 1
-        self.counters.batch_items += len(items)
-        self.counters.batch_cost += cost
+        with self.changed:
+            self.counters.batches += 1
+            self.counters.batch_items += len(items)
+            self.counters.batch_cost += cost
         for (job, number, item), result in zip(batch, results, strict=True):
             job.results[number] = result
             if job.held:
@@ -541,15 +584,17 @@ class ModelEngine:
             middle = len(items) // 2
             return [*self.results(queue, items[:middle]), *self.results(queue, items[middle:])]
 
-    def fail_all(self) -> None:
+    def fail_all(self, lane: Lane) -> None:
         """Nothing waits for an engine that has ended."""
         with self.changed:
-            for queue in (self.embeddings, self.scores):
+            for queue in lane.queues:
                 for job in queue.jobs:
                     for number, _ in job.items:
                         job.results[number] = CLOSED
                     job.done(job)
                 queue.jobs.clear()
+            if not lane.answers:
+                return
             for answer in [*self.waiting, *self.answering]:
                 answer.say(CLOSED)
             self.waiting.clear()

@@ -2,7 +2,8 @@
 generates that it scores a batch and takes conversations a step further (`TakesSteps`).
 
 The runners are in runners.py; an engine of another make can stand behind these Protocols, or behind the methods of the
-replica (generation.py), where it has a loop of its own. All methods are called by one thread.
+replica (generation.py), where it has a loop of its own. All methods are called by one thread, but for `embed` of a
+runner that is `concurrent`: that has one of its own.
 
 B items, D width, V tokens of the vocabulary.
 """
@@ -45,6 +46,11 @@ class OpenConversation:
 
 class EmbedsBatches(Protocol):
     """Runs a model that embeds (`Embeds` of vladva/models/interface.py): all do."""
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether it may embed while another thread answers and scores with the same model."""
+        ...
 
     def embed(self, items: Sequence[Encoded]) -> "np.ndarray":
         """Unit vectors [B, D], float32, adapter on."""

@@ -49,6 +49,8 @@ def tokens_that_end(embedder: "Embeds") -> set[int]:
 class EmbeddingRunner:
     """The half of a runner that embeds."""
 
+    concurrent = False  # the adapter is switched on and off
+
     def __init__(self, embedder: "Embedder") -> None:
         self.embedder = embedder
         self.model = embedder.model
@@ -68,6 +70,8 @@ class EmbeddingRunner:
 
 class PackedRunner(EmbeddingRunner):
     """Runs both modes on packed tokens."""
+
+    concurrent = True  # nothing is switched, and nothing written but the cache, which embedding does not touch
 
     def __init__(self, embedder: "Embedder") -> None:
         super().__init__(embedder)
@@ -188,6 +192,8 @@ class PlainRunner(EmbeddingRunner):
 
 class DualEncoderRunner:
     """Runs a model that has a tower for texts and one for images, which only embeds."""
+
+    concurrent = False  # there is nothing else to do
 
     def __init__(self, embedder: "Embeds") -> None:
         """Raises ValueError for a model that gives an image several vectors, which no reply and no index holds."""

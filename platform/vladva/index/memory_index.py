@@ -59,7 +59,8 @@ class MemoryIndex:
         return cls(
             matrix_ND=matrix_ND,
             lists=None if centroids_PD is None or not len(matrix_ND) else inverted_lists(matrix_ND, centroids_PD),
-            carried=pa.concat_tables(carried),
+            # Of many chunks, taking a few rows would look at them all.
+            carried=pa.concat_tables(carried).combine_chunks(),
             ids_N=ids_N[row_of_id],
             row_of_id=row_of_id,
         )

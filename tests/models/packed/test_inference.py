@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.support import families
 from tests.support.packed_inputs import FAST, TEXTS, inputs, load
 from vladva.models.packed import inference
 from vladva.models.packed.clip_tower import PackedTower
-from vladva.models.packed.cpu_linear import in_threads, joined_linear, linear_residual
+from vladva.models.packed.cpu_linear import in_threads, joined_linear, linear_residual, use_cores
 from vladva.models.packed.inference import PackedInference, embedding_forward
 from vladva.models.packed.packing import groups, pack, round_up
 from vladva.models.packed.row_linear import RowLinear, SharedLayer
@@ -129,6 +130,23 @@ def test_tasks_share_the_threads_that_there_are_and_their_results_are_in_order()
     assert torch.get_num_threads() == 4
     torch.set_num_threads(threads)
     assert here == [[(0, 4)], [(0, 2), (1, 2)], [(task, 1) for task in range(9)]]
+
+
+def test_a_thread_computes_on_the_cores_that_it_may_use() -> None:
+    """And other threads on all of theirs."""
+    threads = torch.get_num_threads()
+    found: list[list[Any]] = []
+
+    def here() -> None:
+        use_cores(1)
+        found.append(in_threads(lambda task: torch.get_num_threads(), [0, 1], 4))
+
+    one = threading.Thread(target=here)
+    one.start()
+    one.join()
+    found.append(in_threads(lambda task: torch.get_num_threads(), [0, 1], 4))
+    torch.set_num_threads(threads)
+    assert found == [[1, 1], [2, 2]]
 
 
 def test_a_family_that_is_not_known_takes_the_plain_forward(tmp_path: Path) -> None:

@@ -109,11 +109,17 @@ class Recorded:
         self.batches: list[list[Encoded]] = []
         self.steps: list[list[tuple[OpenConversation, int]]] = []
         self.asked = 0  # batches that were begun
+        self.cores: dict[str, list[int]] = {"embed": [], "step": []}  # that each forward had
         self.go = threading.Event()
         self.go.set()
 
+    @property
+    def concurrent(self) -> bool:
+        return self.runner.concurrent
+
     def embed(self, items: Sequence[Encoded]) -> np.ndarray:
         self.asked += 1
+        self.cores["embed"].append(torch.get_num_threads())
         self.go.wait(30)
         self.batches.append(list(items))
         return self.runner.embed(items)
@@ -128,7 +134,7 @@ class Recorded:
         return self.runner.begin(encoded, tokens, adapter=adapter)
 
     def step(self, parts: Sequence[tuple[OpenConversation, int]]) -> list[torch.Tensor | None]:
-        self.go.wait(30)
+        self.cores["step"].append(torch.get_num_threads())
         self.steps.append([(progress, progress.unread) for progress, _ in parts])
         if any(progress.encoded.cost < 0 for progress, _ in parts):
             raise RuntimeError("a conversation that breaks every forward that it is in")
@@ -138,7 +144,7 @@ class Recorded:
         self.runner.end(progress)
 
 
-def engine_of(embedder: Embedder, runner: BothModes, limits: EngineLimits = LIMITS) -> ModelEngine:
+def engine_of(embedder: Embedder, runner: BothModes, limits: EngineLimits = LIMITS, cores: int = 1) -> ModelEngine:
     """An engine on a runner; items are scored by the logit of token 7."""
     tokenizer = embedder.preprocessor.tokenizer
     return ModelEngine(
@@ -148,6 +154,7 @@ def engine_of(embedder: Embedder, runner: BothModes, limits: EngineLimits = LIMI
         ends=ends_of(embedder),
         text=lambda stop: AnswerText(tokenizer, stop),
         score=lambda logits: logits[:, 7].tolist(),
+        cores=cores,
     )
 
 
@@ -165,9 +172,10 @@ def recorded(embedder: Embedder) -> Recorded:
     return Recorded(PackedRunner(embedder))
 
 
-@pytest.fixture
-def engine(embedder: Embedder, recorded: Recorded) -> Iterator[ModelEngine]:
-    engine = engine_of(embedder, recorded)
+@pytest.fixture(params=[1, 2], ids=["one core", "two cores"])
+def engine(embedder: Embedder, recorded: Recorded, request: pytest.FixtureRequest) -> Iterator[ModelEngine]:
+    """With one thread for all work, and with one for items to embed and one for the rest."""
+    engine = engine_of(embedder, recorded, cores=request.param)
     yield engine
     engine.close()
     assert not engine.answering
@@ -346,6 +354,63 @@ def test_what_does_not_fit_is_first_in_the_next_batch_and_small_requests_pass_la
     assert second == [large[0]]  # 900, and 1,500 do not fit into 2,000
     assert third[:2] == [wide, small]
     assert sum(len(batch) for batch in recorded.batches) == 8
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_on_two_cores_answers_go_on_while_a_batch_is_computed(
+    embedder: Embedder, recorded: Recorded, cores: int
+) -> None:
+    """On one they wait for it. Each kind of work has both cores while there is no other."""
+    engine = engine_of(embedder, recorded, cores=cores)
+    item = text_item(embedder, "a")
+
+    async def work() -> bool:
+        await engine.items(engine.embeddings, [item], 60)
+        await answered(engine, prompt(embedder, 2), TokenSampling(3))
+        recorded.go.clear()
+        embedding = asyncio.create_task(engine.items(engine.embeddings, [item], 60))
+        await until(lambda: recorded.asked == 2)
+        answer = asyncio.create_task(answered(engine, prompt(embedder, 2), TokenSampling(8)))
+        done, _ = await asyncio.wait({answer}, timeout=30 if cores == 2 else 0.5)
+        assert not embedding.done()
+        # What comes meanwhile shares the cores with the answers.
+        long = asyncio.create_task(answered(engine, prompt(embedder, 2), endless(0)))
+        await until(lambda: cores == 1 or len(engine.answering) == 1)
+        recorded.go.set()
+        await engine.items(engine.embeddings, [item], 60)
+        long.cancel()
+        said = await answer
+        assert isinstance(said, Said)
+        assert said.tokens == 8
+        await embedding
+        return bool(done)
+
+    engine.ends = set()
+    try:
+        assert run(work()) is (cores == 2)
+    finally:
+        engine.close()
+    assert recorded.cores["embed"][0] == recorded.cores["step"][0] == cores
+    assert recorded.cores["embed"][-1] == 1
+    if cores == 2:
+        assert 1 in recorded.cores["step"]
+    assert 0 < engine.counters.busy_s
+
+
+def test_the_time_at_work_is_counted_once(embedder: Embedder, recorded: Recorded) -> None:
+    """However many threads are at work in it."""
+    engine = engine_of(embedder, recorded, cores=2)
+
+    async def work() -> float:
+        began = time.monotonic()
+        embed = [engine.items(engine.embeddings, [text_item(embedder, f"{n}")] * 20, 60) for n in range(5)]
+        await asyncio.gather(answered(engine, prompt(embedder, 2), endless(0, 60)), *embed)
+        return time.monotonic() - began
+
+    engine.ends = set()
+    whole = run(work())
+    engine.close()
+    assert 0.5 * whole < engine.counters.busy_s <= whole
 
 
 def test_a_cancelled_request_is_not_computed(embedder: Embedder, engine: ModelEngine, recorded: Recorded) -> None:

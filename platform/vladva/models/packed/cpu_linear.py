@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -102,8 +103,19 @@ def concat_bias(*linears: LinearLayer, scale: float = 1.0) -> torch.Tensor | Non
 # --------------------------------------------------------------------------------------------------- threads, memory
 
 
+_here = threading.local()
+
+
+def use_cores(cores: int) -> None:
+    """From now on the calling thread computes on so many of the process's cores."""
+    _here.cores = cores
+    if torch.get_num_threads() != cores:
+        torch.set_num_threads(cores)
+
+
 def in_threads(function: Callable[[Any], Any], tasks: list[Any], threads: int) -> list[Any]:
-    """`function` of each task, without gradients, in so many threads; few tasks share these."""
+    """`function` of each task, without gradients, in so many threads, or what `use_cores` allows; few tasks share."""
+    threads = min(threads, getattr(_here, "cores", threads))
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     workers = min(threads, len(tasks))
