@@ -18,6 +18,7 @@ import torch
 
 from serve.deployments.runner import EmbedsBatches, Encoded, OpenConversation, TakesSteps
 from vladva.models.batch import Pixels, as_tensors
+from vladva.models.packed.cpu_linear import close_weight_files, give_back_freed_memory
 from vladva.models.packed.generation import PackedGeneration, Prompt
 from vladva.models.packed.inference import PackedInference, packed_unsupported
 from vladva.models.packed.kv_cache import Slot, slot_capacity
@@ -76,8 +77,10 @@ class PackedRunner(EmbeddingRunner):
     def __init__(self, embedder: "Embedder") -> None:
         super().__init__(embedder)
         # The weights are kept once, in the layout in which they are used.
+        close_weight_files(embedder.model)
         self.decoder = SharedDecoder(embedder.model, keep_plain=False)
         self.inference = PackedInference(embedder.model, self.decoder)
+        give_back_freed_memory()
 
     @cached_property
     def generation(self) -> PackedGeneration:

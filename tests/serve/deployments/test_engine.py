@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -24,8 +26,6 @@ from tests.support.wire import noise_image
 from vladva.models.generation import AnswerText, choose_token
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from vladva.models.embedder import Embedder
 
 T = TypeVar("T")
@@ -394,7 +394,7 @@ def test_on_two_cores_answers_go_on_while_a_batch_is_computed(
     assert recorded.cores["embed"][-1] == 1
     if cores == 2:
         assert 1 in recorded.cores["step"]
-    assert 0 < engine.counters.busy_s
+    assert engine.counters.busy_s > 0
 
 
 def test_the_time_at_work_is_counted_once(embedder: Embedder, recorded: Recorded) -> None:
@@ -567,3 +567,28 @@ def test_an_engine_that_breaks_down_fails_what_waits(embedder: Embedder, recorde
     assert failed.status == 503
     assert isinstance(engine.broken, SystemExit)
     assert engine.refusal(engine.embeddings, 1, 1).status == 503
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at the process's mappings")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_runner_lets_go_of_the_files_that_the_weights_came_from(dtype: str, tmp_path: Path) -> None:
+    """A mapped file takes memory for all that was read of it, until no tensor lies in it: weights would count twice."""
+    from vladva.models.embedder import Embedder, load_embedder
+
+    folder = families.build("llava", tmp_path)
+    if dtype == "bfloat16":
+        load_embedder(folder, dtype=dtype).model.base.save_pretrained(folder)
+    expected = load_embedder(folder, dtype=dtype).embed_texts(["a red circle"])
+    embedder = load_embedder(folder, dtype=dtype)
+    assert isinstance(embedder, Embedder)
+    maps = Path("/proc/self/maps")
+    assert folder in maps.read_text()  # as it is loaded
+    gc.collect()  # the other model
+    runner = PackedRunner(embedder)
+    assert folder not in maps.read_text()
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    np.testing.assert_allclose(runner.embed([text_item(embedder, "a red circle")]), expected, atol=tolerance)
+    engine = engine_of(embedder, runner)
+    said = run(answered(engine, prompt(embedder, 1), TokenSampling(4)))
+    engine.close()
+    assert isinstance(said, Said)

@@ -13,15 +13,28 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vladva.models.packed.cpu_linear import CPU_TOKENS, in_threads, joined_linear, linear_residual, mlp_residual
+from vladva.models.packed.cpu_linear import (
+    CPU_TOKENS,
+    free_plain,
+    in_threads,
+    joined_linear,
+    linear_residual,
+    mlp_residual,
+)
 
 
-def with_packed_clip_tower(model: Any) -> Any:
-    """A view of a LLaVA with a packed vision tower; it shares every weight with the original."""
+def with_packed_clip_tower(model: Any, *, keep_plain: bool = True) -> Any:
+    """A view of a LLaVA with a packed vision tower; it shares every weight with the original.
+
+    keep_plain: whether the original still has the weights that are kept in another layout here.
+    """
     asked = model.config.vision_feature_layer
     view = copy.copy(model)
     view._modules = dict(model._modules)
     view.vision_tower = PackedTower(model.vision_tower, [asked] if isinstance(asked, int) else asked)
+    if not keep_plain:
+        for layer in view.vision_tower.layers:
+            free_plain(*layer.linears)
     return view
 
 
@@ -61,8 +74,10 @@ class PackedTowerLayer:
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        self.linears = (*projections, attention.out_proj, mlp.fc1, mlp.fc2)
         self.before, self.after, self.heads = layer.layer_norm1, layer.layer_norm2, attention.num_heads
-        self.project = joined_linear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.project = joined_linear(*projections)
         self.output = linear_residual(attention.out_proj)
         self.mlp = mlp_residual(mlp.fc1, mlp.fc2, mlp.config.hidden_act, mlp.activation_fn)
 

@@ -93,6 +93,13 @@ def prepack(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), CPU_TOKENS)
 
 
+def free_plain(*linears: LinearLayer) -> None:
+    """Free the plain weights of layers that are kept in oneDNN's layout: the modules cannot be called any more."""
+    if can_prepack(*linears):
+        for linear in linears:
+            linear.weight.data = linear.weight.data.new_empty(0)
+
+
 def concat_bias(*linears: LinearLayer, scale: float = 1.0) -> torch.Tensor | None:
     """The biases side by side."""
     biases = [linear.bias for linear in linears if linear.bias is not None]
@@ -137,6 +144,23 @@ def in_threads(function: Callable[[Any], Any], tasks: list[Any], threads: int) -
 def linear_threads(threads: int) -> ThreadPoolExecutor:
     """The process's threads for `in_threads`."""
     return ThreadPoolExecutor(threads, "vladva-linear")
+
+
+def close_weight_files(model: nn.Module) -> None:
+    """Copy the weights of a model on a CPU out of the files that are mapped.
+
+    A mapping ends with the last tensor in it, and until then takes memory for all that was read of it: freeing some of
+    the tensors, because they are kept in another layout, would free nothing.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
+def give_back_freed_memory() -> None:
+    """Have glibc give what is free to the system: packing weights leaves some."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_freed_memory() -> None:

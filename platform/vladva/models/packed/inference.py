@@ -70,7 +70,7 @@ class PackedInference:
         """`decoder`: the weights of the same model, where others use them too."""
         self.model = model
         self.language: Decoder = model.base.model.language_model
-        self.vision = with_packed_tower(model.base.model)
+        self.vision = with_packed_tower(model.base.model, keep_plain=decoder is None or decoder.keep_plain)
         self.threads = torch.get_num_threads()  # now: it is each thread's own, and that of a new one may be any
         if model.pixel_mean.device.type == "cpu":
             keep_freed_memory()

@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn import functional
 
-from vladva.models.packed.cpu_linear import can_prepack, concat_bias, prepack, rms_normalize
+from vladva.models.packed.cpu_linear import can_prepack, concat_bias, free_plain, prepack, rms_normalize
 
 if TYPE_CHECKING:
     from vladva.models.embedding_model import EmbeddingModel
@@ -63,12 +63,6 @@ class RowLinear:
             self.lora.down = whole[sum(sizes) :]
             self.weight_and_down = whole
             self.long_bias = None if self.bias is None else functional.pad(self.bias, (0, len(self.lora.down)))
-
-    def free_plain(self) -> None:
-        """Free the plain weights that are kept in another layout."""
-        if self.prepacked is not None:
-            for base in self.bases:
-                base.weight.data = base.weight.data.new_empty(0)
 
     def __call__(self, x: Tensor, adapter: AdapterRows) -> Tensor:
         """The outputs [N, E]."""
@@ -240,7 +234,7 @@ class SharedLayer:
             linears = (self.query, self.projections, self.output, *self.mlp.inner, self.mlp.down)
             for linear in linears:
                 if linear is not None:
-                    linear.free_plain()
+                    free_plain(*linear.bases)
 
     def key_value(self, hidden_ND: Tensor, adapter: AdapterRows) -> Tensor:
         """Keys and values side by side [N, 2K * d], of a layer whose queries are apart."""

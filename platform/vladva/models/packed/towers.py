@@ -13,10 +13,13 @@ from vladva.models.packed.qwen_tower import PackedQwenTower, is_qwen_tower, with
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a Hugging Face model; the others are of images
 
 
-def with_packed_tower(model: Any) -> Any:
-    """A view of a model of transformers with a packed vision tower; one with another kind of tower as it is."""
+def with_packed_tower(model: Any, *, keep_plain: bool = True) -> Any:
+    """A view of a model of transformers with a packed vision tower; one with another kind of tower as it is.
+
+    keep_plain: whether the model still has the weights that the view keeps in another layout.
+    """
     if model.config.vision_config.model_type == "clip_vision_model":
-        return with_packed_clip_tower(model)
+        return with_packed_clip_tower(model, keep_plain=keep_plain)
     return with_packed_qwen_tower(model) if is_qwen_tower(model) else model
 
 
