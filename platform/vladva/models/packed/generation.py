@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from vladva.models.batch import Pixels
     from vladva.models.embedding_model import EmbeddingModel
 
+SMALL_STEP = 16  # tokens: so few wait for the weights, and one more costs nothing
+
 
 @dataclass(eq=False)
 class Chunk:
@@ -213,7 +215,7 @@ class Step:
         for i in order:
             starts[i] = total
             total += len(chunks[i].ids)
-        filled = round_up(total) - total  # a CPU's products are compiled for every size that they meet
+        filled = step_size(total) - total
         ids = torch.tensor([token for i in order for token in chunks[i].ids] + [0] * filled, device=device)
         positions = torch.cat([chunks[i].positions for i in order], dim=1).to(device)
         positions = torch.nn.functional.pad(positions, (0, filled))
@@ -236,6 +238,11 @@ class Step:
             single=singles(chunks, order, device),
             several=[several(chunks[i], starts[i], device) for i in order if len(chunks[i].ids) > 1],
         )
+
+
+def step_size(tokens: int) -> int:
+    """Tokens to fill a step up to: a CPU's products are compiled for every size that they meet, half a MiB for each."""
+    return 1 << (tokens - 1).bit_length() if tokens <= SMALL_STEP else round_up(tokens)
 
 
 def singles(chunks: Sequence[Chunk], order: Sequence[int], device: torch.device) -> list[SingleTokens]:
