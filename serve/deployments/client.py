@@ -3,6 +3,8 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -13,6 +15,7 @@ from ray.serve.schema import DeploymentStatus
 
 from serve.config import ServeArgs
 from serve.deployments.embedding import ItemEmbedding
+from serve.deployments.full_replicas import FullReplicas
 from serve.deployments.generation import Conversation, Judged, Sampling, Started, WholeAnswer
 from serve.deployments.served_models import Served, described_by_files
 from serve.protocol.errors import REPLICA_OUTDATED, ApiError, Failure
@@ -23,6 +26,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 3.0  # between them
 DESCRIBE_S = 30.0
 DESCRIBED_S = 5.0  # how long an answer is believed: an update may bring another model
 OUTDATED_WAIT_S = 1.0
+RUNNING = "RUNNING"  # the state of a replica that answers
 STATUS_S = 5.0  # for Serve's controller to say who is asleep
 OVERLOADED = (429, "the queue is full; try again later", "overloaded")
 REPLICA_UNAVAILABLE = (503, "the deployment is not available at the moment; try again later", "unavailable")
@@ -108,6 +112,12 @@ def again_in(attempt: int) -> float:
     return min(FIRST_WAIT_S * 2**attempt, LONGEST_WAIT_S)
 
 
+def running_replicas(deployment: str, application: str) -> int:
+    """How many replicas a deployment has."""
+    states = serve.status().applications[application].deployments[deployment].replica_states
+    return sum(count for state, count in states.items() if state == RUNNING)
+
+
 async def sleeping() -> set[str]:
     """The deployments of this application that have been scaled to zero, and are well; none where nobody can say."""
     name = serve.get_replica_context().app_name
@@ -135,6 +145,11 @@ class Backend:
         self.created = created
         self.discriminative = discriminative
         self.generative = generative
+        name = serve.get_replica_context().app_name
+        self.embedding_full, self.answering_full = (
+            FullReplicas(partial(running_replicas, handle.deployment_name, name))
+            for handle in (discriminative, generative)
+        )
         self._served: Served | None = None
         self._asked = 0.0
         self._asking: asyncio.Task[Served] | None = None
@@ -186,20 +201,32 @@ class Backend:
     async def embed(self, items: Sequence[EmbedItem | Failure], fields: Sequence[str]) -> list[ItemEmbedding | Failure]:
         """Embeddings in order, with a `Failure` in the place of a bad item; `fields` name the items in its message."""
         good = [item for item in items if isinstance(item, EmbedItem)]
-        embedded = iter(await self.call("embed", good) if good else [])
+        try:
+            embedded = iter(await self.call("embed", good) if good else [])
+        except ApiError as error:
+            raise ApiError.of(self.embedding_full.told(error.failure)) from None
         results = []
         for item, field in zip(items, fields, strict=True):
             result = item if isinstance(item, Failure) else next(embedded)
             results.append(result.with_param(field) if isinstance(result, Failure) and item is not result else result)
         return results
 
-    def answer(self, conversation: Conversation, sampling: Sampling) -> AsyncGenerator[Any, None]:
+    async def answer(self, conversation: Conversation, sampling: Sampling) -> AsyncGenerator[Any, None]:
         """`Started`, pieces of text, `Finished`; or a `Failure` and nothing else."""
-        return stream(self.generative.answer, conversation, sampling, deadline_s=self.args.deadline_s)
+        events = stream(self.generative.answer, conversation, sampling, deadline_s=self.args.deadline_s)
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    yield event
+        except ApiError as error:
+            raise ApiError.of(self.answering_full.told(error.failure)) from None
 
     async def whole_answer(self, conversation: Conversation, sampling: Sampling) -> WholeAnswer:
         """The answer at once; tried again on another replica where one dies."""
-        return await call(self.generative.whole_answer, conversation, sampling, deadline_s=self.args.deadline_s)
+        try:
+            return await call(self.generative.whole_answer, conversation, sampling, deadline_s=self.args.deadline_s)
+        except ApiError as error:
+            raise ApiError.of(self.answering_full.told(error.failure)) from None
 
     async def judge(self, queries: list[EmbedItem], documents: list[EmbedItem]) -> list[Judged | Failure]:
         """By the generator, how probably each document matches its query, or the one there is."""

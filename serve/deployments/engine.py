@@ -26,10 +26,11 @@ import math
 import os
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from serve.deployments.batch_times import BatchTimes
@@ -171,6 +172,7 @@ class ItemQueue:
     times: BatchTimes = field(default_factory=BatchTimes)
     held: set[Held] = field(default_factory=set)  # accepted, not finished
     last_done: float = 0.0
+    next_done: float = 0.0  # when the batch that is computed is expected to be done: until then nothing gets shorter
 
     @property
     def cost(self) -> int:
@@ -225,6 +227,7 @@ class ModelEngine:
 
         self.generation, self.limits, self.ends, self.text, self.device = generation, limits, ends, text, device
         self.cores = cores or torch.get_num_threads()
+        self.name = uuid.uuid4().hex
         self.embeddings = ItemQueue(embedding.embed)
         self.scores = ItemQueue(lambda items: score(self.stepped.next_token_logits(items)))
         self.waiting: deque[AnswerJob] = deque()
@@ -261,7 +264,8 @@ class ModelEngine:
 
     def refusal(self, queue: ItemQueue, cost: int, items: int) -> Failure | None:
         """Why so many items that cost so much cannot be taken on, or None where they can."""
-        return self.refuse(cost, queue.cost, self.wait_s(queue, items))
+        refusal = self.refuse(cost, queue.cost, self.wait_s(queue, items))
+        return refusal and self.for_everybody(refusal, self.wait_s(queue), queue.next_done - time.monotonic())
 
     def wait_s(self, queue: ItemQueue, items: int = 1) -> float:
         """How long so many items that arrive now are expected to wait for others."""
@@ -274,13 +278,22 @@ class ModelEngine:
 
     def answer_refusal(self, tokens: int) -> Failure | None:
         """Why a conversation of so many tokens, answer included, cannot be taken on, or None where it can."""
-        return self.refuse(tokens, self.answer_tokens, self.answer_wait_s())
+        wait_s = self.answer_wait_s()
+        refusal = self.refuse(tokens, self.answer_tokens, wait_s)
+        return refusal and self.for_everybody(refusal, wait_s)
 
     def refuse(self, cost: int, held: int, wait_s: float) -> Failure | None:
         """Why work cannot be taken on beside `held` tokens, `wait_s` of which come first."""
         refusal = CLOSED if self.closed else self.limits.refusal(cost, held, wait_s)
         self.counters.refused += refusal is not None and refusal.status == 429
         return refusal
+
+    def for_everybody(self, refusal: Failure, least_wait_s: float, unchanged_s: float = 0.0) -> Failure:
+        """A refusal that says for how long anybody would be refused, where even the least would wait for too long."""
+        too_long_s = least_wait_s - self.limits.queue_s
+        if refusal.status != 429 or too_long_s <= 0:
+            return refusal
+        return replace(refusal, full_s=max(too_long_s, unchanged_s), full_by=self.name)
 
     def answer_wait_s(self) -> float:
         """How long a conversation that arrives now is expected to wait for a place."""
@@ -552,9 +565,10 @@ class ModelEngine:
         if not batch:
             return
         items = [item for _, _, item in batch]
+        cost = sum(item.cost for item in items)
+        queue.next_done = time.monotonic() + queue.times.of_batch(cost)
         results = self.results(queue, items)
         now = time.monotonic()
-        cost = sum(item.cost for item in items)
         began = max(queue.last_done, min(job.arrived for job, _, _ in batch))
         queue.times.record(cost, now - began)
         queue.last_done = now

@@ -29,6 +29,7 @@ TYPES = {
     429: "rate_limit_error",
 }
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
+FULL_HEADER = "x-vladva-full-s"  # to the proxy: refuse what comes to this path by yourself, for so many seconds
 SHOWN_CHARACTERS = 500  # of a message: a client's own field names and model names may be of any length
 
 
@@ -58,7 +59,8 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 class Failure:
     """Why a request, or one item of it, is not answered: HTTP status, text for people, code for programs, field.
 
-    `retry_after`: seconds after which it may be sent again, where more is known than that it may be soon.
+    `retry_after`: seconds after which it may be sent again, where more is known than that it may be soon. `full_s`: for
+    how long anybody would be refused, whatever he asked for, by the engine `full_by`.
     """
 
     status: int
@@ -66,6 +68,8 @@ class Failure:
     code: str
     param: str | None = None
     retry_after: int | None = None
+    full_s: float | None = None
+    full_by: str = ""
 
     def body(self) -> dict[str, Any]:
         """The value of `error` in the reply."""
@@ -108,7 +112,8 @@ REPLICA_OUTDATED = Failure(503, "the application is being updated; try again lat
 def reply(failure: Failure, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The HTTP reply for a refusal."""
     when = {} if failure.retry_after is None else {"Retry-After": str(failure.retry_after)}
-    every = {**HEADERS.get(failure.status, {}), **when, **(headers or {})}
+    full = {} if failure.full_s is None else {FULL_HEADER: f"{failure.full_s:.3f}"}
+    every = {**HEADERS.get(failure.status, {}), **when, **full, **(headers or {})}
     return JSONResponse({"error": failure.body()}, failure.status, headers=every)
 
 
