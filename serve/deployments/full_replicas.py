@@ -47,5 +47,6 @@ class FullReplicas:
             self.count = await asyncio.to_thread(self.running)
         except Exception:  # Serve's controller is being replaced
             self.count = None
-        self.counted = time.monotonic()
-        self.counting = None
+        finally:
+            self.counted = time.monotonic()
+            self.counting = None

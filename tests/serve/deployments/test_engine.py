@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -477,6 +477,26 @@ def test_a_queue_is_bounded_by_time_as_it_is_measured(embedder: Embedder, engine
             queue.times.record(2000, 1.0)  # ten times as fast now
         assert engine.refusal(queue, 1000, 100) is None
     assert engine.refusal(queue, LIMITS.queued_tokens + 1, 1).status == 413
+
+
+def test_a_refusal_says_for_how_long_anybody_would_be_refused(embedder: Embedder, engine: ModelEngine) -> None:
+    """Until the least would not wait too long, or the batch that is computed is done; nothing of the large alone."""
+    queue: ItemQueue = engine.embeddings
+    queue.times.record(2000, 10.0)
+    with queue.hold(8100, 81):
+        large = engine.refusal(queue, 1000, 100)
+        assert large is not None
+        assert (large.status, large.full_s) == (429, None)  # one item would come after one of the others
+    with ExitStack() as held:
+        for _ in range(8):
+            held.enter_context(queue.hold(1000, 1))
+        one = engine.refusal(queue, 100, 1)  # four batches: 40 s, 10 more than it may be
+        assert one is not None
+        assert (one.full_s, one.full_by) == (pytest.approx(10.0), engine.name)
+        queue.next_done = time.monotonic() + 12
+        one = engine.refusal(queue, 100, 1)
+        assert one is not None
+        assert one.full_s == pytest.approx(12.0, abs=0.5)
 
 
 def test_a_small_request_is_not_refused_for_a_large_one(embedder: Embedder, engine: ModelEngine) -> None:

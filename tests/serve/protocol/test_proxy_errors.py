@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from serve.protocol import bodies, proxy_errors
+from serve.protocol.errors import FULL_HEADER
 from serve.protocol.proxy_errors import OneShape
 
 
@@ -54,6 +55,74 @@ def ask(
 
 
 PLAIN, JSON = "text/plain", "application/json"
+
+
+class Ingress:
+    """What is behind the proxy: it answers 429, and says for how long anybody would be refused."""
+
+    def __init__(self, full_s: str | None) -> None:
+        self.full_s = full_s
+        self.asked = 0
+        self.proxy = OneShape(self)
+        self.counted: list[str] = []
+        self.proxy.full.count = self.counted.append  # type: ignore[method-assign]  # no Ray here
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.asked += 1
+        headers = [(b"content-type", b"application/json"), (b"retry-after", b"3")]
+        if self.full_s is not None:
+            headers.append((FULL_HEADER.encode(), self.full_s.encode()))
+        await send({"type": "http.response.start", "status": 429, "headers": headers})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def post(self, path: str = "/v1/embeddings", headers: Any = (), method: str = "POST") -> tuple[int, Any, Any]:
+        """(status, headers, body) of an answer."""
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"{}", "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await self.proxy({"type": "http", "method": method, "path": path, "headers": list(headers)}, receive, send)
+        return sent[0]["status"], dict(sent[0]["headers"]), json.loads(sent[1]["body"])
+
+
+def test_while_anybody_would_be_refused_nobody_is_asked() -> None:
+    """Only on that path, only what is posted, and not what a browser's page sends."""
+
+    async def work() -> None:
+        ingress = Ingress("0.2")
+        status, headers, _ = await ingress.post()
+        assert (status, ingress.asked) == (429, 1)
+        assert FULL_HEADER.encode() not in headers  # it is the proxy's own business
+        status, headers, body = await ingress.post()
+        assert (status, body["error"]["code"], headers[b"retry-after"]) == (429, "overloaded", b"1")
+        assert b"x-request-id" in headers
+        assert (ingress.asked, ingress.counted) == (1, ["/v1/embeddings"])
+        await ingress.post("/v2/embed")
+        await ingress.post(headers=[(b"origin", b"https://a.example")])
+        await ingress.post(method="GET")
+        assert (ingress.asked, len(ingress.counted)) == (4, 1)
+        await asyncio.sleep(0.25)
+        await ingress.post("/v1/embeddings")
+        assert (ingress.asked, len(ingress.counted)) == (5, 1)
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(("full_s", "path"), [(None, "/v1/embeddings"), ("5.0", "/v1/rerank")])
+def test_a_refusal_of_one_request_is_no_refusal_of_others(full_s: str | None, path: str) -> None:
+    """Which does not say so, or is of a path whose requests wait in different queues."""
+
+    async def work() -> int:
+        ingress = Ingress(full_s)
+        for _ in range(3):
+            await ingress.post(path)
+        return ingress.asked
+
+    assert asyncio.run(work()) == 3
 
 
 def test_a_request_whose_ingress_died_is_answered_by_another() -> None:
