@@ -432,7 +432,7 @@ class ModelEngine:
 
         lane.began = time.monotonic()
         if self.on_cpu:
-            busy = sum(other is lane or self.has_work(other) for other in self.lanes)
+            busy = sum(other.began is not None or self.has_work(other) for other in self.lanes)
             use_cores(max(1, self.cores // busy))
         self.drop(lane)
         if lane.answers:

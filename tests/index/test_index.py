@@ -565,6 +565,21 @@ def test_a_build_by_ray_workers_gives_the_same_answers(
     assert index.settings.partitions > 1
 
 
+def test_codes_of_few_rows_are_trained_by_one_worker(tmp_path: Path) -> None:
+    """Lance refuses to share less than it wants for a code book."""
+    vectors_ND = clustered(1500)
+    build_index(
+        write_table(tmp_path / "table", vectors_ND),
+        str(tmp_path / "index"),
+        index_type="IVF_PQ",
+        exact_below=1000,
+        workers=2,
+    )
+    index = open_index(str(tmp_path / "index"))
+    assert len(index.dataset.stats.index_stats(VECTORS)["segments"]) == 1
+    assert index.search(vectors_ND[7], 1)[0].columns["number"] == 7
+
+
 @pytest.mark.slow
 def test_an_index_in_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors_ND = clustered(1500)

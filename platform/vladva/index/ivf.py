@@ -14,6 +14,7 @@ IndexType = Literal["exact", "IVF_SQ", "IVF_HNSW_SQ", "IVF_PQ"]
 
 MEMORY_LIMIT = 2 << 30  # bytes of vectors up to which searches hold them in memory, and lists of a fourth as many
 ROWS_IN_MEMORY, ROWS_ON_DISK = 128, 256  # of a partition: from memory smaller ones cost nothing more, from disk a read
+PQ_ROWS = 65_536  # that the codes of product quantisation are trained on where several workers share them
 GRAPH_ROWS = 200_000  # of a partition that is searched by a graph (HNSW)
 VECTORS = "embedding_idx"  # name of the index
 
@@ -21,7 +22,7 @@ VECTORS = "embedding_idx"  # name of the index
 def partition(dataset: lance.LanceDataset, index_type: IndexType, workers: int) -> int:
     """Partition and quantise the vectors, with several workers on the cluster; returns the number of partitions.
 
-    Every worker leaves a segment with all partitions. They stay apart, because each quantises within the bounds of its
+    Fewer than PQ_ROWS for IVF_PQ are one worker's. Every worker leaves a segment with all partitions. They stay apart, because each quantises within the bounds of its
     own vectors, so a search looks into each: there should be few.
     """
     rows = GRAPH_ROWS if index_type == "IVF_HNSW_SQ" else ROWS_ON_DISK
@@ -29,6 +30,7 @@ def partition(dataset: lance.LanceDataset, index_type: IndexType, workers: int) 
         rows = ROWS_IN_MEMORY
     options: dict[str, Any] = {"metric": "cosine", "replace": True, "name": VECTORS}
     if index_type == "IVF_PQ":
+        workers = workers if dataset.count_rows() >= PQ_ROWS else 1
         options["num_sub_vectors"] = _sub_vectors(dataset.schema.field("embedding").type.list_size)
     if workers > 1:
         import lance_ray
