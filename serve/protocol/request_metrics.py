@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 LATENCY_BUCKETS_S = [0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120]
 
 # Name, description and labels of the counter of requests.
-REQUESTS = ("vladva_requests", "Requests by route, status and reason", ("route", "status", "code"))
+REQUEST_COUNTER = ("vladva_requests", "Requests by route, status and reason", ("route", "status", "code"))
 
 
 class RequestMetrics:
@@ -25,7 +25,7 @@ class RequestMetrics:
         self.app = app
         self.routes = {path for path in routes if "{" not in path}
         self.patterns = [(compile_path(path)[0], path) for path in routes if "{" in path]
-        self.requests = Counter(*REQUESTS)
+        self.requests = Counter(*REQUEST_COUNTER)
         self.seconds = Histogram("vladva_request_seconds", "Time to the whole answer", LATENCY_BUCKETS_S, ("route",))
         self.first_byte = Histogram(
             "vladva_first_byte_seconds", "Time to the answer's first byte", LATENCY_BUCKETS_S, ("route",)
