@@ -163,7 +163,7 @@ class AnswerJob:
     cancelled: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class ItemQueue:
     """Items of one kind, their batches' function, and how long batches took."""
 
@@ -244,7 +244,10 @@ class ModelEngine:
             self.lanes = [Lane([self.scores], answers=True), Lane([self.embeddings], answers=False)]
         else:
             self.lanes = [Lane([self.embeddings, self.scores], answers=True)]
-        self.threads = [threading.Thread(target=self.run, args=[lane], daemon=True) for lane in self.lanes]
+        self.threads = [
+            threading.Thread(target=self.run, args=[lane], name=f"vladva-engine-{number}", daemon=True)
+            for number, lane in enumerate(self.lanes)
+        ]
         for thread in self.threads:
             thread.start()
 
@@ -447,7 +450,7 @@ class ModelEngine:
             self.counters.busy_s += now - max(first, self.counted_until)
             self.counted_until = now
             self.counters.steps += 1
-        lane.began = None
+            lane.began = None
 
     def drop(self, lane: Lane) -> None:
         """Forget what is cancelled or late."""

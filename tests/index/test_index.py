@@ -265,8 +265,23 @@ def test_the_least_that_suffices_is_chosen() -> None:
     nprobes, candidates, found = cheapest_settings(195, (3, 10), recall, 0.9)
     assert (nprobes, candidates) == (next(step for step in steps if step >= 36), 10)
     assert found.recall >= 0.9
-    assert len(tried) < 8
+    assert len(tried) < 12
+    assert max(tried)[0] <= 4 * nprobes  # nobody looks through all 195 to learn that 39 are enough
     assert cheapest_settings(195, (3, 5), recall, 0.9)[:2] == (195, 5)  # nothing suffices: the most there is
+
+
+@pytest.mark.parametrize(("three_need", "chosen"), [(30, (30, 3)), (100, (12, 10))])
+def test_fewer_candidates_are_taken_where_they_need_few_more_partitions(
+    three_need: int, chosen: tuple[int, int]
+) -> None:
+    """Ten candidates need 12 partitions; three are worth 30, and not 100."""
+    need = {3: three_need, 10: 12}
+
+    def recall(nprobes: int, candidates: int) -> RecallEstimate:
+        return RecallEstimate(1.0 if nprobes >= need[candidates] else 0.5, 0.0, 1.0, 2.0)
+
+    nprobes, candidates, _ = cheapest_settings(195, (3, 10), recall, 0.9)
+    assert (nprobes, candidates) == (next(step for step in nprobes_grid(195) if step >= chosen[0]), chosen[1])
 
 
 @pytest.mark.slow

@@ -22,8 +22,8 @@ VECTORS = "embedding_idx"  # name of the index
 def partition(dataset: lance.LanceDataset, index_type: IndexType, workers: int) -> int:
     """Partition and quantise the vectors, with several workers on the cluster; returns the number of partitions.
 
-    Fewer than PQ_ROWS for IVF_PQ are one worker's. Every worker leaves a segment with all partitions. They stay apart, because each quantises within the bounds of its
-    own vectors, so a search looks into each: there should be few.
+    Fewer rows than PQ_ROWS are one worker's for IVF_PQ. Every worker leaves a segment with all partitions. They stay
+    apart, because each quantises within the bounds of its own vectors, so a search looks into each: there should be few.
     """
     rows = GRAPH_ROWS if index_type == "IVF_HNSW_SQ" else ROWS_ON_DISK
     if index_type == "IVF_SQ" and workers == 1 and fits_memory(dataset):

@@ -32,6 +32,9 @@ NUM_QUERIES = 200  # of each kind
 # Tried in this order until recall suffices: `refine_factor`, or of graphs `ef` (see SearchSettings).
 CANDIDATES_GRID = {"IVF_SQ": (3, 10), "IVF_PQ": (10, 30, 100), "IVF_HNSW_SQ": (64, 128, 256, 512)}
 
+WIDER = 4  # times as many partitions may fewer candidates take: beyond that more candidates are cheaper
+STRIDE = 6  # steps of the grid of partitions at once, until there are enough: three times as many
+
 
 @dataclass(frozen=True)
 class Queries:
@@ -124,26 +127,41 @@ def nprobes_grid(partitions: int) -> list[int]:
 def cheapest_settings(
     partitions: int, candidates_grid: Sequence[int], try_out: Callable[[int, int], RecallEstimate], target: float
 ) -> tuple[int, int, RecallEstimate]:
-    """(nprobes, candidates, measured) that find enough, with the fewest candidates, then the fewest partitions.
+    """(nprobes, candidates, measured) that find enough: few candidates, and few partitions to find them in.
 
-    Enough is what the lower bound says. Recall grows with both, so halving finds the step. Where nothing is enough, the
-    most that there is.
+    Enough is what the lower bound says. Recall grows with both. The fewest partitions that are enough with the most
+    candidates are looked for from below, because a search of all partitions of a large index takes seconds; fewer
+    candidates are taken where they need no more than WIDER times as many. Where nothing is enough, the most there is.
     """
     steps = nprobes_grid(partitions)
-    for candidates in candidates_grid:
-        best = try_out(steps[-1], candidates)
-        if best.lower_bound < target and candidates != candidates_grid[-1]:
-            continue
-        low, high = 0, len(steps) - 1
-        while low < high and best.lower_bound >= target:
+    most = candidates_grid[-1]
+
+    def fewest(candidates: int, low: int, high: int, best: RecallEstimate) -> tuple[int, RecallEstimate]:
+        """The first of the steps from `low` to `high` that is enough; `best` is what `high` has been found to be."""
+        while low < high:
             middle = (low + high) // 2
             tried = try_out(steps[middle], candidates)
             if tried.lower_bound >= target:
                 high, best = middle, tried
             else:
                 low = middle + 1
-        return steps[high], candidates, best
-    raise AssertionError("candidates_grid is empty")
+        return high, best
+
+    low, high = 0, 0
+    best = try_out(steps[high], most)
+    while best.lower_bound < target:
+        if high == len(steps) - 1:
+            return steps[high], most, best
+        low, high = high + 1, min(high + STRIDE, len(steps) - 1)
+        best = try_out(steps[high], most)
+    high, best = fewest(most, low, high, best)
+    widest = max(i for i, step in enumerate(steps) if step <= WIDER * steps[high])
+    for candidates in candidates_grid[:-1]:
+        tried = try_out(steps[widest], candidates)
+        if tried.lower_bound >= target:
+            place, tried = fewest(candidates, high, widest, tried)
+            return steps[place], candidates, tried
+    return steps[high], most, best
 
 
 def sample_dataset(dataset: lance.LanceDataset, seed: int = 0) -> list[Queries]:
