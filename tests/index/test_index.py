@@ -19,9 +19,9 @@ from vladva.core.hashing import digest
 from vladva.embed.table import read_embeddings
 from vladva.embed.table_parts import write_part
 from vladva.embed.table_writer import TableWriter
-from vladva.index import build, searcher
+from vladva.index import build, ivf, searcher
 from vladva.index.build import build_index
-from vladva.index.ivf import VECTORS
+from vladva.index.ivf import VECTORS, training_sample
 from vladva.index.memory_index import Effort, MemoryIndex
 from vladva.index.qdrant import fill
 from vladva.index.store import Hit, VectorStore
@@ -578,6 +578,33 @@ def test_a_build_by_ray_workers_gives_the_same_answers(
     index.optimize()
     assert index.num_rows == 3500
     assert index.settings.partitions > 1
+
+
+@pytest.mark.parametrize(
+    ("count", "dimension", "expected"),
+    [
+        (100, 512, (1, 256)),
+        (1_000_000, 512, (3906, 256)),  # a million rows, 2 GB
+        (10_000_000, 512, (39_062, 53)),  # two million rows, 4 GiB
+        (1_000_000_000, 4096, (8192, 32)),
+    ],
+)
+def test_what_centroids_are_learned_from_fits_memory(count: int, dimension: int, expected: tuple[int, int]) -> None:
+    partitions, per_centroid = training_sample(count, dimension, 256)
+    assert (partitions, per_centroid) == expected
+    assert 4 * dimension * partitions * per_centroid <= 4 << 30
+
+
+def test_an_index_learned_from_a_part_of_its_rows_finds_as_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three thousand, twelve hundred at a time."""
+    monkeypatch.setattr(ivf, "TRAINING_BYTES", 1200 * 4 * 32)
+    vectors_ND = clustered(3000)
+    table = write_table(tmp_path / "table", vectors_ND)
+    summary = build_index(table, str(tmp_path / "index"), exact_below=1000)
+    assert summary.settings.partitions > 1
+    assert summary.settings.recall_at_10 >= 0.98
 
 
 def test_codes_of_few_rows_are_trained_by_one_worker(tmp_path: Path) -> None:
