@@ -270,6 +270,21 @@ def test_the_least_that_suffices_is_chosen() -> None:
     assert cheapest_settings(195, (3, 5), recall, 0.9)[:2] == (195, 5)  # nothing suffices: the most there is
 
 
+def test_partitions_that_find_no_more_are_not_searched() -> None:
+    """What the codes cannot tell apart is not found in any number of partitions, and a large index has many."""
+    tried: list[int] = []
+
+    def recall(nprobes: int, candidates: int) -> RecallEstimate:
+        tried.append(nprobes)
+        found = tuple([min(nprobes / 50, 0.9)] * 100)
+        return RecallEstimate(found[0], 0.0, 1.0, 2.0, found)
+
+    nprobes, candidates, found = cheapest_settings(39_062, (10, 30), recall, 0.95)
+    assert (candidates, found.recall) == (30, 0.9)
+    assert 45 <= nprobes <= 45 * 3.5
+    assert max(tried) <= 45 * 3.5**2
+
+
 @pytest.mark.parametrize(("three_need", "chosen"), [(30, (30, 3)), (100, (12, 10))])
 def test_fewer_candidates_are_taken_where_they_need_few_more_partitions(
     three_need: int, chosen: tuple[int, int]

@@ -33,6 +33,7 @@ NUM_QUERIES = 200  # of each kind
 CANDIDATES_GRID = {"IVF_SQ": (3, 10), "IVF_PQ": (10, 30, 100), "IVF_HNSW_SQ": (64, 128, 256, 512)}
 
 WIDER = 4  # times as many partitions may fewer candidates take: beyond that more candidates are cheaper
+COMPARED, FLAT = 20, 0.002  # queries, and recall that is no more
 STRIDE = 6  # steps of the grid of partitions at once, until there are enough: three times as many
 
 
@@ -46,17 +47,23 @@ class Queries:
 
 @dataclass(frozen=True)
 class RecallEstimate:
-    """Recall at k with its standard error, and milliseconds per search."""
+    """Recall at k with its standard error, and milliseconds per search; `found`: the recall of each query asked."""
 
     recall: float
     error: float
     p50_ms: float
     p99_ms: float
+    found: tuple[float, ...] = ()
 
     @property
     def lower_bound(self) -> float:
         """What recall exceeds, the sample being one of many: two standard errors less than was measured."""
         return self.recall - 2 * self.error
+
+    def no_better_than(self, other: RecallEstimate) -> bool:
+        """Whether it finds no more for the queries that both asked, if these are enough to tell."""
+        both = min(len(self.found), len(other.found))
+        return both >= COMPARED and sum(self.found[:both]) - sum(other.found[:both]) < FLAT * both
 
 
 def best_scores(blocks: Iterable[tuple[np.ndarray, list[tuple[str, str]]]], queries: Queries, k: int) -> np.ndarray:
@@ -113,7 +120,8 @@ def measure_recall(
         if may_miss < 0:
             break
     error = float(np.std(found)) / math.sqrt(len(found))
-    return RecallEstimate(float(np.mean(found)), error, float(np.median(times)), float(np.percentile(times, 99)))
+    percentiles = float(np.median(times)), float(np.percentile(times, 99))
+    return RecallEstimate(float(np.mean(found)), error, *percentiles, tuple(found))
 
 
 def nprobes_grid(partitions: int) -> list[int]:
@@ -131,7 +139,8 @@ def cheapest_settings(
 
     Enough is what the lower bound says. Recall grows with both. The fewest partitions that are enough with the most
     candidates are looked for from below, because a search of all partitions of a large index takes seconds; fewer
-    candidates are taken where they need no more than WIDER times as many. Where nothing is enough, the most there is.
+    candidates are taken where they need no more than WIDER times as many. Where nothing is enough, the fewest
+    partitions of which three times as many find no more, or all.
     """
     steps = nprobes_grid(partitions)
     most = candidates_grid[-1]
@@ -152,8 +161,10 @@ def cheapest_settings(
     while best.lower_bound < target:
         if high == len(steps) - 1:
             return steps[high], most, best
-        low, high = high + 1, min(high + STRIDE, len(steps) - 1)
+        before, low, high = (high, best), high + 1, min(high + STRIDE, len(steps) - 1)
         best = try_out(steps[high], most)
+        if best.lower_bound < target and best.no_better_than(before[1]):
+            return steps[before[0]], most, before[1]
     high, best = fewest(most, low, high, best)
     widest = max(i for i, step in enumerate(steps) if step <= WIDER * steps[high])
     for candidates in candidates_grid[:-1]:
