@@ -25,7 +25,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from serve.protocol import bodies
 from serve.protocol.bodies import SlowBodies
 from serve.protocol.errors import FULL_HEADER, INTERNAL, Failure, reply
-from serve.protocol.request_metrics import REQUEST_COUNTER
+from serve.protocol.request_metrics import request_counter
 
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 ENVIRONMENT = {
@@ -169,10 +169,8 @@ class FullPaths:
 
     def count(self, path: str) -> None:
         """Count a refusal where the ingress counts its own."""
-        from ray.util.metrics import Counter
-
         if self.requests is None:
-            self.requests = Counter(*REQUEST_COUNTER)
+            self.requests = request_counter()
         self.requests.inc(1, {"route": path, "status": "429", "code": FAILURES[429].code})
 
 

@@ -6,26 +6,34 @@ They go to Ray's Prometheus endpoint, as those of Serve itself do; GET /metrics 
 import json
 import time
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+if TYPE_CHECKING:
+    from ray.util.metrics import Counter
+
 LATENCY_BUCKETS_S = [0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120]
 
-# Name, description and labels of the counter of requests.
-REQUEST_COUNTER = ("vladva_requests", "Requests by route, status and reason", ("route", "status", "code"))
+
+def request_counter() -> "Counter":
+    """Counts requests, in the ingress and where the proxy refuses by itself."""
+    from ray.util.metrics import Counter
+
+    return Counter("vladva_requests", "Requests by route, status and reason", ("route", "status", "code"))
 
 
 class RequestMetrics:
     """ASGI middleware: counts what passes. Paths that are no routes are one: `other`."""
 
     def __init__(self, app: ASGIApp, routes: Collection[str]) -> None:
-        from ray.util.metrics import Counter, Histogram
+        from ray.util.metrics import Histogram
 
         self.app = app
         self.routes = {path for path in routes if "{" not in path}
         self.patterns = [(compile_path(path)[0], path) for path in routes if "{" in path]
-        self.requests = Counter(*REQUEST_COUNTER)
+        self.requests = request_counter()
         self.seconds = Histogram("vladva_request_seconds", "Time to the whole answer", LATENCY_BUCKETS_S, ("route",))
         self.first_byte = Histogram(
             "vladva_first_byte_seconds", "Time to the answer's first byte", LATENCY_BUCKETS_S, ("route",)
