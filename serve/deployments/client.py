@@ -201,10 +201,8 @@ class Backend:
     async def embed(self, items: Sequence[EmbedItem | Failure], fields: Sequence[str]) -> list[ItemEmbedding | Failure]:
         """Embeddings in order, with a `Failure` in the place of a bad item; `fields` name the items in its message."""
         good = [item for item in items if isinstance(item, EmbedItem)]
-        try:
+        with self.embedding_full.listening():
             embedded = iter(await self.call("embed", good) if good else [])
-        except ApiError as error:
-            raise ApiError.of(self.embedding_full.told(error.failure)) from None
         results = []
         for item, field in zip(items, fields, strict=True):
             result = item if isinstance(item, Failure) else next(embedded)
@@ -214,19 +212,15 @@ class Backend:
     async def answer(self, conversation: Conversation, sampling: Sampling) -> AsyncGenerator[Any, None]:
         """`Started`, pieces of text, `Finished`; or a `Failure` and nothing else."""
         events = stream(self.generative.answer, conversation, sampling, deadline_s=self.args.deadline_s)
-        try:
+        with self.answering_full.listening():
             async with aclosing(events):
                 async for event in events:
                     yield event
-        except ApiError as error:
-            raise ApiError.of(self.answering_full.told(error.failure)) from None
 
     async def whole_answer(self, conversation: Conversation, sampling: Sampling) -> WholeAnswer:
         """The answer at once; tried again on another replica where one dies."""
-        try:
+        with self.answering_full.listening():
             return await call(self.generative.whole_answer, conversation, sampling, deadline_s=self.args.deadline_s)
-        except ApiError as error:
-            raise ApiError.of(self.answering_full.told(error.failure)) from None
 
     async def judge(self, queries: list[EmbedItem], documents: list[EmbedItem]) -> list[Judged | Failure]:
         """By the generator, how probably each document matches its query, or the one there is."""

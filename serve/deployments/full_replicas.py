@@ -6,10 +6,11 @@ said that it takes on nothing for a moment, Serve's proxy can refuse by itself u
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
-from serve.protocol.errors import Failure
+from serve.protocol.errors import ApiError, Failure
 
 COUNTED_S = 5.0  # how long a number of replicas is believed: autoscaling brings others
 LONGEST_S = 1.0  # for which anybody is refused unasked: what is expected of a queue may be wrong
@@ -27,6 +28,14 @@ class FullReplicas:
         self.count: int | None = None  # of replicas; None: not known
         self.counted = -COUNTED_S
         self.counting: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear what is refused while the block runs. Raises ApiError as the client is to be told."""
+        try:
+            yield
+        except ApiError as error:
+            raise ApiError.of(self.told(error.failure)) from None
 
     def told(self, refusal: Failure) -> Failure:
         """A refusal as it goes to the client: with `full_s` only where every replica is full for so long."""

@@ -83,8 +83,7 @@ class OneShape:
             return
         body = KeptBody(receive)
         if scope["method"] != "POST" or await body.arrives(bodies.SLOW_AFTER_S):
-            full = self.full.refusal(scope)
-            if full and body.complete:
+            if body.complete and (full := self.full.refusal(scope)):
                 await reply(full, {"x-request-id": request_id(scope)})(scope, receive, send)
             else:
                 await self.answered(scope, body, send)

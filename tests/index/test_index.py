@@ -615,6 +615,7 @@ def test_an_index_learned_from_a_part_of_its_rows_finds_as_much(
 ) -> None:
     """Of three thousand, twelve hundred at a time."""
     monkeypatch.setattr(ivf, "TRAINING_BYTES", 1200 * 4 * 32)
+    assert training_sample(3000, 32, ivf.ROWS_IN_MEMORY) == (23, 52)  # fewer than Lance's 256 for each centroid
     vectors_ND = clustered(3000)
     table = write_table(tmp_path / "table", vectors_ND)
     summary = build_index(table, str(tmp_path / "index"), exact_below=1000)

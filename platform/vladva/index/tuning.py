@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 ROUNDING = 1e-5  # between two ways to compute a cosine in float32
 TARGET_RECALL = 0.98
 NUM_QUERIES = 200  # of each kind
-# Tried in this order until recall suffices: `refine_factor`, or of graphs `ef` (see SearchSettings).
+# Of which the first that suffices in few partitions is taken: `refine_factor`, or of graphs `ef` (see SearchSettings).
 CANDIDATES_GRID = {"IVF_SQ": (3, 10), "IVF_PQ": (10, 30, 100), "IVF_HNSW_SQ": (64, 128, 256, 512)}
-
 WIDER = 4  # times as many partitions may fewer candidates take: beyond that more candidates are cheaper
 COMPARED, FLAT = 20, 0.002  # queries, and recall that is no more
 STRIDE = 6  # steps of the grid of partitions at once, until there are enough: three times as many

@@ -75,12 +75,15 @@ class Ingress:
         await send({"type": "http.response.start", "status": 429, "headers": headers})
         await send({"type": "http.response.body", "body": b"{}"})
 
-    async def post(self, path: str = "/v1/embeddings", headers: Any = (), method: str = "POST") -> tuple[int, Any, Any]:
-        """(status, headers, body) of an answer."""
+    async def post(
+        self, path: str = "/v1/embeddings", headers: Any = (), method: str = "POST", *, more: bool = False
+    ) -> tuple[int, Any, Any]:
+        """(status, headers, body) of an answer; with `more` to a body of which only much is there."""
         sent: list[Any] = []
+        body = b"x" * proxy_errors.FIRST_BYTES if more else b"{}"
 
         async def receive() -> Any:
-            return {"type": "http.request", "body": b"{}", "more_body": False}
+            return {"type": "http.request", "body": body, "more_body": more}
 
         async def send(message: Any) -> None:
             sent.append(message)
@@ -104,10 +107,11 @@ def test_while_anybody_would_be_refused_nobody_is_asked() -> None:
         await ingress.post("/v2/embed")
         await ingress.post(headers=[(b"origin", b"https://a.example")])
         await ingress.post(method="GET")
-        assert (ingress.asked, len(ingress.counted)) == (4, 1)
+        await ingress.post(more=True)  # its body has to be read first
+        assert (ingress.asked, len(ingress.counted)) == (5, 1)
         await asyncio.sleep(0.25)
         await ingress.post("/v1/embeddings")
-        assert (ingress.asked, len(ingress.counted)) == (5, 1)
+        assert (ingress.asked, len(ingress.counted)) == (6, 1)
 
     asyncio.run(work())
 

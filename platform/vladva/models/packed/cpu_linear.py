@@ -110,7 +110,7 @@ def concat_bias(*linears: LinearLayer, scale: float = 1.0) -> torch.Tensor | Non
 # --------------------------------------------------------------------------------------------------- threads, memory
 
 
-_here = threading.local()
+_here = threading.local()  # what `use_cores` has said
 
 
 def use_cores(cores: int) -> None:
