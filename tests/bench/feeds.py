@@ -13,6 +13,7 @@ import multiprocessing
 import shutil
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -148,10 +149,11 @@ def _bare(config: RunConfig, numbers: range, pipe: Connection) -> None:
 
 def vladva_stream(config: RunConfig) -> Iterator[int]:
     """Ours, as one worker gets it."""
-    from vladva.train.data_loader import ChunkStream, share
+    from vladva.train.data_loader import ChunkStream
 
-    name, _windows = ChunkStream(config, 0, 1).start()
-    for batch in share(name, 0, ahead=config.chunks_per_worker):
+    stream, name = ChunkStream(config, 0, 1), f"chunks-{uuid.uuid4()}"
+    _dealer = stream.start(name)
+    for batch in stream.share(name, 0, ahead=config.chunks_per_worker):
         yield len(batch.ids)
 
 

@@ -7,7 +7,7 @@
 
 A step takes as long as its slowest worker: its pairs forward and backward, its part of the loss over the global batch,
 the gather of embeddings and the sum of gradients around a ring; or as long as its next pairs take to be read, to be
-decoded, or to be dealt to the workers (one process deals to all of them), where that is longer. What overlaps besides
+decoded, or to be dealt to the workers (one process for every 64 of them), where that is longer. What overlaps besides
 is not counted, so the projection errs on the slow side.
 
 Measured here, each by itself: the bare step at two batch sizes (a time for a pair and one for a step), making a pair's
@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import uuid
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 
 from vladva.config import RunConfig
-from vladva.train.data_loader import CHUNKS_PER_TASK
+from vladva.train.data_loader import WORKERS_PER_DEALER
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 GPUS_PER_NODE = 8
@@ -85,7 +85,7 @@ class Costs:
     cores: float
     """That decode for one worker."""
     deal_s: float
-    """Of a chunk, by the process that deals to all workers."""
+    """Of a chunk, by the process that deals to some of the workers."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def project(costs: Costs, workers: int, batch: int, chunk: int) -> Projection:
     beside = {
         "reading": pairs * costs.file_bytes / costs.storage,
         "decoding": pairs * costs.decode_s / costs.cores,
-        "dealing": batch / chunk * costs.deal_s,
+        "dealing": batch / chunk / -(-workers // WORKERS_PER_DEALER) * costs.deal_s,
     }
     worker = sum(in_turn.values())
     slowest = max(beside, key=lambda name: beside[name])
@@ -172,23 +172,25 @@ def reading(folder: Path) -> float:
     return (time.perf_counter() - began) / 32 / CHUNK
 
 
-def dealing() -> float:
-    """Seconds to deal a chunk as train/data_loader.py does, of chunks that take no time to make."""
+def dealing(dealers: int) -> float:
+    """Seconds to deal a chunk, by as many dealers as workers, of chunks that take no time to make."""
     import ray
+    import stream
 
     from vladva.core.ray_tasks import connect
 
-    def chunks(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        for number in range(CHUNKS_PER_TASK):
-            yield {"chunk": CHUNKS_PER_TASK * row["id"] + number}
-
     connect()
-    stream = ray.data.range(DEALT // CHUNKS_PER_TASK, override_num_blocks=DEALT // CHUNKS_PER_TASK).flat_map(chunks)
-    stream.context.target_max_block_size = 1
-    stream.context.execution_options.preserve_order = True
-    (split,) = stream.streaming_split(1, equal=True)
-    ends = [time.perf_counter() for _ in split.iter_rows()]
-    middle = ends[DEALT // 4 :]  # the first ones wait for processes to start
+    dealt = stream.EmptyStream(stream.config_of(DEALT), 0, dealers, workers_per_dealer=1)
+    name = f"chunks-{uuid.uuid4()}"
+    _dealers = [dealt.start(name, number) for number in range(dealers)]
+
+    @ray.remote(num_cpus=0)
+    def ends(rank: int) -> list[float]:
+        chunks = dealt.share(name, rank, ahead=2)
+        return [time.time() for _, _ in zip(range(DEALT // dealers), chunks, strict=False)]
+
+    every = sorted(end for one in ray.get([ends.remote(rank) for rank in range(dealers)]) for end in one)
+    middle = every[DEALT // 4 :]  # the first ones wait for processes to start
     return (middle[-1] - middle[0]) / (len(middle) - 1)
 
 
@@ -293,7 +295,7 @@ def check(steps: int) -> dict[str, Any]:
         costs = Costs(
             pair_s=pair_s, step_s=max(0.0, whole - BATCH * pair_s), entry_s=0.0, pair_bytes=8 * width,
             gradient_bytes=4 * plan_memory(config).trainable, latency_s=latency_s, link=link,
-            file_bytes=0.0, storage=1.0, decode_s=decode_s, cores=1.0, deal_s=in_a_process("--dealing"),
+            file_bytes=0.0, storage=1.0, decode_s=decode_s, cores=1.0, deal_s=in_a_process("--dealing", "1"),
         )  # fmt: skip
         measured = {workers: run(config_of(folder, steps, workers)) for workers in CHECKED}
     added = max(0.0, measured[1] - project_shared(costs, 1, BATCH, CHUNK, cores).seconds)
@@ -341,7 +343,7 @@ def gpu_costs(recipe: str, gpu: str) -> tuple[RunConfig, Costs, dict[str, Any]]:
         storage=ASSUMED["storage"],
         decode_s=decode_seconds(),
         cores=ASSUMED["cores"],
-        deal_s=in_a_process("--dealing"),
+        deal_s=in_a_process("--dealing", "1"),
     )
     taken = {"recipe": recipe, "gpu": gpu, "tflops": machine.tflops, "utilisation": machine.utilisation}
     measured = {"decode_s, measured here": costs.decode_s, "deal_s, measured here": costs.deal_s}
@@ -387,14 +389,14 @@ def main() -> None:
     parser.add_argument("--project-only", action="store_true")
     parser.add_argument("--bare", nargs=2, metavar=("FOLDER", "BATCH"), help=argparse.SUPPRESS)
     parser.add_argument("--reading", metavar="FOLDER", help=argparse.SUPPRESS)
-    parser.add_argument("--dealing", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--dealing", type=int, help="seconds a chunk of so many dealers at once, and nothing else")
     options = parser.parse_args()
     if options.bare:
         print(json.dumps(bare(Path(options.bare[0]), options.steps, int(options.bare[1]))))
     elif options.reading:
         print(json.dumps(reading(Path(options.reading))))
     elif options.dealing:
-        print(json.dumps(dealing()))
+        print(json.dumps(dealing(options.dealing)))
     else:
         checked = {} if options.project_only else check(options.steps)
         print(json.dumps(checked | project_gpus(options.recipe, options.gpu)))

@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import time
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,26 +27,29 @@ from vladva.train import data_loader
 from vladva.train.data_loader import CHUNKS_PER_TASK, ChunkStream
 
 CHUNKS_PER_BATCH, WORKERS = 16, 2
-RAY = ("SplitCoordinator", "_Windows", "gcs_server", "raylet/raylet")
+RAY = ("SplitCoordinator", "_Dealer", "gcs_server", "raylet/raylet")
 
 
 @dataclass(frozen=True)
 class EmptyStream(ChunkStream):
     """The stream, whose tasks read nothing."""
 
-    def window(self, number: int) -> Any:
+    def window(self, number: int, dealer: int = 0) -> Any:
+        """The same rows, made by tasks that read nothing."""
         import numpy as np
 
         from vladva.models.batch import MicroBatch, Tokens
 
-        def stub(row: dict[str, Any], *, first: int, last: int, config: Any) -> Any:
-            start, one = first + int(row["id"]) * CHUNKS_PER_TASK, np.ones(1, np.int64)
+        def stub(row: dict[str, Any], *, stream: Any, window: int, dealer: int) -> Any:
+            import ray
+
+            start, one = int(row["id"]) * CHUNKS_PER_TASK, np.ones(1, np.int64)
             tokens = Tokens(one[None], one, one)
-            for number in range(start, min(start + CHUNKS_PER_TASK, last)):
+            for number in ray.get(stream).chunk_numbers(window, dealer, range(start, start + CHUNKS_PER_TASK)):
                 yield MicroBatch(number, ["id"], None, tokens, tokens, one, one > 0, one, one).to_row()
 
-        data_loader.read_chunks_of_task = stub  # in the process of the windows alone
-        return super().window(number)
+        data_loader.read_chunks_of_task = stub  # in the dealer's process alone
+        return super().window(number, dealer)
 
 
 def config_of(steps: int) -> RunConfig:
@@ -72,12 +76,14 @@ def measure(steps: int, chunks: int) -> tuple[float, float, float]:
     """Seconds to the first row, MiB of Ray's processes a little later, MiB after `chunks` chunks of each worker."""
     import ray
 
+    stream, name = EmptyStream(config_of(steps), 0, WORKERS), f"chunks-{uuid.uuid4()}"
+
     @ray.remote(num_cpus=0)
     class Worker:
         """Reads its share as a training worker does."""
 
         def __init__(self, name: str, rank: int) -> None:
-            self.chunks = data_loader.share(name, rank, ahead=CHUNKS_PER_BATCH // WORKERS)
+            self.chunks = stream.share(name, rank, ahead=CHUNKS_PER_BATCH // WORKERS)
             self.expected = rank
 
         def take(self, count: int) -> None:
@@ -86,7 +92,7 @@ def measure(steps: int, chunks: int) -> tuple[float, float, float]:
                 self.expected += WORKERS
 
     began = time.perf_counter()
-    name, _windows = EmptyStream(config_of(steps), 0, WORKERS).start()
+    _dealer = stream.start(name)
     workers = [Worker.remote(name, rank) for rank in range(WORKERS)]
     ray.get([worker.take.remote(1) for worker in workers])
     first = time.perf_counter() - began

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import tracemalloc
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +22,7 @@ from vladva.data.examples import choose_captions
 from vladva.data.sampler import SampleFinder, SampleRange
 from vladva.train.audit import check_chunks
 from vladva.train.audit_log import ChunkRecord
-from vladva.train.data_loader import ChunkReader, ChunkStream, fetch_ahead, share
+from vladva.train.data_loader import ChunkReader, ChunkStream, fetch_ahead
 
 Chunk = tuple[int, list[str]]
 
@@ -37,32 +38,73 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> RunConfig:
     return run_over(data, tmp_path_factory.mktemp("runs"), tiny, steps=6, batch=32, chunk=4)
 
 
-def dealt(config: RunConfig, workers: int, first_step: int = 0, tasks_per_window: int = 256) -> list[list[Chunk]]:
+def dealt(stream: ChunkStream) -> list[list[Chunk]]:
     """The chunks that each worker gets; some workers are slower than others."""
     import ray
 
     @ray.remote(num_cpus=0.1)
     def consume(name: str, rank: int) -> list[Chunk]:
         chunks = []
-        for batch in share(name, rank, ahead=2):
+        for batch in stream.share(name, rank, ahead=2):
             chunks.append((int(batch.number), [str(name) for name in batch.ids]))
             time.sleep(0.02 * (rank % 3))
         return chunks
 
-    name, _windows = ChunkStream(config, first_step, workers, tasks_per_window).start()
-    return ray.get([consume.remote(name, rank) for rank in range(workers)])
+    name = f"chunks-{uuid.uuid4()}"
+    _dealers = [stream.start(name, number) for number in range(stream.num_dealers)]
+    return ray.get([consume.remote(name, rank) for rank in range(stream.workers)])
+
+
+def planned_chunks(config: RunConfig) -> list[Chunk]:
+    """The chunks of the run."""
+    find = SampleFinder(config)
+    return [(number, [find.name(run.source, ref.id) for run, ref in find(number)]) for number in range(48)]
 
 
 def test_eight_workers_get_the_batches_of_one(ray_cluster: None, config: RunConfig) -> None:
-    find = SampleFinder(config)
-    planned = [(number, [find.name(run.source, ref.id) for run, ref in find(number)]) for number in range(48)]
+    planned = planned_chunks(config)
     for workers, tasks_per_window in ((1, 256), (2, 5), (4, 256), (8, 256)):  # 5: windows of 20 chunks, 20 and 8
         shares = [planned[rank::workers] for rank in range(workers)]
-        assert dealt(config, workers, tasks_per_window=tasks_per_window) == shares
+        assert dealt(ChunkStream(config, 0, workers, tasks_per_window)) == shares
     left = planned[3 * 8 :]  # what is left of the run after three steps, taken up by three workers
-    assert dealt(config, 3, first_step=3, tasks_per_window=2) == [left[rank::3] for rank in range(3)]
+    assert dealt(ChunkStream(config, 3, 3, tasks_per_window=2)) == [left[rank::3] for rank in range(3)]
     record = [ChunkRecord(number // 8, number, ids) for number, ids in planned]
-    assert check_chunks(record, find, 6).ok
+    assert check_chunks(record, SampleFinder(config), 6).ok
+
+
+def test_several_dealers_deal_what_one_deals(ray_cluster: None, config: RunConfig) -> None:
+    """Three workers of two dealers, which have one and two of them; windows of 12 chunks."""
+    stream = ChunkStream(config, 3, 3, tasks_per_window=3, workers_per_dealer=2)
+    assert [stream.ranks(number) for number in range(2)] == [range(1), range(1, 3)]
+    left = planned_chunks(config)[3 * 8 :]
+    assert dealt(stream) == [left[rank::3] for rank in range(3)]
+
+
+@pytest.mark.parametrize(("workers", "dealers"), [(1, 1), (64, 1), (65, 2), (97, 2), (256, 4), (1000, 16)])
+def test_workers_have_a_dealer_each_and_every_chunk_is_dealt_once(
+    config: RunConfig, workers: int, dealers: int
+) -> None:
+    run = replace(config, train=replace(config.train, steps=1_000))
+    stream = ChunkStream(run, 1, workers, tasks_per_window=300)
+    assert stream.num_dealers == dealers
+    assert [rank for number in range(dealers) for rank in stream.ranks(number)] == list(range(workers))
+    assert all(rank in stream.ranks(stream.dealer_of(rank)) for rank in range(workers))
+    assert max(len(stream.ranks(number)) for number in range(dealers)) <= 64
+    numbers: list[int] = []
+    for window in range(stream.num_windows):
+        for number in range(dealers):
+            dealt = stream.chunk_numbers(window, number)
+            ranks = stream.ranks(number)
+            assert all((chunk - 8) % workers == ranks[row % len(ranks)] for row, chunk in enumerate(dealt))
+            pieces = [stream.chunk_numbers(window, number, range(row, row + 4)) for row in range(0, len(dealt), 4)]
+            assert [chunk for piece in pieces for chunk in piece] == dealt
+            numbers += dealt
+    assert sorted(numbers) == list(range(8, stream.last))
+
+
+def test_dealers_share_the_cluster(config: RunConfig) -> None:
+    limits = ChunkStream(config, 0, 256).limits({"CPU": 800.0, "object_store_memory": 8e12})
+    assert (limits.cpu, limits.object_store_memory) == (200, 1e12)  # half of the store, by four
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5, 8])

@@ -42,6 +42,8 @@ Content = bytes | InvalidSampleError
 
 STAND_INS = 16  # samples that are tried in the place of one that cannot be used
 CHUNKS_PER_TASK = 4  # starting a task costs as much as decoding a few images
+WORKERS_PER_DEALER = 64  # a dealer hands on more than a hundred chunks a second, so two to each
+OBJECT_STORE_SHARE = 0.5  # of the object store that Ray Data takes at most, as its own default is
 LOOK_AGAIN_S = 0.5  # how often a thread that waits for room looks whether anybody still wants its rows
 
 
@@ -52,7 +54,9 @@ LOOK_AGAIN_S = 0.5  # how often a thread that waits for room looks whether anybo
 class ChunkStream:
     """The chunks of a run from optimizer step `first_step` on, for `workers` workers.
 
-    Worker r gets chunks first + r, first + r + W, ... in order: block i of a window goes to worker i % W. After the
+    Worker r gets chunks first + r, first + r + W, ... in order. A process that deals takes some milliseconds a chunk,
+    so where there are many workers there are several dealers, each with workers of neighbouring ranks, and so nodes, of
+    its own: row i of a dealer's window goes to its worker i % n. Who deals does not change what is dealt. After the
     last step come as many chunks as make their number a multiple of W, which nobody uses.
     """
 
@@ -60,6 +64,7 @@ class ChunkStream:
     first_step: int
     workers: int
     tasks_per_window: int = 256
+    workers_per_dealer: int = WORKERS_PER_DEALER
 
     @property
     def first(self) -> int:
@@ -82,82 +87,113 @@ class ChunkStream:
         """Windows from the first to the last chunk."""
         return -(-(self.last - self.first) // self.window_size)
 
-    def window(self, number: int) -> ray.data.Dataset:
-        """The chunks of one window, one row and one block each, in order."""
+    @property
+    def num_dealers(self) -> int:
+        """As few as have no more workers each than they should."""
+        return -(-self.workers // self.workers_per_dealer)
+
+    def ranks(self, dealer: int) -> range:
+        """The workers of a dealer."""
+        return range(*(number * self.workers // self.num_dealers for number in (dealer, dealer + 1)))
+
+    def dealer_of(self, rank: int) -> int:
+        """The dealer of a worker."""
+        return next(number for number in range(self.num_dealers) if rank in self.ranks(number))
+
+    def chunk_numbers(self, window: int, dealer: int, rows: range | None = None) -> Sequence[int]:
+        """The chunks of a dealer's window in the order of its rows; `rows`: of those alone, as far as there are."""
+        ranks = self.ranks(dealer)
+        first = self.first + window * self.window_size
+        rounds = (min(first + self.window_size, self.last) - first) // self.workers
+        every = range(rounds * len(ranks))
+        return [
+            first + row // len(ranks) * self.workers + ranks[row % len(ranks)]
+            for row in (every if rows is None else every[rows.start : rows.stop])
+        ]
+
+    def window(self, number: int, dealer: int = 0) -> ray.data.Dataset:
+        """A dealer's chunks of one window, one row and one block each, in order."""
         import ray
 
-        first = self.first + number * self.window_size
-        last = min(first + self.window_size, self.last)
-        num_tasks = -(-(last - first) // CHUNKS_PER_TASK)
+        num_tasks = -(-len(self.chunk_numbers(number, dealer)) // CHUNKS_PER_TASK)
         tasks = ray.data.range(num_tasks, override_num_blocks=num_tasks)
-        arguments = {"first": first, "last": last, "config": ray.put(self.config.to_json())}
+        arguments = {"stream": ray.put(self), "window": number, "dealer": dealer}
         chunks = tasks.flat_map(read_chunks_of_task, fn_kwargs=arguments)  # type: ignore[arg-type]  # not in its types
         chunks.context.target_max_block_size = 1  # byte: a block is full with its first row
         chunks.context.execution_options.preserve_order = True
+        if self.num_dealers > 1:  # each would take what the cluster has for itself
+            chunks.context.execution_options.resource_limits = self.limits(ray.cluster_resources())
         return chunks
 
-    def start(self) -> tuple[str, ActorHandle]:
-        """Start what deals the windows, on this node; returns its name, for `share`, and the handle it lives by."""
-        import uuid
+    def limits(self, has: dict[str, float]) -> ray.data.ExecutionResources:
+        """A dealer's part of the CPUs, and of the memory that Ray Data takes of the object store of such a cluster."""
+        import ray
 
+        stored = has["object_store_memory"] * OBJECT_STORE_SHARE / self.num_dealers
+        return ray.data.ExecutionResources.for_limits(
+            cpu=max(1.0, has["CPU"] / self.num_dealers), object_store_memory=stored
+        )
+
+    def start(self, name: str, dealer: int = 0) -> ActorHandle:
+        """Start a dealer of a stream of this name, on this node; returns the handle it lives by."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        name = f"chunks-{uuid.uuid4()}"
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        windows: Any = ray.remote(_Windows).options(name=name, num_cpus=0, scheduling_strategy=here).remote(self)
-        ray.get(windows.shape.remote())  # or a worker would look for a name that is not there yet
-        return name, windows
+        options = {"name": f"{name}-{dealer}", "num_cpus": 0, "scheduling_strategy": here}
+        started: Any = ray.remote(_Dealer).options(**options).remote(self, dealer)
+        ray.get(started.ready.remote())  # or a worker would look for a name that is not there yet
+        return started
+
+    def share(self, name: str, rank: int, ahead: int) -> Iterator[MicroBatch]:
+        """The chunks of one worker, whose dealer was started under this name.
+
+        ahead: chunks that are fetched before they are asked for; they bridge the start of the next window.
+        """
+        return fetch_ahead(self._share(f"{name}-{self.dealer_of(rank)}", rank), ahead)
+
+    def _share(self, name: str, rank: int) -> Iterator[MicroBatch]:
+        import ray
+
+        from vladva.core.ray_tasks import cause_of
+        from vladva.models.batch import MicroBatch
+
+        try:
+            dealer: Any = ray.get_actor(name)
+        except ValueError as error:  # its owner is gone, which is no mistake of the user's
+            raise RuntimeError(f"the chunk stream {name} has ended") from error
+        half = self.window_size // self.workers // 2
+        following = dealer.split.remote(0, rank)
+        try:
+            for window in range(1, self.num_windows + 1):
+                split: ray.data.DataIterator = ray.get(following)
+                for number, row in enumerate(split.iter_rows()):
+                    if number == half and window < self.num_windows:
+                        following = dealer.split.remote(window, rank)  # its processes start meanwhile
+                    yield MicroBatch.from_row(row)
+        except ray.exceptions.RayError as error:
+            raise cause_of(error) from error
 
 
-class _Windows:
-    """The windows of a stream, dealt to its workers. An actor."""
+class _Dealer:
+    """The windows of a stream, dealt to some of its workers. An actor."""
 
-    def __init__(self, stream: ChunkStream) -> None:
+    def __init__(self, stream: ChunkStream, number: int) -> None:
         self.stream = stream
+        self.number = number
+        self.ranks = stream.ranks(number)
         self.splits: dict[int, list[ray.data.DataIterator]] = {}
 
-    def shape(self) -> tuple[int, int]:
-        """Windows, and the most chunks that a worker gets of one."""
-        return self.stream.num_windows, self.stream.window_size // self.stream.workers
+    def ready(self) -> None:
+        """Return when this actor is there."""
 
     def split(self, window: int, rank: int) -> ray.data.DataIterator:
-        """The rows of a worker. No worker begins a window before all have come to its start."""
+        """The rows of a worker. No worker begins a window before all of this dealer have come to its start."""
         if window not in self.splits:
-            self.splits[window] = self.stream.window(window).streaming_split(self.stream.workers, equal=True)
+            rows = self.stream.window(window, self.number)
+            self.splits[window] = rows.streaming_split(len(self.ranks), equal=True)
         self.splits = {number: split for number, split in self.splits.items() if number >= window - 1}
-        return self.splits[window][rank]
-
-
-def share(name: str, rank: int, ahead: int) -> Iterator[MicroBatch]:
-    """The chunks of one worker, of the stream that was started under this name.
-
-    ahead: chunks that are fetched before they are asked for; they bridge the start of the next window.
-    """
-    return fetch_ahead(_share(name, rank), ahead)
-
-
-def _share(name: str, rank: int) -> Iterator[MicroBatch]:
-    import ray
-
-    from vladva.core.ray_tasks import cause_of
-    from vladva.models.batch import MicroBatch
-
-    try:
-        windows: Any = ray.get_actor(name)
-    except ValueError as error:  # its owner is gone, which is no mistake of the user's
-        raise RuntimeError(f"the chunk stream {name} has ended") from error
-    num_windows, size = ray.get(windows.shape.remote())
-    following = windows.split.remote(0, rank)
-    try:
-        for window in range(1, num_windows + 1):
-            split: ray.data.DataIterator = ray.get(following)
-            for number, row in enumerate(split.iter_rows()):
-                if number == size // 2 and window < num_windows:
-                    following = windows.split.remote(window, rank)  # its processes start meanwhile
-                yield MicroBatch.from_row(row)
-    except ray.exceptions.RayError as error:
-        raise cause_of(error) from error
+        return self.splits[window][self.ranks.index(rank)]
 
 
 def fetch_ahead(items: Iterator[T], count: int) -> Iterator[T]:
@@ -199,13 +235,15 @@ def fetch_ahead(items: Iterator[T], count: int) -> Iterator[T]:
 # --- the tasks -------------------------------------------------------------------------------------------------------
 
 
-def read_chunks_of_task(row: dict[str, Any], *, first: int, last: int, config: Any) -> Iterator[dict[str, Any]]:
-    """The task: row `id` of the input stands for the next few chunks from `first` on."""
+def read_chunks_of_task(row: dict[str, Any], *, stream: Any, window: int, dealer: int) -> Iterator[dict[str, Any]]:
+    """The task: row `id` of the input stands for the next few chunks of a dealer's window."""
     import ray
 
-    start = first + int(row["id"]) * CHUNKS_PER_TASK
-    reader = chunk_reader(json.dumps(ray.get(config)))
-    for batch in reader.batches(range(start, min(start + CHUNKS_PER_TASK, last))):
+    start = int(row["id"]) * CHUNKS_PER_TASK
+    described: ChunkStream = ray.get(stream)
+    reader = chunk_reader(json.dumps(described.config.to_json()))
+    numbers = described.chunk_numbers(window, dealer, range(start, start + CHUNKS_PER_TASK))
+    for batch in reader.batches(numbers):
         yield batch.to_row()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from vladva.core import storage
 from vladva.data.sampler import SampleFinder
 from vladva.models import checkpoint
 from vladva.models.adapter import save_adapter
-from vladva.train.data_loader import ChunkStream, share
+from vladva.train.data_loader import ChunkStream
 from vladva.train.engine import learning_rate
 from vladva.train.negatives import NegativesWatch
 from vladva.train.quarantine import TrainingQuarantine
@@ -91,14 +92,20 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 def open_share(config: RunConfig, rank: int, world: int) -> Iterator[MicroBatch]:
-    """This worker's chunks, of a stream that rank 0 starts for all where the newest checkpoint ends."""
-    from ray.train.collective import broadcast_from_rank_zero
+    """This worker's chunks, of a stream that begins where the newest checkpoint ends.
 
-    name, windows = "", None
-    if rank == 0:
-        name, windows = ChunkStream(config, checkpoint.finished_steps(config.uri), world).start()
-    yield from share(broadcast_from_rank_zero(name), rank, ahead=config.chunks_per_worker)
-    del windows  # the stream ends with its last handle
+    Rank 0 says where that is. The first worker of each dealer starts it, on its own node.
+    """
+    from ray.train.collective import barrier, broadcast_from_rank_zero
+
+    told = (f"chunks-{uuid.uuid4()}", checkpoint.finished_steps(config.uri)) if rank == 0 else None
+    name, first_step = broadcast_from_rank_zero(told)
+    stream = ChunkStream(config, first_step, world)
+    number = stream.dealer_of(rank)
+    dealer = stream.start(name, number) if rank == stream.ranks(number)[0] else None
+    barrier()  # every dealer is there
+    yield from stream.share(name, rank, ahead=config.chunks_per_worker)
+    del dealer  # it ends with its last handle
 
 
 def numbered_chunks(
