@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 3.0  # between them
 DESCRIBE_S = 30.0
 DESCRIBED_S = 5.0  # how long an answer is believed: an update may bring another model
 OUTDATED_WAIT_S = 1.0
-RUNNING = "RUNNING"  # the state of a replica that answers
+RUNNING, STOPPING = "RUNNING", "STOPPING"  # states of a replica: one answers, the other is about to go
 STATUS_S = 5.0  # for Serve's controller to say who is asleep
 OVERLOADED = (429, "the queue is full; try again later", "overloaded")
 REPLICA_UNAVAILABLE = (503, "the deployment is not available at the moment; try again later", "unavailable")
@@ -118,16 +118,19 @@ def running_replicas(deployment: str, application: str) -> int:
     return sum(count for state, count in states.items() if state == RUNNING)
 
 
+def is_asleep(status: DeploymentStatus, replica_states: Mapping[str, int]) -> bool:
+    """Whether a deployment has been scaled to zero, and is well; its last replica may be about to go."""
+    left = {state for state, count in replica_states.items() if count}
+    return status in (DeploymentStatus.HEALTHY, DeploymentStatus.DOWNSCALING) and left <= {STOPPING}
+
+
 async def sleeping() -> set[str]:
-    """The deployments of this application that have been scaled to zero, and are well; none where nobody can say."""
+    """The deployments of this application that are asleep; none where nobody can say."""
     name = serve.get_replica_context().app_name
 
     def asleep() -> set[str]:
-        return {
-            one
-            for one, status in serve.status().applications[name].deployments.items()
-            if status.status == DeploymentStatus.HEALTHY and not any(status.replica_states.values())
-        }
+        deployments = serve.status().applications[name].deployments
+        return {one for one, status in deployments.items() if is_asleep(status.status, status.replica_states)}
 
     try:
         return await asyncio.wait_for(asyncio.to_thread(asleep), STATUS_S)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
+from ray.serve.schema import DeploymentStatus
 
 from serve.deployments import client
-from serve.deployments.client import CALL_ATTEMPTS, stream
+from serve.deployments.client import CALL_ATTEMPTS, is_asleep, stream
 from serve.deployments.generation import Finished, Started
 from serve.protocol.errors import ApiError, Failure
 
@@ -98,3 +99,20 @@ def test_nobody_tries_for_ever() -> None:
     replicas = Replicas(*[(DIES,)] * (CALL_ATTEMPTS + 1))
     heard, failure = told(replicas)
     assert (heard, failure and failure.status, replicas.calls) == ([], 503, CALL_ATTEMPTS)
+
+
+@pytest.mark.parametrize(
+    ("status", "replica_states", "asleep"),
+    [
+        ("HEALTHY", {}, True),
+        ("HEALTHY", {"RUNNING": 0}, True),
+        ("DOWNSCALING", {"STOPPING": 1}, True),  # the last one is about to go: asking it would fail, or wake it
+        ("DOWNSCALING", {"STOPPING": 1, "RUNNING": 1}, False),
+        ("HEALTHY", {"RUNNING": 1}, False),
+        ("UPSCALING", {"STARTING": 1}, False),
+        ("UPDATING", {"STOPPING": 1}, False),
+        ("DEPLOY_FAILED", {}, False),
+    ],
+)
+def test_who_is_about_to_sleep_is_asleep(status: str, replica_states: dict[str, int], asleep: bool) -> None:
+    assert is_asleep(DeploymentStatus(status), replica_states) == asleep
