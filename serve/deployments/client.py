@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import DeploymentStatus
+from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview
 
 from serve.config import ServeArgs
 from serve.deployments.embedding import ItemEmbedding
@@ -118,10 +118,10 @@ def running_replicas(deployment: str, application: str) -> int:
     return sum(count for state, count in states.items() if state == RUNNING)
 
 
-def is_asleep(status: DeploymentStatus, replica_states: Mapping[str, int]) -> bool:
+def is_asleep(deployment: DeploymentStatusOverview) -> bool:
     """Whether a deployment has been scaled to zero, and is well; its last replica may be about to go."""
-    left = {state for state, count in replica_states.items() if count}
-    return status in (DeploymentStatus.HEALTHY, DeploymentStatus.DOWNSCALING) and left <= {STOPPING}
+    well = deployment.status in (DeploymentStatus.HEALTHY, DeploymentStatus.DOWNSCALING)
+    return well and all(state == STOPPING or not count for state, count in deployment.replica_states.items())
 
 
 async def sleeping() -> set[str]:
@@ -130,7 +130,7 @@ async def sleeping() -> set[str]:
 
     def asleep() -> set[str]:
         deployments = serve.status().applications[name].deployments
-        return {one for one, status in deployments.items() if is_asleep(status.status, status.replica_states)}
+        return {one for one, status in deployments.items() if is_asleep(status)}
 
     try:
         return await asyncio.wait_for(asyncio.to_thread(asleep), STATUS_S)

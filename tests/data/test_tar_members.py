@@ -30,6 +30,8 @@ from vladva.data.tar_members import split_name, tar_members
         ("0.seg.npy", "0", "seg.npy"),
         (".hidden.jpg", ".hidden", ""),
         ("README", "README", ""),
+        ("json", "json", ""),
+        ("a.b/JPG", "a.b/JPG", ""),
     ],
 )
 def test_a_name_is_cut_at_its_last_known_ending(name: str, key: str, ending: str) -> None:

@@ -56,11 +56,12 @@ def tar_members(file: IO[bytes]) -> Iterator[TarMember]:
 def split_name(name: str) -> tuple[str, str]:
     """Key and ending of a member: `DSC.0012.jpg` is (DSC.0012, jpg), with the ending in lower case.
 
-    An ending that says nothing here is cut at the first dot, as WebDataset does; hidden files have none.
+    An ending that says nothing here is cut at the first dot, as WebDataset does; hidden files and names
+    without a dot have none.
     """
     folder, slash, base = name.rpartition("/")
-    stem, _, ending = base.rpartition(".")
-    if ending.lower() not in ENDINGS:
+    stem, dot, ending = base.rpartition(".")
+    if not dot or ending.lower() not in ENDINGS:
         stem, _, ending = base.partition(".")
     return folder + slash + stem, "" if base.startswith(".") else ending.lower()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
-from ray.serve.schema import DeploymentStatus
+from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview, DeploymentStatusTrigger, ReplicaState
 
 from serve.deployments import client
 from serve.deployments.client import CALL_ATTEMPTS, is_asleep, stream
@@ -115,4 +115,6 @@ def test_nobody_tries_for_ever() -> None:
     ],
 )
 def test_who_is_about_to_sleep_is_asleep(status: str, replica_states: dict[str, int], asleep: bool) -> None:
-    assert is_asleep(DeploymentStatus(status), replica_states) == asleep
+    states = {ReplicaState(state): count for state, count in replica_states.items()}
+    overview = DeploymentStatusOverview(DeploymentStatus(status), DeploymentStatusTrigger.UNSPECIFIED, states, "")
+    assert is_asleep(overview) == asleep
