@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import subprocess
 import sys
 import tarfile
@@ -16,35 +14,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 PACKAGES = {"vladva": ROOT / "platform/vladva", "jobs": ROOT / "jobs", "serve": ROOT / "serve"}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy to build from, so that nothing is left in the repository."""
-    folder = tmp_path_factory.mktemp("wheel")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes((ROOT / name).read_bytes())
-    return folder
-
-
-@pytest.fixture(scope="module")
-def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder)]
-    subprocess.run([*command, str(source)], check=True, capture_output=True)
-    [file] = folder.glob("*.whl")
-    return zipfile.ZipFile(file)
-
-
-@pytest.fixture(scope="module")
-def installed(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, unpacked as pip does; its dependencies are those of the tests."""
-    folder = tmp_path_factory.mktemp("site")
-    wheel.extractall(folder)
-    return folder
 
 
 def run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -66,9 +35,9 @@ def test_every_file_of_the_packages_and_nothing_else(wheel: zipfile.ZipFile) -> 
     assert found == expected
 
 
-def test_the_source_distribution_has_the_sources_and_nothing_else(source: Path, tmp_path: Path) -> None:
+def test_the_source_distribution_has_the_sources_and_nothing_else(source_copy: Path, tmp_path: Path) -> None:
     build = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
-    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", build], cwd=source_copy, check=True, capture_output=True)
     [file] = tmp_path.glob("*.tar.gz")
     with tarfile.open(file) as tar:
         folders = {name.split("/")[1] for name in tar.getnames() if name.count("/") > 1}
@@ -76,19 +45,6 @@ def test_the_source_distribution_has_the_sources_and_nothing_else(source: Path, 
     assert folders <= {"platform", "jobs", "serve", "vladva.egg-info"}
     assert {"LICENSE", "README.md", "pyproject.toml"} <= names
     assert "platform/vladva/models/tiny/weights/model.safetensors" in names
-
-
-@pytest.mark.ray
-def test_the_demo_runs_from_the_wheel_outside_the_repository(installed: Path, tmp_path: Path) -> None:
-    """Train, embed, index, search, serve and report, reduced: what the wheel lacks would be missed here."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    reduced = ["--train-images", "256", "--test-images", "40", "--negatives", "6", "--steps", "4", "--port", port]
-    told = run(installed, tmp_path, "-m", "jobs", "demo", *reduced)
-    assert told.returncode == 0, told.stdout + told.stderr
-    assert (tmp_path / ".vladva/demo/report.html").exists()
-    assert json.loads(told.stdout.splitlines()[-1])["adapter_off_max_diff"] == 0
 
 
 def test_verbs_work_outside_the_repository(installed: Path, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""The demo as a newcomer runs it, on a reduced setting: interrupted, resumed, complete."""
+"""The demo as a newcomer runs it, on a reduced setting: interrupted, resumed from the wheel, complete."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -36,9 +37,13 @@ def wait_for_ray_train(run: Path, demo: subprocess.Popen) -> None:
         time.sleep(0.2)
 
 
-def test_interrupted_it_leaves_nothing_running_and_then_goes_on(tmp_path: Path, port: int) -> None:
-    demo = subprocess.Popen(command(tmp_path, port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_ray_train(tmp_path / "tiny-vladva", demo)
+def test_interrupted_it_leaves_nothing_running_and_then_goes_on(tmp_path: Path, port: int, installed: Path) -> None:
+    """Interrupted in the repository; the rest is done by the wheel in another folder: what it lacks is missed there."""
+    outside = tmp_path / "outside"
+    storage = outside / ".vladva"  # the default, there
+    outside.mkdir()
+    demo = subprocess.Popen(command(storage, port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_ray_train(storage / "tiny-vladva", demo)
     started = psutil.Process(demo.pid).children(recursive=True)
     assert any("raylet" in process.name() for process in started)
     demo.send_signal(signal.SIGINT)
@@ -48,7 +53,9 @@ def test_interrupted_it_leaves_nothing_running_and_then_goes_on(tmp_path: Path, 
     assert "Traceback" not in output
     assert not psutil.wait_procs(started, timeout=20)[1]
 
-    done = subprocess.run(command(tmp_path, port), capture_output=True, text=True, check=False)
+    from_wheel = [sys.executable, "-m", "jobs", "demo", "--port", str(port), *REDUCED]
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(from_wheel, cwd=outside, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "drawing scenes complete" in done.stdout
     figures = json.loads(done.stdout.splitlines()[-1])
@@ -58,12 +65,12 @@ def test_interrupted_it_leaves_nothing_running_and_then_goes_on(tmp_path: Path, 
     assert figures["merged_max_diff"] < 1e-5
     assert figures["served_max_diff"] < 1e-5
     assert figures["captions_equal_base_model"]
-    page = (tmp_path / "demo" / "report.html").read_text()
+    page = (storage / "demo" / "report.html").read_text()
     assert "<svg" in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace(f"http://127.0.0.1:{port}", "")
-    assert len((tmp_path / "tiny-vladva" / "metrics.jsonl").read_text().splitlines()) == 4
+    assert len((storage / "tiny-vladva" / "metrics.jsonl").read_text().splitlines()) == 4
 
-    again = subprocess.run(command(tmp_path, port), capture_output=True, text=True, check=False)
+    again = subprocess.run(command(storage, port), capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
     assert json.loads(again.stdout.splitlines()[-1]) == figures
 

@@ -17,7 +17,7 @@ from vladva.data.examples import Example
 from vladva.models.batch import MicroBatch
 from vladva.models.preprocessor import Preprocessor
 from vladva.recipes import tiny as tiny_recipe
-from vladva.train.loop import numbered_chunks
+from vladva.train.loop import chunks_of_steps
 
 CHUNKS = 8
 
@@ -45,19 +45,21 @@ def test_every_number_of_workers_gets_the_same_batches(config: RunConfig, chunk:
     start, steps = 5, 4
     first, last = start * CHUNKS, (start + steps) * CHUNKS + world
     shares = [
-        list(numbered_chunks(dealt(chunk, first, last, rank, world), config, rank, world))[:steps]
+        list(chunks_of_steps(dealt(chunk, first, last, rank, world), config, start, rank, world))[:steps]
         for rank in range(world)
     ]
     for number, of_step in enumerate(zip(*shares, strict=True), start=start):
-        assert [step for step, _ in of_step] == [number] * world
-        chunks = sorted(batch.number for _, share in of_step for batch in share)
+        chunks = sorted(batch.number for share in of_step for batch in share)
         assert chunks == list(range(number * CHUNKS, (number + 1) * CHUNKS))
-        assert {len(share) for _, share in of_step} <= {CHUNKS // world, -(-CHUNKS // world)}
+        assert {len(share) for share in of_step} <= {CHUNKS // world, -(-CHUNKS // world)}
 
 
-def test_a_chunk_on_the_wrong_worker_stops_the_run(config: RunConfig, chunk: MicroBatch) -> None:
+@pytest.mark.parametrize(("first", "rank"), [(0, 1), (8, 0)])
+def test_a_chunk_of_another_worker_or_step_stops_the_run(
+    config: RunConfig, chunk: MicroBatch, first: int, rank: int
+) -> None:
     with pytest.raises(AssertionError):
-        next(numbered_chunks(dealt(chunk, 0, 16, 1, 3), config, 0, 3))
+        next(chunks_of_steps(dealt(chunk, first, 16, rank, 3), config, 0, 0, 3))
 
 
 def test_a_run_survives_the_loss_of_an_announced_node(tmp_path: Path) -> None:

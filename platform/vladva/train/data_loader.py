@@ -148,8 +148,10 @@ class ChunkStream:
     def share(self, name: str, rank: int, ahead: int) -> Iterator[MicroBatch]:
         """The chunks of one worker, whose dealer was started under this name.
 
-        ahead: chunks that are fetched before they are asked for; they bridge the start of the next window.
+        ahead: chunks that are fetched before they are asked for, from now on; they bridge the start of the next window.
         """
+        from vladva.models import batch  # noqa: F401  (imported here: not by a thread beside the caller's imports)
+
         return fetch_ahead(self._share(f"{name}-{self.dealer_of(rank)}", rank), ahead)
 
     def _share(self, name: str, rank: int) -> Iterator[MicroBatch]:
@@ -197,7 +199,10 @@ class _Dealer:
 
 
 def fetch_ahead(items: Iterator[T], count: int) -> Iterator[T]:
-    """The items, of which a thread fetches up to `count` before they are asked for; an error comes in its place."""
+    """The items, of which a thread fetches up to `count` before they are asked for; an error comes in its place.
+
+    It begins at once, and ends with the iterator.
+    """
     queue: Queue[tuple[T, None] | tuple[None, BaseException]] = Queue(max(1, count))
     unwanted = Event()
 
@@ -219,17 +224,23 @@ def fetch_ahead(items: Iterator[T], count: int) -> Iterator[T]:
         except BaseException as error:
             put((None, error))
 
+    def take() -> Iterator[T]:
+        try:
+            yield cast("T", None)  # nobody's: what has not begun would not come to its end either
+            while True:
+                item, error = queue.get()
+                if isinstance(error, StopIteration):
+                    return
+                if error is not None:
+                    raise error
+                yield cast("T", item)
+        finally:
+            unwanted.set()
+
+    taken = take()
+    next(taken)
     Thread(target=fetch, daemon=True, name="chunks").start()
-    try:
-        while True:
-            item, error = queue.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield cast("T", item)
-    finally:
-        unwanted.set()
+    return taken
 
 
 # --- the tasks -------------------------------------------------------------------------------------------------------

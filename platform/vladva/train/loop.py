@@ -46,9 +46,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     config = replace(config, cluster=replace(config.cluster, workers=world))  # as many as there are
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
 
-    # --- data: the stream starts where the newest checkpoint ends
-    chunks = numbered_chunks(open_share(config, rank, world), config, rank, world)
-    start, batch = next(chunks)
+    # --- data: the stream starts where the newest checkpoint ends; the first chunks are read while the model is loaded
+    start, chunks = open_share(config, rank, world)
 
     # --- model and engine
     engine = build_engine(config, start)
@@ -58,12 +57,13 @@ def train_worker(settings: dict[str, Any]) -> None:
     quarantine = TrainingQuarantine(config, sum(SampleFinder(config).schedule.sizes), start)
 
     # --- loop
+    batch = next(chunks)
     leaving: list[str] = []  # nodes that are about to be taken away
     with TrainingLog(config, rank, world, start) as log:
         for step in range(start, config.train.steps):
             began = time.perf_counter()
             if step > start:
-                _, batch = next(chunks)
+                batch = next(chunks)
             waited = time.perf_counter() - began
 
             torch.manual_seed((config.seed * 1_000_003 + step) * 1_000_003 + rank)  # dropout, the same when resumed
@@ -91,10 +91,10 @@ def train_worker(settings: dict[str, Any]) -> None:
                 log.flush()  # the node may be gone before the next checkpoint waits for this one
 
 
-def open_share(config: RunConfig, rank: int, world: int) -> Iterator[MicroBatch]:
-    """This worker's chunks, of a stream that begins where the newest checkpoint ends.
+def open_share(config: RunConfig, rank: int, world: int) -> tuple[int, Iterator[list[MicroBatch]]]:
+    """The step that the run goes on with, and this worker's chunks of each from there on.
 
-    Rank 0 says where that is. The first worker of each dealer starts it, on its own node.
+    Rank 0 says where the newest checkpoint ends. The first worker of each dealer starts it, on its own node.
     """
     from ray.train.collective import barrier, broadcast_from_rank_zero
 
@@ -104,28 +104,30 @@ def open_share(config: RunConfig, rank: int, world: int) -> Iterator[MicroBatch]
     number = stream.dealer_of(rank)
     dealer = stream.start(name, number) if rank == stream.ranks(number)[0] else None
     barrier()  # every dealer is there
-    yield from stream.share(name, rank, ahead=config.chunks_per_worker)
-    del dealer  # it ends with its last handle
+    fetched = stream.share(name, rank, ahead=config.chunks_per_worker)
+
+    def share() -> Iterator[MicroBatch]:
+        yield from fetched
+        _ = dealer  # it ends with its last handle
+
+    return first_step, chunks_of_steps(share(), config, first_step, rank, world)
 
 
-def numbered_chunks(
-    stream: Iterator[MicroBatch], config: RunConfig, rank: int, world: int
-) -> Iterator[tuple[int, list[MicroBatch]]]:
-    """(step, this worker's chunks of its global batch). Chunk i of the stream must be on worker i % W.
+def chunks_of_steps(
+    stream: Iterator[MicroBatch], config: RunConfig, first_step: int, rank: int, world: int
+) -> Iterator[list[MicroBatch]]:
+    """This worker's chunks of each global batch. Chunk i of the stream must be on worker i % W: it is dealt so.
 
-    It is dealt so. Where W does not divide the chunks of a batch, some workers have one less than others.
+    Where W does not divide the chunks of a batch, some workers have one less than others.
     """
-    expected = None
+    expected = first_step * config.chunks_per_batch + rank
     share: list[MicroBatch] = []
     for chunk in stream:
-        step = chunk.number // config.chunks_per_batch
-        if expected is None:
-            expected = step * config.chunks_per_batch + rank
         assert chunk.number == expected, (chunk.number, expected, world, rank)
-        expected += world
         share.append(chunk)
-        if expected >= (step + 1) * config.chunks_per_batch:
-            yield step, share
+        expected += world
+        if expected // config.chunks_per_batch > chunk.number // config.chunks_per_batch:
+            yield share
             share = []
 
 
