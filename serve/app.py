@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 API_KEYS = "VLADVA_API_KEYS"  # environment variable: keys, separated by commas
 WRITE_KEYS = "VLADVA_WRITE_KEYS"  # the same: keys that may change the index as well, which the others then may not
 ROUTES = (status, metrics, embeddings, search, index_changes, scores, tokenize, cohere, batches, chat)
-INGRESS_REQUESTS = 1000
+INGRESS_REQUESTS, REPLICA_REQUESTS = 1000, 4096  # at the same time, of one process
 EMBEDDING_BUSY, ANSWERING_BUSY, COLOCATED_BUSY = 32, 8, 16  # requests at which a replica has enough to do
 START_S = 600
 
@@ -159,7 +159,7 @@ def application(args: ServeArgs) -> Application:
     full = BackpressureConfig(status_code=429, retry_after_s=1)
     options = {"ray_actor_options": resources, "backpressure_config": full, **update}
     # The replica refuses by the time that its work takes; Serve holds nothing back, or batches would not form.
-    ongoing = {"max_ongoing_requests": args.max_batch_tokens}
+    ongoing = {"max_ongoing_requests": REPLICA_REQUESTS}
 
     def bound(replica: type, busy: int) -> Application:
         scaling = {**autoscaling, "target_ongoing_requests": busy}

@@ -11,7 +11,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview
+from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview, DeploymentStatusTrigger
 
 from serve.config import ServeArgs
 from serve.deployments.embedding import ItemEmbedding
@@ -119,13 +119,18 @@ def running_replicas(deployment: str, application: str) -> int:
 
 
 def is_asleep(deployment: DeploymentStatusOverview) -> bool:
-    """Whether a deployment has been scaled to zero, and is well; its last replica may be about to go."""
-    well = deployment.status in (DeploymentStatus.HEALTHY, DeploymentStatus.DOWNSCALING)
-    return well and all(state == STOPPING or not count for state, count in deployment.replica_states.items())
+    """Whether a deployment has no replica for want of load, and is well: the last is about to go, or the first to come.
+
+    Requests that come meanwhile are answered once it is up.
+    """
+    states = {state for state, count in deployment.replica_states.items() if count}
+    if deployment.status == DeploymentStatus.UPSCALING:
+        return deployment.status_trigger == DeploymentStatusTrigger.AUTOSCALING and RUNNING not in states
+    return deployment.status in (DeploymentStatus.HEALTHY, DeploymentStatus.DOWNSCALING) and states <= {STOPPING}
 
 
 async def sleeping() -> set[str]:
-    """The deployments of this application that are asleep; none where nobody can say."""
+    """The deployments of this application that are asleep or waking; none where nobody can say."""
     name = serve.get_replica_context().app_name
 
     def asleep() -> set[str]:

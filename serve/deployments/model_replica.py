@@ -27,7 +27,7 @@ HEALTH_S = 25.0  # less than Serve waits for a health check
 def limits_of(args: ServeArgs) -> EngineLimits:
     """What the engine of a replica takes on."""
     return EngineLimits(
-        batch_tokens=args.max_batch_tokens,
+        batch_tokens=args.batch_tokens,
         step_tokens=args.step_tokens,
         batch_wait_s=args.batch_wait_s,
         conversations=args.max_conversations,

@@ -267,9 +267,18 @@ def scaled(deployed: Deployed, args: dict[str, Any]) -> Iterator[tuple[str, dict
     if deployed.replicas():
         failed["it does not sleep"] = 1
     yield "1 -> 0", {"requests": 1, "failed": failed, "seconds": seconds}
+    unready: Counter[str] = Counter()
+
+    def answers() -> bool:
+        ready = deployed.get("/ready")
+        if ready.get("status") != "ready":
+            unready[str(ready)] += 1
+        return load.statuses.total() > 20
+
     with Load(deployed.port, clients=2) as load:
-        until("answers", lambda: load.statuses.total() > 20)
-    yield "0 -> 1", load.result()
+        until("answers", answers)
+    woken = load.result()
+    yield "0 -> 1", woken | {"failed": {**woken["failed"], **unready}}
 
 
 def model_and_index(folder: Path, seed: int) -> tuple[dict[str, Any], str]:

@@ -280,7 +280,7 @@ def test_deployments_scale_by_themselves_without_thrashing(
         assert (scaling.min_replicas, scaling.max_replicas) == (0, 2)
         assert scaling.look_back_period_s <= min(scaling.upscale_delay_s, scaling.downscale_delay_s)
         assert config.max_ongoing_requests >= scaling.target_ongoing_requests
-        assert config.max_ongoing_requests >= ServeArgs().max_batch_tokens  # or batches do not form
+        assert config.max_ongoing_requests >= ServeArgs(num_gpus=1).batch_tokens > ServeArgs().batch_tokens
 
 
 def test_the_serve_config_file_is_valid() -> None:

@@ -90,7 +90,11 @@ def announce(node_id: str, address: str) -> None:
 
 def main() -> None:
     out = Path(sys.argv[1])
-    os.environ |= {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5", "RAY_AUTH_MODE": "disabled"}
+    os.environ |= {
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # waited for the node that is gone
+        "RAY_AUTH_MODE": "disabled",
+    }
     build_llava(out / "llava")
     write_scenes(str(out / "scenes"), train=300, test=8, negatives=1, samples_per_shard=100)
 

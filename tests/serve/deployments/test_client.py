@@ -109,12 +109,19 @@ def test_nobody_tries_for_ever() -> None:
         ("DOWNSCALING", {"STOPPING": 1}, True),  # the last one is about to go: asking it would fail, or wake it
         ("DOWNSCALING", {"STOPPING": 1, "RUNNING": 1}, False),
         ("HEALTHY", {"RUNNING": 1}, False),
-        ("UPSCALING", {"STARTING": 1}, False),
+        ("UPSCALING", {"STARTING": 1}, True),  # woken by load: who asks now is answered when it is up
+        ("UPSCALING", {"STARTING": 1, "RUNNING": 1}, False),
         ("UPDATING", {"STOPPING": 1}, False),
         ("DEPLOY_FAILED", {}, False),
     ],
 )
 def test_who_is_about_to_sleep_is_asleep(status: str, replica_states: dict[str, int], asleep: bool) -> None:
     states = {ReplicaState(state): count for state, count in replica_states.items()}
-    overview = DeploymentStatusOverview(DeploymentStatus(status), DeploymentStatusTrigger.UNSPECIFIED, states, "")
+    overview = DeploymentStatusOverview(DeploymentStatus(status), DeploymentStatusTrigger.AUTOSCALING, states, "")
     assert is_asleep(overview) == asleep
+
+
+def test_who_is_started_by_an_operator_is_not_asleep() -> None:
+    states = {ReplicaState("STARTING"): 1}
+    by_hand = DeploymentStatusTrigger.CONFIG_UPDATE_STARTED
+    assert not is_asleep(DeploymentStatusOverview(DeploymentStatus.UPSCALING, by_hand, states, ""))
