@@ -234,6 +234,19 @@ def test_groups_hold_like_lengths_and_everything_once() -> None:
     assert len(list(groups(np.full(80, 26), 512, threads=2))) == 6  # not 5, with a thread that waits for the last
 
 
+def test_a_group_is_cut_where_its_prompts_would_be_padded_too_much() -> None:
+    lengths = np.array([480, *[28] * 30, 40, 30])
+    assert [rows.tolist() for rows in groups(lengths, 10_000)] == [[*range(1, 31), 32, 31, 0]]  # 31 padded to 480
+    in_order = [*range(1, 31), 32]  # 30 by 2 tokens, then 31 by 10, which is 370; then 32 by 440
+    assert [rows.tolist() for rows in groups(lengths, 10_000, padding=370)] == [[*in_order, 31], [0]]
+    assert [rows.tolist() for rows in groups(lengths, 10_000, padding=369)] == [in_order, [31], [0]]
+    lengths = np.random.default_rng(0).lognormal(4, 1, 500).astype(int)
+    found = list(groups(lengths, 20_000, padding=1_000))
+    assert sorted(np.concatenate(found).tolist()) == list(range(500))
+    assert all(lengths[rows].max() * len(rows) - lengths[rows].sum() <= 1_000 for rows in found)
+    assert any(lengths[rows].max() * len(rows) - lengths[rows].sum() > 1_000 for rows in groups(lengths, 20_000))
+
+
 # --- products --------------------------------------------------------------------------------------------------------
 
 

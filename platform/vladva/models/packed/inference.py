@@ -94,10 +94,11 @@ class PackedInference:
             embeddings_BD[packed.prompts] = self.embed(packed, inputs, features_KD)
 
         if embeddings_BD.is_cuda:
-            for rows in groups(lengths_B, GPU_TOKENS):
+            for rows in groups(lengths_B, GPU_TOKENS, padding=GPU_TOKENS // 2):
                 embed(rows)
         else:
-            in_threads(embed, list(groups(lengths_B, CPU_TOKENS, self.threads)), self.threads)
+            cut = groups(lengths_B, CPU_TOKENS, self.threads, padding=CPU_TOKENS // 2)
+            in_threads(embed, list(cut), self.threads)
         return embeddings_BD
 
     def embed(self, packed: Packed, inputs: dict[str, torch.Tensor], features_KD: torch.Tensor | None) -> torch.Tensor:

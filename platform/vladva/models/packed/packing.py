@@ -12,6 +12,7 @@ B prompts, T tokens of the longest (and a few more), N different tokens (and a f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -50,10 +51,11 @@ class Packed:
         return positions[:, self.prompts[:, None], steps]
 
 
-def groups(lengths: np.ndarray, limit: int, threads: int = 1) -> Iterator[np.ndarray]:
+def groups(lengths: np.ndarray, limit: int, threads: int = 1, *, padding: float = math.inf) -> Iterator[np.ndarray]:
     """Rows of each group: like lengths together, about `limit` tokens at most, and about equally many.
 
-    More groups than one are as many as `threads` can share evenly.
+    More groups than one are as many as `threads` can share evenly. Of these, one is cut where its rows would be padded
+    by more than `padding` tokens: thirty short prompts and a long one are attended to as thirty-one long ones.
     """
     order = np.argsort(lengths, kind="stable")
     number = max(1, -(-int(lengths.sum()) // limit))
@@ -63,7 +65,18 @@ def groups(lengths: np.ndarray, limit: int, threads: int = 1) -> Iterator[np.nda
     for share in range(number):
         rows = order[shares == share]
         if len(rows):
-            yield rows
+            yield from _of_like_lengths(rows, lengths[rows].tolist(), padding)
+
+
+def _of_like_lengths(rows: np.ndarray, lengths: list[int], padding: float) -> Iterator[np.ndarray]:
+    """Runs of rows, given in the order of their lengths, that are padded by at most `padding` tokens."""
+    first, padded = 0, 0
+    for number in range(1, len(rows)):
+        padded += (number - first) * (lengths[number] - lengths[number - 1])  # those before it become as long
+        if padded > padding:
+            yield rows[first:number]
+            first, padded = number, 0
+    yield rows[first:]
 
 
 def pack(
