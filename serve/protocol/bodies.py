@@ -39,8 +39,10 @@ CHUNK_BYTES = 1 << 20
 SLOW_AFTER_S = 1.0  # a body that has not arrived by then is slow
 SLOW_PER_CLIENT = 32
 SLOW_IN_ALL = 256
+DISCARDED_S, DISCARDED_SILENT_S, DISCARDED_BODIES = 2.0, 0.3, 2  # of a body that is refused; times the largest size
 BODIES_IN_MEMORY = 8  # of the largest size allowed, together
 QUOTE, COMMA, OPENING, CLOSING = ord('"'), ord(","), (ord("["), ord("{")), (ord("]"), ord("}"))
+TOO_LARGE = "body_too_large"
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 large_body: ContextVar[bool] = ContextVar("large_body", default=False)
@@ -105,8 +107,16 @@ class BoundedBodies:
             return
         body = bytearray()
         client = scope["client"][0] if scope.get("client") else ""
+        headers = Headers(scope=scope)
         try:
-            await self.read(Headers(scope=scope), client, receive, body)
+            try:
+                await self.read(headers, client, receive, body)
+            except ApiError as refused:
+                if refused.failure.code == TOO_LARGE and "100-continue" not in headers.get("expect", "").lower():
+                    self.held -= len(body)
+                    body.clear()
+                    await self.discard(receive)
+                raise
             large_body.set(len(body) > LARGE_BYTES)
             pending: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
@@ -159,6 +169,21 @@ class BoundedBodies:
             receiving.cancel()
             counted.close()
 
+    async def discard(self, receive: Receive) -> None:
+        """Take in the rest of a body that is refused, within bounds, before its client is told.
+
+        A connection that ends while its client still sends is reset, and the answer may be lost with it.
+        """
+        loop = asyncio.get_running_loop()
+        end, left, more = loop.time() + DISCARDED_S, DISCARDED_BODIES * self.limits.bytes, True
+        while more and left >= 0 and loop.time() < end:
+            try:
+                message = await asyncio.wait_for(receive(), DISCARDED_SILENT_S)
+            except Exception:  # nothing comes, or, as Serve says it, the client has gone
+                return
+            left -= len(message.get("body", b""))
+            more = message["type"] == "http.request" and message.get("more_body", False)
+
     def keep(self, body: bytearray, part: bytes) -> None:
         """Add a part to the body. Raises ApiError where this is too much, for it or for all bodies together."""
         body += part
@@ -170,7 +195,7 @@ class BoundedBodies:
 
     def too_large(self) -> ApiError:
         """The refusal of a body beyond the cap."""
-        return ApiError(413, f"the body is larger than {self.limits.bytes:,} bytes", "body_too_large")
+        return ApiError(413, f"the body is larger than {self.limits.bytes:,} bytes", TOO_LARGE)
 
 
 def shape_of(body: bytes) -> tuple[int, int]:
@@ -200,11 +225,11 @@ def json_value(body: bytes) -> JsonValue:
     """The value of a JSON text. Raises ApiError where it is none (400), or one of too many parts (413)."""
     values, nesting = shape_of(body)
     if values > MAX_VALUES:
-        raise ApiError(413, f"the body holds more than {MAX_VALUES:,} values; send several requests", "body_too_large")
+        raise ApiError(413, f"the body holds more than {MAX_VALUES:,} values; send several requests", TOO_LARGE)
     if nesting > MAX_JSON_NESTING:
         raise ApiError(400, f"the body is nested deeper than {MAX_JSON_NESTING} levels", "invalid_json")
     if body.count(b"\\") > MAX_ESCAPES:
-        raise ApiError(413, f"the body holds more than {MAX_ESCAPES:,} backslashes", "body_too_large")
+        raise ApiError(413, f"the body holds more than {MAX_ESCAPES:,} backslashes", TOO_LARGE)
     try:
         value: JsonValue = json.loads(body.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

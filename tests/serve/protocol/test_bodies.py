@@ -234,3 +234,33 @@ def test_all_bodies_together_are_bounded() -> None:
     assert results.count(95) == 8
     assert results.count("overloaded") == 4
     assert sent_slowly(limits, ["a"], lambda: [(0, b"x" * 101, True)]) == ["body_too_large"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "part", "parts", "taken"),
+    [
+        ([], 20, 10, 10),  # all that comes, or the client might not see the answer
+        ([(b"content-length", b"200")], 20, 10, 10),
+        ([(b"content-length", b"200"), (b"expect", b"100-continue")], 20, 10, 0),  # it waits for the word to send
+        ([(b"content-length", b"5000")], 50, 100, 5),  # but no more than two of the largest
+        ([(b"content-length", b"500")], 50, 0, 0),  # nor where nothing comes
+    ],
+)
+def test_a_refused_body_is_taken_in_within_bounds(
+    headers: list[tuple[bytes, bytes]], part: int, parts: int, taken: int
+) -> None:
+    received = 0
+
+    async def receive() -> Any:
+        nonlocal received
+        if received == parts:
+            await asyncio.sleep(3600)
+        received += 1
+        return {"type": "http.request", "body": b"x" * part, "more_body": received < parts}
+
+    bounded = BoundedBodies(None, BodyLimits(100))  # type: ignore[arg-type]  # nothing gets so far
+    scope = {"type": "http", "method": "POST", "headers": headers}
+    with pytest.raises(ApiError) as refused:
+        asyncio.run(bounded(scope, receive, None))  # type: ignore[arg-type]
+    assert refused.value.failure.code == "body_too_large"
+    assert (received, bounded.held) == (taken, 0)
