@@ -369,6 +369,7 @@ def test_on_two_cores_answers_go_on_while_a_batch_is_computed(
 
     async def work() -> bool:
         await engine.items(engine.embeddings, [item], 60)
+        await until(lambda: all(lane.began is None for lane in engine.lanes))  # its step ends after its result
         await answered(engine, prompt(embedder, 2), TokenSampling(3))
         recorded.go.clear()
         embedding = asyncio.create_task(engine.items(engine.embeddings, [item], 60))
